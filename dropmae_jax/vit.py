@@ -1,0 +1,112 @@
+"""Vision-transformer blocks, with the attribute paths of the PyTorch checkpoints.
+
+`blocks.0.attn.qkv` here is `blocks.0.attn.qkv` there, so that export is a table of leaf rules.
+Parameters are float32; `dtype` is that of the matrix products. The residual stream, the norms
+and the softmax stay in float32.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dropmae_jax.attention import Attention
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+class Size(NamedTuple):
+  """A backbone of the size table; `patch_size` is the one it is published with."""
+
+  width: int
+  depth: int
+  num_heads: int
+  patch_size: int
+
+
+SIZES = {
+  'XXS': Size(width=64, depth=2, num_heads=2, patch_size=8),
+  'XS': Size(width=192, depth=6, num_heads=3, patch_size=8),
+  'S': Size(width=384, depth=12, num_heads=6, patch_size=16),
+  'B': Size(width=768, depth=12, num_heads=12, patch_size=16),
+  'L': Size(width=1024, depth=24, num_heads=16, patch_size=16),
+  'H': Size(width=1280, depth=32, num_heads=16, patch_size=14),
+}
+
+
+def linear(inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+  """Returns a linear layer with Xavier-uniform weights and zero bias."""
+  initial = nnx.initializers.xavier_uniform()
+  return nnx.Linear(inputs, outputs, kernel_init=initial, dtype=dtype, rngs=rngs)
+
+
+def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+  """Returns a float32 layer norm with the epsilon of the method."""
+  return nnx.LayerNorm(width, epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, rngs=rngs)
+
+
+class PatchEmbed(nnx.Module):
+  """Projects patch vectors to tokens: the method's strided convolution as a matrix product."""
+
+  def __init__(self, patch_values: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    bound = patch_values**-0.5
+
+    def uniform_bias(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+      return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    self.proj = nnx.Linear(
+      patch_values,
+      width,
+      kernel_init=nnx.initializers.xavier_uniform(),
+      bias_init=uniform_bias,
+      dtype=dtype,
+      rngs=rngs,
+    )
+
+  def __call__(self, patches: Float[Array, 'b k p']) -> Float[Array, 'b k d']:
+    return self.proj(patches)
+
+
+class SelfAttention(nnx.Module):
+  """Projections around an attention function; the fused one is laid out [q | k | v], head-major."""
+
+  def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    self.num_heads = num_heads
+    self.qkv = linear(width, 3 * width, dtype=dtype, rngs=rngs)
+    self.proj = linear(width, width, dtype=dtype, rngs=rngs)
+
+  def __call__(self, tokens: Float[Array, 'b l d'], attend: Attention) -> Float[Array, 'b l d']:
+    query, key, value = rearrange(
+      self.qkv(tokens), 'b l (qkv m e) -> qkv b l m e', qkv=3, m=self.num_heads
+    )
+    return self.proj(rearrange(attend(query, key, value), 'b l m e -> b l (m e)'))
+
+
+class Mlp(nnx.Module):
+  """Two linear layers around an exact (erf) GELU."""
+
+  def __init__(self, width: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    self.fc1 = linear(width, hidden, dtype=dtype, rngs=rngs)
+    self.fc2 = linear(hidden, width, dtype=dtype, rngs=rngs)
+
+  def __call__(self, tokens: Float[Array, 'b l d']) -> Float[Array, 'b l d']:
+    return self.fc2(jax.nn.gelu(self.fc1(tokens), approximate=False))
+
+
+class Block(nnx.Module):
+  """A pre-norm transformer block; which attention it uses is the caller's choice."""
+
+  def __init__(
+    self, width: int, num_heads: int, mlp_ratio: float, *, dtype: jnp.dtype, rngs: nnx.Rngs
+  ) -> None:
+    self.norm1 = layer_norm(width, rngs=rngs)
+    self.attn = SelfAttention(width, num_heads, dtype=dtype, rngs=rngs)
+    self.norm2 = layer_norm(width, rngs=rngs)
+    self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
+
+  def __call__(self, tokens: Float[Array, 'b l d'], attend: Attention) -> Float[Array, 'b l d']:
+    tokens = tokens + self.attn(self.norm1(tokens), attend)
+    return tokens + self.mlp(self.norm2(tokens))
