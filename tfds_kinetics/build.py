@@ -1,0 +1,290 @@
+"""Third stop: shards, an index and TFDS metadata, put in place as one dataset at the end.
+
+What is finished lies in `<version>.partial` until then, so a build that was stopped goes on.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+
+from tfds_kinetics import shards
+from tfds_kinetics.configs import VideoCollection
+from tfds_kinetics.shards import ShardJob
+from tfds_kinetics.video import FrameOptions
+
+DATASET = 'kinetics_frames'
+VERSION = '1.0.0'
+REPORT = 'build_report.json'
+
+_log = logging.getLogger('tfds_kinetics')
+_stop_event: Any = None
+
+
+class BadInput(ValueError):  # noqa: N818 - an answer to the user
+  """Input that the user can mend; the message names the value and the remedy."""
+
+
+class Stopped(Exception):  # noqa: N818 - not a failure
+  """The build was interrupted; what is finished is kept."""
+
+
+def _start_worker(event: Any) -> None:
+  """Leaves Ctrl-C to the parent, which tells the workers through `event`."""
+  global _stop_event
+  _stop_event = event
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _work(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None:
+  return shards.write_shard(job, folder, _stop_event.is_set)
+
+
+def plan(
+  collection: VideoCollection, root: pathlib.Path, options: FrameOptions
+) -> list[ShardJob]:
+  """Lists the shards to write.
+
+  Raises:
+    BadInput: there is no folder, no video, or not the layout that the collection has.
+  """
+  if not root.is_dir():
+    raise BadInput(f'--videos={root} is not a folder; give the root of the video tree.')
+  if collection.num_classes and not (root / 'train').is_dir():
+    raise BadInput(
+      f'--videos={root} has no train folder, which --config={collection.name} needs'
+      ' (train/<class>/<video>); for any other layout use --config=folder.'
+    )
+  videos = shards.find_videos(root)
+  if not any(videos.values()):
+    raise BadInput(
+      f'--videos={root} holds no video; files that end in .mp4, .mkv, .avi, .webm and the like'
+      ' are looked for in it and its subfolders.'
+    )
+  return [job for split, found in videos.items() for job in shards.shard_jobs(root, split, found, options)]
+
+
+def build(
+  collection: VideoCollection,
+  root: pathlib.Path,
+  data_dir: pathlib.Path,
+  *,
+  options: FrameOptions,
+  workers: int,
+) -> pathlib.Path:
+  """Builds the dataset `kinetics_frames/<collection>` below `data_dir` and returns its folder.
+
+  Args:
+    collection: which config.
+    root: of the video tree.
+    data_dir: the TFDS data directory.
+    options: how frames are stored.
+    workers: processes to decode with; the result does not depend on it.
+
+  Raises:
+    BadInput: nothing to build from, no readable video, or another dataset is in the way.
+    Stopped: Ctrl-C or SIGTERM.
+  """
+  jobs = plan(collection, root, options)
+  target = data_dir / DATASET / collection.name / VERSION
+  fingerprint = hashlib.sha256(''.join(job.fingerprint for job in jobs).encode()).hexdigest()
+  if target.exists():
+    return _reuse(target, fingerprint)
+  folder = target.with_name(f'{VERSION}.partial')
+  folder.mkdir(parents=True, exist_ok=True)
+  log_to(folder / 'build.log')
+  tables = _write_shards(jobs, folder, workers)
+  report = _report(collection, jobs, tables, options, fingerprint)
+  shards.write_json(folder / REPORT, report)
+  for row in report['skipped']:
+    _log.info('skipped %s: %s', row['path'], row['reason'])
+  if not report['totals']['videos']:
+    raise BadInput(
+      f'none of the {report["totals"]["skipped"]} videos in --videos={root} could be read;'
+      f' the reasons are in {folder / REPORT}.'
+    )
+  _put_in_place(collection, jobs, tables, folder, target)
+  return target
+
+
+def log_to(path: pathlib.Path) -> None:
+  """Adds plain, dated lines in a file to what the log shows."""
+  handler = logging.FileHandler(path)
+  handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+  _log.addHandler(handler)
+
+
+def _reuse(target: pathlib.Path, fingerprint: str) -> pathlib.Path:
+  """Keeps a dataset that is there; refuses if it was built from something else."""
+  report = target / REPORT
+  if not report.exists() or json.loads(report.read_text())['fingerprint'] != fingerprint:
+    raise BadInput(
+      f'{target} holds a dataset of other videos or options; remove that folder to build it anew,'
+      ' or give another --data_dir.'
+    )
+  _log.info('%s is built already from these videos; nothing to do', target)
+  return target
+
+
+def _write_shards(
+  jobs: list[ShardJob], folder: pathlib.Path, workers: int
+) -> list[dict[str, Any]]:
+  """Writes the shards that are not there yet, all processes at work."""
+  tables = {job: table for job in jobs if (table := shards.finished_table(job, folder))}
+  left = [job for job in jobs if job not in tables]
+  if tables:
+    _log.info('going on: %d of %d shards are there', len(tables), len(jobs))
+  context = multiprocessing.get_context('spawn')
+  stop = context.Event()
+  bar = tqdm.tqdm(
+    total=sum(len(job.videos) for job in jobs),
+    initial=sum(len(job.videos) for job in tables),
+    unit='video',
+    disable=None,
+  )
+  pool = concurrent.futures.ProcessPoolExecutor(
+    max(1, min(workers, len(left))), context, initializer=_start_worker, initargs=(stop,)
+  )
+  with pool, bar:
+    running = {pool.submit(_work, job, folder): job for job in left}
+    try:
+      for future in concurrent.futures.as_completed(running):
+        job, table = running[future], future.result()
+        tables[job] = table
+        bar.update(len(job.videos))
+        _log.info(
+          'shard %d of %d: %s-%05d, %d videos, %d skipped',
+          len(tables), len(jobs), job.split, job.number, len(table['videos']), len(table['skipped']),
+        )
+    except KeyboardInterrupt:
+      stop.set()
+      pool.shutdown(cancel_futures=True)
+      raise Stopped(
+        f'stopped; {len(tables)} of {len(jobs)} shards are kept, and the same command goes on'
+        ' from there'
+      ) from None
+  return [tables[job] for job in jobs]
+
+
+def _report(
+  collection: VideoCollection,
+  jobs: list[ShardJob],
+  tables: list[dict[str, Any]],
+  options: FrameOptions,
+  fingerprint: str,
+) -> dict[str, Any]:
+  videos = [video for table in tables for video in table['videos']]
+  skipped = [row for table in tables for row in table['skipped']]
+  return {
+    'dataset': f'{DATASET}/{collection.name}/{VERSION}',
+    'fingerprint': fingerprint,
+    'options': dataclasses.asdict(options),
+    'totals': {
+      'videos': len(videos),
+      'skipped': len(skipped),
+      'frames': sum(video['frames'] for video in videos),
+      'bytes': sum(table['bytes'] for table in tables),
+      'classes': len({video['label'] for video in videos} - {''}),
+      'classes_expected': collection.num_classes,
+    },
+    'skipped': sorted(skipped, key=lambda row: row['path']),
+  }
+
+
+def _put_in_place(
+  collection: VideoCollection,
+  jobs: list[ShardJob],
+  tables: list[dict[str, Any]],
+  folder: pathlib.Path,
+  target: pathlib.Path,
+) -> None:
+  """Gathers shards, index and metadata in a fresh folder and gives it the dataset's name."""
+  staging = target.with_name(f'{VERSION}.staging')
+  shutil.rmtree(staging, ignore_errors=True)
+  staging.mkdir()
+  splits = []
+  for split in sorted({job.split for job in jobs}):
+    kept = [(j, t) for j, t in zip(jobs, tables, strict=True) if j.split == split and t['videos']]
+    if not kept:
+      continue
+    template = tfds.core.ShardedFileTemplate(
+      data_dir=staging, dataset_name=DATASET, split=split, filetype_suffix='array_record'
+    )
+    for number, (job, _) in enumerate(kept):
+      name = template.sharded_filepath(shard_index=number, num_shards=len(kept))
+      _link(job.paths(folder)[0], pathlib.Path(name))
+    rows = [video for _, table in kept for video in table['videos']]
+    _write_index(staging / f'index-{split}.npz', rows)
+    splits.append(
+      tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[sum(v['frames'] for v in table['videos']) for _, table in kept],
+        num_bytes=sum(table['bytes'] for _, table in kept),
+        filename_template=template,
+      )
+    )
+  shutil.copy(folder / REPORT, staging / REPORT)
+  shutil.copy(folder / 'build.log', staging / 'build.log')
+  tfds.folder_dataset.write_metadata(
+    data_dir=staging,
+    features=shards.frame_features(),
+    split_infos=splits,
+    version=VERSION,
+    check_data=False,  # The check reads with TensorFlow.
+    description=collection.description,
+    homepage=collection.homepage,
+    citation=collection.citation,
+  )
+  os.rename(staging, target)
+  shutil.rmtree(folder)
+
+
+def _link(source: pathlib.Path, destination: pathlib.Path) -> None:
+  """Links, so that a build killed right here has lost nothing; copies where links cannot be."""
+  try:
+    os.link(source, destination)
+  except OSError:
+    shutil.copy(source, destination)
+
+
+def _write_index(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+  """Writes where each video's frames lie in the split: `first` record, number of `frames`."""
+  frames = np.array([row['frames'] for row in rows], np.int32)
+  classes = sorted({row['label'] for row in rows})
+  label = {name: number for number, name in enumerate(classes)}
+  np.savez_compressed(
+    path,
+    first=np.cumsum(frames, dtype=np.int64) - frames,
+    frames=frames,
+    label=np.array([label[row['label']] for row in rows], np.int32),
+    path=np.array([row['path'] for row in rows], np.str_),
+    classes=np.array(classes, np.str_),
+  )
+
+
+def summary(target: pathlib.Path) -> str:
+  """Returns the closing lines of a build: totals, what was skipped and why."""
+  report = json.loads((target / REPORT).read_text())
+  totals = report['totals']
+  lines = [
+    f'{target}: {totals["videos"]} videos, {totals["frames"]} frames,'
+    f' {totals["bytes"] / 1e6:.1f} MB, {totals["classes"]} classes; {totals["skipped"]} skipped'
+  ]
+  if totals['classes_expected'] not in (None, totals['classes']):
+    lines.append(f'note: a complete copy has {totals["classes_expected"]} classes')
+  lines += [f'  skipped {row["path"]}: {row["reason"]}' for row in report['skipped'][:10]]
+  if len(report['skipped']) > 10:
+    lines.append(f'  and {len(report["skipped"]) - 10} more')
+  lines.append(f'  report: {target / REPORT}')
+  return '\n'.join(lines)

@@ -1,0 +1,64 @@
+"""The datasets that can be built: where their videos lie and what is known of them."""
+
+import dataclasses
+
+VIDEO_SUFFIXES = frozenset(
+  '.3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv'.split()
+)
+SPLITS = {'train': 'train', 'val': 'val', 'validate': 'val', 'validation': 'val', 'test': 'test'}
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoCollection:
+  """A builder config.
+
+  Attributes:
+    name: of the TFDS config.
+    description: what the collection is.
+    num_classes: how many class folders a complete copy has; None where any number is right.
+    homepage: where the collection is described.
+    citation: BibTeX.
+  """
+
+  name: str
+  description: str
+  num_classes: int | None = None
+  homepage: str = ''
+  citation: str = ''
+
+
+def _kinetics(classes: int, arxiv: str, title: str, authors: str, year: int) -> VideoCollection:
+  return VideoCollection(
+    name=f'kinetics{classes}',
+    description=f'Frames of Kinetics-{classes}, laid out as <split>/<class>/<video>.',
+    num_classes=classes,
+    homepage=f'https://arxiv.org/abs/{arxiv}',
+    citation=(
+      f'@article{{kinetics{classes}, title={{{title}}}, author={{{authors}}},'
+      f' journal={{arXiv:{arxiv}}}, year={{{year}}}}}'
+    ),
+  )
+
+
+COLLECTIONS = {
+  collection.name: collection
+  for collection in (
+    VideoCollection(
+      name='folder',
+      description='Frames of any folder tree of videos, with or without class folders.',
+    ),
+    _kinetics(
+      400, '1705.06950', 'The Kinetics Human Action Video Dataset', 'Kay, Will and others', 2017
+    ),
+    _kinetics(
+      600, '1808.01340', 'A Short Note about Kinetics-600', 'Carreira, Joao and others', 2018
+    ),
+    _kinetics(
+      700,
+      '1907.06987',
+      'A Short Note on the Kinetics-700 Human Action Dataset',
+      'Carreira, Joao and others',
+      2019,
+    ),
+  )
+}
