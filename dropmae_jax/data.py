@@ -1,0 +1,223 @@
+"""Frames on disk to a stream of uint8 frame pairs that is a pure function of (seed, step).
+
+One epoch is every video once, in an order of its own; a pair is drawn by (seed, epoch, place in
+the epoch) alone. Workers, hosts and restarts therefore never change what is fed: a run that goes
+on at step s takes the same stream, sliced at s.
+"""
+
+import dataclasses
+import pathlib
+import resource
+import signal
+from collections.abc import Iterator
+from typing import Protocol
+
+import cv2
+import grain
+import numpy as np
+import simplejpeg
+import tensorflow_datasets as tfds
+from jaxtyping import UInt8
+from tensorflow_datasets.proto import tf_example_pb2
+
+from dropmae_jax import augment
+from dropmae_jax.command_line import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+  """How pairs are drawn and fed; the defaults are the published recipe.
+
+  Attributes:
+    frame_gap: the frames of a pair are 1 to frame_gap - 1 apart.
+    resize: 'fast' (OpenCV bicubic) or 'exact' (PIL bicubic, as published).
+    shared_augmentation: both frames get the same crop and flip.
+    num_workers: processes that decode and crop; 0 does it in threads of this one.
+    num_threads: threads of a process without workers; 0 works only when a batch is asked for.
+  """
+
+  frame_gap: int = 50
+  resize: str = 'fast'
+  shared_augmentation: bool = False
+  num_workers: int = 0
+  num_threads: int = 2
+
+  def __post_init__(self) -> None:
+    if self.frame_gap < 2:
+      raise ValueError(
+        f'frame_gap={self.frame_gap} leaves no second frame: pairs are 1 to frame_gap - 1 apart;'
+        ' use 2 or more (published: 50).'
+      )
+    if self.resize not in augment.RESIZES:
+      raise ValueError(f'resize={self.resize!r} is unknown; use one of {", ".join(augment.RESIZES)}.')
+    for name in ('num_workers', 'num_threads'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'{name}={getattr(self, name)} is negative; use 0 or more.')
+
+
+class VideoSource(Protocol):
+  """What the pipeline needs of a dataset: videos by number, frames by number."""
+
+  def __len__(self) -> int:
+    """Number of videos."""
+    ...
+
+  def num_frames(self, video: int) -> int:
+    """Frames of a video; at least 1."""
+    ...
+
+  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """One decoded frame."""
+    ...
+
+
+class TfdsVideos:
+  """Random access to the frames of a dataset built by tfds_kinetics; reads only what is asked."""
+
+  def __init__(self, folder: pathlib.Path, split: str) -> None:
+    builder = tfds.builder_from_directory(folder)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    self._records = builder.as_data_source(split, deserialize_method=raw)
+    with np.load(folder / f'index-{split}.npz') as index:
+      self._first, self._frames = index['first'], index['frames']
+
+  def __len__(self) -> int:
+    return len(self._frames)
+
+  def num_frames(self, video: int) -> int:
+    """Frames of a video; at least 1."""
+    return int(self._frames[video])
+
+  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """Reads one record and decodes its JPEG to RGB."""
+    record = self._records[int(self._first[video]) + number]
+    features = tf_example_pb2.Example.FromString(record).features.feature
+    return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
+
+
+def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> TfdsVideos:
+  """Opens the newest version of a dataset.
+
+  Args:
+    data_dir: what was given to the builder as --data_dir, or the version's folder itself.
+    dataset: TFDS name and config, such as 'kinetics_frames/folder'.
+    split: of the dataset.
+
+  Raises:
+    BadInput: it is not there; names the command that builds it.
+  """
+  root = pathlib.Path(data_dir)
+  versions = [root] if (root / 'dataset_info.json').exists() else sorted(
+    (info.parent for info in (root / dataset).glob('*/dataset_info.json')),
+    key=lambda folder: [int(part) for part in folder.name.split('.') if part.isdigit()],
+  )
+  if not versions:
+    config = dataset.rpartition('/')[2]
+    raise BadInput(
+      f'there is no dataset {dataset} in data_dir={data_dir!r}; build it with:'
+      f' python -m tfds_kinetics --config={config} --videos=VIDEOS --data_dir={data_dir or "DIR"}'
+    )
+  if not (versions[-1] / f'index-{split}.npz').exists():
+    raise BadInput(
+      f'{versions[-1]} has no split {split!r} that tfds_kinetics wrote; there are:'
+      f' {", ".join(p.stem.removeprefix("index-") for p in versions[-1].glob("index-*.npz"))}.'
+    )
+  return TfdsVideos(versions[-1], split)
+
+
+def sample_pair(rng: np.random.Generator, num_frames: int, frame_gap: int) -> tuple[int, int]:
+  """Draws an earlier and a later frame, 1 to frame_gap - 1 apart, by the published law.
+
+  The start is uniform over all frames but the last, the end uniform over what the gap and the
+  clip's end leave; so the gap is cut near the end. A clip of one frame gives it twice.
+
+  Args:
+    rng: consumed by two draws, or none for a single frame.
+    num_frames: of the clip; at least 1.
+    frame_gap: at least 2.
+  """
+  if num_frames == 1:
+    return 0, 0
+  earlier = int(rng.integers(0, num_frames - 1))
+  later = int(rng.integers(earlier + 1, min(num_frames, earlier + frame_gap)))
+  return earlier, later
+
+
+class FramePair(grain.transforms.RandomMap):
+  """A video's number to an augmented pair: the two frames are all that is read of it."""
+
+  def __init__(self, videos: VideoSource, options: DataOptions, image_size: int) -> None:
+    self._videos = videos
+    self._options = options
+    self._image_size = image_size
+
+  def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Returns uint8 `frames` [2, h, w, 3], the `video`, and the two `frame_numbers`."""
+    video, options = int(element), self._options
+    numbers = sample_pair(rng, self._videos.num_frames(video), options.frame_gap)
+    images = [self._videos.frame(video, number) for number in numbers]
+    boxes = [augment.random_resized_crop_box(rng, *image.shape[:2]) for image in images]
+    if options.shared_augmentation:
+      boxes[1] = boxes[0]
+    frames = [
+      augment.crop_and_resize(image, box, self._image_size, resize=options.resize)
+      for image, box in zip(images, boxes, strict=True)
+    ]
+    return {
+      'frames': np.stack(frames),
+      'video': np.int32(video),
+      'frame_numbers': np.array(numbers, np.int32),
+    }
+
+
+def start_worker(worker: int, num_workers: int) -> None:
+  """Prepares a loader process: one core, no Ctrl-C of its own, all the files it may open."""
+  del worker, num_workers
+  cv2.setNumThreads(0)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def pair_batches(
+  videos: VideoSource,
+  options: DataOptions,
+  *,
+  image_size: int,
+  batch_size: int,
+  seed: int,
+  first_step: int = 0,
+  host: int = 0,
+  num_hosts: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Returns the endless stream of this host's batches, from `first_step` on.
+
+  Args:
+    videos: where frames come from.
+    options: how pairs are drawn and fed.
+    image_size: pixels along a side.
+    batch_size: of all hosts together; every host gets an equal, interleaved share.
+    seed: of order, pairs and crops.
+    first_step: batches to leave out.
+    host: number of this process.
+    num_hosts: number of processes.
+  """
+  cv2.setNumThreads(0)
+  pairs = (
+    grain.MapDataset.range(len(videos))
+    .seed(seed)
+    .shuffle()
+    .repeat()
+    .random_map(FramePair(videos, options, image_size))
+  )
+  batches = pairs[host::num_hosts].batch(batch_size // num_hosts)[first_step:]
+  threads = 0 if options.num_workers else options.num_threads
+  stream = batches.to_iter_dataset(
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  )
+  if options.num_workers:
+    stream = stream.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=options.num_workers, per_worker_buffer_size=2),
+      worker_init_fn=start_worker,
+    )
+  return iter(stream)
