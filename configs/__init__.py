@@ -1,0 +1,1 @@
+"""Training configs: plain data. Derived ones import another and change what differs."""

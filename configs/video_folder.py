@@ -1,0 +1,24 @@
+"""ViT-B/16 on a folder of your own videos, on one device: a start to change fields of.
+
+    python -m tfds_kinetics --config=folder --videos=VIDEOS --data_dir=data
+    python -m dropmae_jax.main --config=configs/video_folder.py --workdir=runs/mine \\
+        --config.num_steps=20000 --config.batch_size=256
+
+The learning rate follows the batch size by itself. Hours and results: not yet run at this size.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import kinetics400_vit_b16
+
+
+def get_config() -> ConfigDict:
+  config = kinetics400_vit_b16.get_config()
+  config.dataset = 'kinetics_frames/folder'
+  config.num_steps = 20_000
+  config.batch_size = 64
+  config.data.num_workers = 2
+  config.optimizer.warmup_steps = 100
+  config.checkpoint.every_steps = 500
+  config.checkpoint.keep_every = 0
+  return config

@@ -1,0 +1,189 @@
+"""Checkpoints of a run: `<workdir>/checkpoints/<step>/`, the only place that knows orbax.
+
+A checkpoint has the items `params`, `opt_state` (absent where the weights came from elsewhere)
+and `description`, a json dict: `architecture`, `objective`, `frame_gap`, `steps_per_epoch` and
+the whole `config`. Orbax writes to a temporary name and renames, so what is listed is whole.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dropmae_jax import mae
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.mae import Architecture, Objective
+from dropmae_jax.train_step import TrainState
+
+FOLDER = 'checkpoints'
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointOptions:
+  """When checkpoints are written and which are kept.
+
+  Attributes:
+    every_steps: updates between two of them; one is always written at the end.
+    keep_last: how many of the newest to keep.
+    keep_every: those at multiples of this many steps are kept for good; 0 keeps none of them.
+  """
+
+  every_steps: int = 1000
+  keep_last: int = 3
+  keep_every: int = 0
+
+  def __post_init__(self) -> None:
+    for name in ('every_steps', 'keep_last'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'checkpoint.{name}={getattr(self, name)} is not positive; use 1 or more.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """A trained model, as its consumers need it; `params` are numpy arrays."""
+
+  params: dict
+  step: int
+  architecture: Architecture
+  objective: Objective
+  description: dict[str, Any]
+
+
+class Checkpoints:
+  """Writes and restores the training state of one run."""
+
+  def __init__(self, workdir: pathlib.Path, options: CheckpointOptions) -> None:
+    self._manager = ocp.CheckpointManager(
+      (workdir / FOLDER).absolute(),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=options.keep_last,
+        keep_period=options.keep_every or None,
+        enable_async_checkpointing=True,
+      ),
+    )
+    self._every_steps = options.every_steps
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest step that is stored whole."""
+    return self._manager.latest_step()
+
+  def is_due(self, step: int) -> bool:
+    """Whether a checkpoint belongs at this step."""
+    return step % self._every_steps == 0
+
+  def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
+    """Copies the state off the devices and writes it in the background; once per step."""
+    if step == self.latest_step:
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        opt_state=ocp.args.StandardSave(state.opt_state),
+        description=ocp.args.JsonSave(description),
+      ),
+    )
+
+  def restore(self, abstract: TrainState, description: dict[str, Any]) -> TrainState:
+    """Reads the newest state, onto the shapes and places of `abstract`.
+
+    Raises:
+      BadInput: it is of another architecture, or holds weights alone.
+    """
+    step = self.latest_step
+    stored = self._manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
+    mine, its = description['architecture'], stored.description['architecture']
+    changed = [f'{k} is {its.get(k)} there and {mine[k]} here' for k in mine if mine[k] != its.get(k)]
+    if changed:
+      raise BadInput(
+        f'{self._manager.directory} holds another model ({", ".join(changed)});'
+        ' give another --workdir, or the config it was trained with.'
+      )
+    if not (self._manager.directory / str(step) / 'opt_state').exists():
+      raise BadInput(
+        f'{self._manager.directory} holds weights without optimizer state, so training cannot go'
+        ' on from it; give another --workdir.'
+      )
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(abstract.params),
+        opt_state=ocp.args.StandardRestore(abstract.opt_state),
+      ),
+    )
+    count = jax.device_put(np.int32(step), abstract.step.sharding)
+    return TrainState(step=count, params=restored.params, opt_state=restored.opt_state)
+
+  def close(self) -> None:
+    """Waits until everything is on disk."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def describe(
+  architecture: Architecture, objective: Objective, **other: Any
+) -> dict[str, Any]:
+  """Returns the json description of a checkpoint."""
+  return {
+    'architecture': dataclasses.asdict(architecture),
+    'objective': dataclasses.asdict(objective),
+    **other,
+  }
+
+
+def load_weights(folder: pathlib.Path) -> Weights:
+  """Reads the newest parameters of a run's workdir (or of its checkpoints folder).
+
+  Raises:
+    BadInput: there is no checkpoint.
+  """
+  root = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+  steps = [int(p.name) for p in root.glob('*') if p.name.isdigit()] if root.is_dir() else []
+  steps = [step for step in steps if (root / str(step) / 'params').is_dir()]
+  if not steps:
+    raise BadInput(
+      f'--checkpoint={folder} holds no checkpoint; give the --workdir of a training run that has'
+      ' saved one.'
+    )
+  step = max(steps)
+  with ocp.CheckpointManager(root.absolute()) as manager:
+    stored = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
+    architecture = Architecture(**stored.description['architecture'])
+    _, abstract = mae.abstract_model(architecture)
+    # Consumers run on one device, whatever the mesh that wrote the file.
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract
+    )
+    restored = manager.restore(
+      step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+    )
+  return Weights(
+    params=jax.tree.map(np.asarray, restored.params),
+    step=step,
+    architecture=architecture,
+    objective=Objective(**stored.description['objective']),
+    description=stored.description,
+  )
+
+
+def save_weights(folder: pathlib.Path, params: dict, step: int, description: dict[str, Any]) -> None:
+  """Writes parameters alone as a checkpoint that `load_weights` reads.
+
+  Raises:
+    BadInput: the folder holds something already.
+  """
+  if folder.exists() and any(folder.iterdir()):
+    raise BadInput(f'--output={folder} is not empty; give a new folder.')
+  with ocp.CheckpointManager((folder / FOLDER).absolute()) as manager:
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params), description=ocp.args.JsonSave(description)
+      ),
+    )
+    manager.wait_until_finished()

@@ -1,0 +1,60 @@
+"""Trains: python -m dropmae_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=...].
+
+Exit status: 0 when the last step is reached, 2 for bad input, 75 when a signal stopped the run
+after a checkpoint (the same command goes on from there).
+"""
+
+import os
+import pathlib
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dropmae_jax import command_line, recipe
+from dropmae_jax.command_line import BadInput
+
+STOPPED = os.EX_TEMPFAIL
+
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='A file in configs/.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and reports go.')
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses the command line; what is wrong with it becomes one sentence."""
+  try:
+    rest = flags.FLAGS(argv)
+  except (AttributeError, KeyError) as error:
+    raise _unknown_override(argv) or error from error
+  except flags.Error as error:
+    raise BadInput(f'{str(error).strip().splitlines()[-1].strip()}') from error
+  if rest[1:]:
+    raise BadInput(f'argument {rest[1]!r} is not understood; fields are set as --config.FIELD=VALUE.')
+  return rest
+
+
+def _unknown_override(argv: list[str]) -> BadInput | None:
+  """Finds the first --config.FIELD that the recipe does not have."""
+  for argument in argv:
+    name = argument.lstrip('-').partition('=')[0]
+    if argument.startswith('--config.') and name.removeprefix('config.') not in recipe.known_fields():
+      return recipe.unknown_field(name.removeprefix('config.'))
+  return None
+
+
+def main(_: list[str]) -> int:
+  """Reads the config, trains, and returns the exit status."""
+  try:
+    config = _CONFIG.value
+    config.to_dict()
+  except OSError as error:
+    raise BadInput(f'--config cannot be read: {error}; configs/ has examples.') from error
+  checked = recipe.from_config(config)
+  logging.set_verbosity(logging.WARNING)
+  from dropmae_jax import train  # After the checks, which then answer at once.
+
+  return 0 if train.train(checked, pathlib.Path(_WORKDIR.value)) else STOPPED
+
+
+if __name__ == '__main__':
+  command_line.run(lambda: app.run(main, flags_parser=parse))

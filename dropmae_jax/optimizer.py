@@ -1,0 +1,69 @@
+"""AdamW as published: what decays, and the learning rate of every update."""
+
+import dataclasses
+
+import jax
+import optax
+
+# Position tables get no gradient and must not decay; AdamW then never moves them.
+FIXED = ('pos_embed', 'decoder_pos_embed')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+  """The defaults are the published recipe, but for `warmup_steps`, which is 40 epochs there.
+
+  Attributes:
+    base_learning_rate: per 256 pairs of the global batch.
+    min_learning_rate: at the last step.
+    warmup_steps: updates of linear warm-up, the first of which has a learning rate of 0.
+    weight_decay: of everything that is neither 1-D nor a position table.
+    beta1: decay of the first moment.
+    beta2: decay of the second moment.
+  """
+
+  base_learning_rate: float = 1.5e-4
+  min_learning_rate: float = 0.0
+  warmup_steps: int = 0
+  weight_decay: float = 0.05
+  beta1: float = 0.9
+  beta2: float = 0.95
+
+
+def learning_rate(
+  *, peak: float, floor: float, warmup_steps: float, num_steps: float
+) -> optax.Schedule:
+  """Returns the schedule: linear from 0 to the peak, then half a cosine down to the floor.
+
+  Args:
+    peak: largest learning rate.
+    floor: learning rate at `num_steps`.
+    warmup_steps: in the schedule's own unit, which may be fractional epochs.
+    num_steps: in the same unit, warm-up included.
+  """
+  # Optax's own join lets the cosine begin at the peak's step, as the published formula does.
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0, peak_value=peak, warmup_steps=warmup_steps, decay_steps=num_steps, end_value=floor
+  )
+
+
+def is_decayed(params: dict) -> dict:
+  """Marks what decays: every tensor of two or more dimensions but the fixed position tables.
+
+  The [1, 1, d] mask token and temporal embeddings are 3-D and do decay, as published.
+  """
+  return jax.tree.map_with_path(lambda path, leaf: leaf.ndim > 1 and path[-1].key not in FIXED, params)
+
+
+def adamw(
+  schedule: optax.Schedule, options: OptimizerOptions
+) -> optax.GradientTransformation:
+  """Returns AdamW with the published betas, epsilon and decay rule."""
+  return optax.adamw(
+    schedule,
+    b1=options.beta1,
+    b2=options.beta2,
+    eps=1e-8,
+    weight_decay=options.weight_decay,
+    mask=is_decayed,
+  )

@@ -1,0 +1,151 @@
+"""A ConfigDict, checked, as typed and immutable options: the only file that opens one.
+
+The options' dataclasses are the schema: a field that none of them has is refused by name.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import ml_collections
+
+from dropmae_jax import command_line, mae
+from dropmae_jax.checkpoint import CheckpointOptions
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.data import DataOptions
+from dropmae_jax.mae import Architecture, Objective
+from dropmae_jax.optimizer import OptimizerOptions
+
+DTYPES = ('float32', 'bfloat16')
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """A whole training run.
+
+  Attributes:
+    data_dir: what was given to tfds_kinetics as --data_dir.
+    dataset: TFDS name and config, such as 'kinetics_frames/folder'.
+    split: of the dataset.
+    seed: of everything that is random.
+    num_steps: optimizer updates in all.
+    batch_size: pairs per update, over all devices and micro-batches.
+    accumulation_steps: micro-batches that a batch is split into, to save memory.
+    dtype: of the matrix products; parameters are float32 always.
+    log_every: steps between two lines of metrics.
+    model: `size` of the size table, `image_size`, and any other field of `Architecture`.
+    objective: see `mae.Objective`.
+    data: see `data.DataOptions`.
+    optimizer: see `optimizer.OptimizerOptions`.
+    checkpoint: see `checkpoint.CheckpointOptions`.
+  """
+
+  data_dir: str
+  num_steps: int
+  batch_size: int
+  model: Architecture
+  dataset: str = 'kinetics_frames/folder'
+  split: str = 'train'
+  seed: int = 0
+  accumulation_steps: int = 1
+  dtype: str = 'bfloat16'
+  log_every: int = 20
+  objective: Objective = Objective()
+  data: DataOptions = DataOptions()
+  optimizer: OptimizerOptions = OptimizerOptions()
+  checkpoint: CheckpointOptions = CheckpointOptions()
+
+  def __post_init__(self) -> None:
+    for name in ('num_steps', 'batch_size', 'accumulation_steps', 'log_every'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} is not positive; use 1 or more.')
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f'seed={self.seed} is not in 0..2**32 - 1.')
+    if self.dtype not in DTYPES:
+      raise ValueError(f'dtype={self.dtype!r} is unknown; use one of {", ".join(DTYPES)}.')
+    if not 0 <= self.optimizer.warmup_steps < self.num_steps:
+      raise ValueError(
+        f'optimizer.warmup_steps={self.optimizer.warmup_steps} is not in'
+        f' 0..num_steps - 1 = {self.num_steps - 1}.'
+      )
+
+  @property
+  def peak_learning_rate(self) -> float:
+    """The base learning rate scaled by batch / 256."""
+    return self.optimizer.base_learning_rate * self.batch_size / 256
+
+
+MODEL_FIELDS = {'size': str, **typing.get_type_hints(Architecture)}
+
+
+def known_fields() -> list[str]:
+  """Lists the dotted names of all config fields."""
+  names = []
+  for name, kind in typing.get_type_hints(Recipe).items():
+    if name == 'model':
+      names += [f'model.{field}' for field in MODEL_FIELDS]
+    elif dataclasses.is_dataclass(kind):
+      names += [f'{name}.{field.name}' for field in dataclasses.fields(kind)]
+    else:
+      names.append(name)
+  return names
+
+
+def unknown_field(name: str) -> BadInput:
+  """Returns the refusal of a dotted config name, with the name that was probably meant."""
+  leaf = name.rpartition('.')[2]
+  same_leaf = [known for known in known_fields() if known.rpartition('.')[2] == leaf]
+  return BadInput(
+    f'config has no field {name!r}; {command_line.nearest(name, same_leaf or known_fields())}'
+  )
+
+
+def from_config(config: ml_collections.ConfigDict) -> Recipe:
+  """Checks a config and returns it as a recipe.
+
+  Raises:
+    BadInput: a field is unknown, missing, of a wrong type, or of an impossible value.
+  """
+  values = config.to_dict()
+  try:
+    return _options(Recipe, values, '')
+  except BadInput:
+    raise
+  except ValueError as error:
+    raise BadInput(f'config: {error}') from error
+
+
+def _options(cls: type, values: dict[str, Any], prefix: str) -> Any:
+  """Fills an options dataclass from the part of a config below `prefix`."""
+  kinds = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    if field.default is dataclasses.MISSING and field.name not in values:
+      raise BadInput(f'config lacks the field {prefix + field.name!r}, which has no default.')
+  arguments = {}
+  for name, value in values.items():
+    if name not in kinds:
+      raise unknown_field(prefix + name)
+    if kinds[name] is Architecture:
+      fields = _typed_fields(value, MODEL_FIELDS, f'{name}.')
+      arguments[name] = mae.architecture_of_size(**({'size': 'B'} | fields))
+    elif dataclasses.is_dataclass(kinds[name]):
+      if not isinstance(value, dict):
+        raise BadInput(f'config.{name}={value!r} should be a group of fields.')
+      arguments[name] = _options(kinds[name], value, f'{name}.')
+    else:
+      arguments[name] = _typed(value, kinds[name], prefix + name)
+  return cls(**arguments)
+
+
+def _typed_fields(values: dict[str, Any], kinds: dict[str, type], prefix: str) -> dict[str, Any]:
+  for name in values:
+    if name not in kinds:
+      raise unknown_field(prefix + name)
+  return {name: _typed(value, kinds[name], prefix + name) for name, value in values.items()}
+
+
+def _typed(value: Any, kind: type, name: str) -> Any:
+  fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+  if not fits or (isinstance(value, bool) and kind is not bool):
+    raise BadInput(f'config.{name}={value!r} is not of type {kind.__name__}.')
+  return kind(value)

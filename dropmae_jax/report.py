@@ -1,0 +1,156 @@
+"""What a run tells: progress on the terminal, log.txt, metrics.jsonl and TensorBoard scalars."""
+
+import json
+import logging
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+from dropmae_jax.train_step import Metrics
+
+_log = logging.getLogger('dropmae_jax')
+
+
+class NonFiniteLoss(RuntimeError):  # noqa: N818 - named after what is seen
+  """The loss became infinite or not a number; the message names the step."""
+
+
+class Report:
+  """Follows a training run; writes on the first process only, checks the loss on all.
+
+  Lines of metrics.jsonl: `step`, `loss`, `learning_rate`, `gradient_norm` of that step;
+  `pairs_per_second` and `data_wait` since the last line. `data_wait` is the share of time in
+  which the loop waited for a batch while the devices had nothing queued.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    first_step: int,
+    num_steps: int,
+    batch_size: int,
+    log_every: int,
+  ) -> None:
+    self._num_steps = num_steps
+    self._batch_size = batch_size
+    self._log_every = log_every
+    self._window: list[tuple[int, Metrics]] = []
+    self._writes = jax.process_index() == 0
+    self._show = tqdm.tqdm(
+      total=num_steps,
+      initial=first_step,
+      unit='step',
+      disable=not (self._writes and sys.stderr.isatty()),
+    )
+    if self._writes:
+      self._handlers = [logging.FileHandler(workdir / 'log.txt')]
+      if self._show.disable:
+        self._handlers.append(logging.StreamHandler(sys.stdout))
+      for handler in self._handlers:
+        handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+        _log.addHandler(handler)
+      _log.setLevel(logging.INFO)
+      _log.propagate = False  # absl would show every line a second time.
+      self._metrics = _open_metrics(workdir / 'metrics.jsonl', first_step)
+      self._scalars = tensorboardX.SummaryWriter(
+        str(workdir / 'tensorboard'), purge_step=first_step + 1 if first_step else None
+      )
+    self._restart_clock(first_step)
+
+  def _restart_clock(self, step: int) -> None:
+    self._clock_step, self._clock, self._waited = step, time.perf_counter(), 0.0
+
+  def say(self, text: str) -> None:
+    """Shows a line on the terminal and keeps it in log.txt."""
+    if self._writes:
+      self._show.clear()
+      if not self._show.disable:
+        tqdm.tqdm.write(text)
+      _log.info(text)
+
+  def compiled(self, step: int) -> None:
+    """Starts the clock anew after the first step, whose time is that of the compiler."""
+    self.say(f'first step, compilation included: {time.perf_counter() - self._clock:.1f} s')
+    self._restart_clock(step)
+
+  def waited_for_data(self, seconds: float) -> None:
+    """Adds time in which the devices had nothing to do for want of a batch."""
+    self._waited += seconds
+
+  def after_step(self, step: int, metrics: Metrics) -> None:
+    """Takes a step's metrics, which stay on the device until a line is due."""
+    self._window.append((step, metrics))
+    self._show.update()
+    if step % self._log_every == 0 or step == self._num_steps:
+      self._write_line(step)
+
+  def check_finite(self) -> None:
+    """Stops the run if a step since the last check had no finite loss.
+
+    Raises:
+      NonFiniteLoss: names the first such step.
+    """
+    losses = jax.device_get([metrics.loss for _, metrics in self._window])
+    for (step, _), loss in zip(self._window, losses, strict=True):
+      if not np.isfinite(loss):
+        raise NonFiniteLoss(
+          f'the loss of step {step} is {loss}; the last checkpoint is from before it. Lower'
+          ' config.optimizer.base_learning_rate or look at the data.'
+        )
+    self._window.clear()
+
+  def _write_line(self, step: int) -> None:
+    latest = jax.device_get(self._window[-1][1])
+    self.check_finite()
+    if not self._writes:
+      return
+    seconds = max(time.perf_counter() - self._clock, 1e-9)
+    row = {name: float(value) for name, value in latest._asdict().items()}
+    row['pairs_per_second'] = self._batch_size * (step - self._clock_step) / seconds
+    row['data_wait'] = self._waited / seconds
+    left = (self._num_steps - step) * seconds / max(step - self._clock_step, 1)
+    self._restart_clock(step)
+    self._metrics.write(json.dumps({'step': step, **row}) + '\n')
+    self._metrics.flush()
+    for name, value in row.items():
+      self._scalars.add_scalar(name, value, step)
+    text = (
+      f'loss {row["loss"]:.4f}  lr {row["learning_rate"]:.2e}  grad {row["gradient_norm"]:.3f}'
+      f'  {row["pairs_per_second"]:.1f} pairs/s  data wait {row["data_wait"]:.0%}'
+    )
+    self._show.set_postfix_str(text)
+    _log.info(f'step {step}/{self._num_steps}  {text}  left {left:.0f} s')
+
+  def close(self) -> None:
+    """Writes out and closes everything."""
+    self._show.close()
+    if self._writes:
+      self._metrics.close()
+      self._scalars.close()
+      for handler in self._handlers:
+        _log.removeHandler(handler)
+        handler.close()
+
+
+def _open_metrics(path: pathlib.Path, first_step: int):  # noqa: ANN202 - a text file
+  """Opens metrics.jsonl to append, without the lines of steps that are done anew."""
+  if path.exists():
+    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+    temporary = path.with_suffix('.partial')
+    temporary.write_text(''.join(f'{line}\n' for line in lines))
+    os.replace(temporary, path)
+  return path.open('a')
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError, TypeError):
+    return float('inf')  # A line that a kill cut short.

@@ -1,0 +1,179 @@
+"""Pre-training from a recipe: builds every part, then holds the loop."""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from types import FrameType
+
+import jax
+import jax.numpy as jnp
+
+from dropmae_jax import data, mae, optimizer, sharding
+from dropmae_jax.checkpoint import Checkpoints, describe
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.recipe import Recipe
+from dropmae_jax.report import Report
+from dropmae_jax.train_step import init_state, train_step
+
+
+class Interruption:
+  """Turns the first Ctrl-C or SIGTERM into a flag; a second one ends the process at once."""
+
+  signal_name: str | None = None
+
+  def _note(self, number: int, _: FrameType | None) -> None:
+    self.signal_name = signal.Signals(number).name
+    for each in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(each, signal.SIG_DFL)
+
+  @contextlib.contextmanager
+  def watched(self) -> Iterator[None]:
+    """Catches the signals inside, and gives the old handlers back."""
+    old = {each: signal.signal(each, self._note) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+      yield
+    finally:
+      for each, handler in old.items():
+        signal.signal(each, handler)
+
+
+def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
+  """Trains to `recipe.num_steps`, going on from the newest checkpoint of `workdir` if there is one.
+
+  Args:
+    recipe: what to do.
+    workdir: where checkpoints and reports are written; made if it is not there.
+
+  Returns:
+    Whether the last step was reached; if not, a signal stopped the run after a checkpoint.
+
+  Raises:
+    BadInput: the data are not there, the batch does not fit the devices, or the workdir holds
+      another model.
+    NonFiniteLoss: training diverged.
+  """
+  interruption = Interruption()
+  with interruption.watched():
+    return _train(recipe, workdir, interruption)
+
+
+def _train(recipe: Recipe, workdir: pathlib.Path, interruption: Interruption) -> bool:
+  mesh = sharding.make_mesh()
+  try:
+    sharding.check_batch(recipe.batch_size, recipe.accumulation_steps, mesh)
+  except ValueError as error:
+    raise BadInput(f'config: {error}') from error
+  videos = data.open_dataset(recipe.data_dir, recipe.dataset, recipe.split)
+  steps_per_epoch = max(len(videos) // recipe.batch_size, 1)
+
+  graphdef, _ = mae.abstract_model(recipe.model, dtype=jnp.dtype(recipe.dtype))
+  schedule = optimizer.learning_rate(
+    peak=recipe.peak_learning_rate,
+    floor=recipe.optimizer.min_learning_rate,
+    warmup_steps=recipe.optimizer.warmup_steps,
+    num_steps=recipe.num_steps,
+  )
+  tx = optimizer.adamw(schedule, recipe.optimizer)
+  place = sharding.state_sharding(mesh)
+  init = partial(init_state, architecture=recipe.model, tx=tx)
+  init_key, data_seed, seed_key = _seeds(recipe.seed)
+  description = describe(
+    recipe.model,
+    recipe.objective,
+    frame_gap=recipe.data.frame_gap,
+    steps_per_epoch=steps_per_epoch,
+    config=dataclasses.asdict(recipe),
+  )
+  step_fn = jax.jit(
+    partial(
+      train_step,
+      graphdef=graphdef,
+      tx=tx,
+      schedule=schedule,
+      objective=recipe.objective,
+      shared_flip=recipe.data.shared_augmentation,
+      accumulation_steps=recipe.accumulation_steps,
+    ),
+    donate_argnames='state',
+    in_shardings=(place, sharding.batch_sharding(mesh), place),
+    out_shardings=place,
+  )
+
+  workdir.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    checkpoints = Checkpoints(workdir, recipe.checkpoint)
+    stack.callback(checkpoints.close)
+    first_step = checkpoints.latest_step or 0
+    if checkpoints.latest_step is None:
+      state = jax.jit(init, out_shardings=place)(init_key)
+    else:
+      abstract = sharding.abstract_on(mesh, jax.eval_shape(init, init_key))
+      state = checkpoints.restore(abstract, description)
+    report = Report(
+      workdir,
+      first_step=first_step,
+      num_steps=recipe.num_steps,
+      batch_size=recipe.batch_size,
+      log_every=recipe.log_every,
+    )
+    stack.callback(report.close)
+    report.say(
+      f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(videos)} videos,'
+      f' {steps_per_epoch} steps per epoch, {mesh.size} x {jax.devices()[0].device_kind}'
+    )
+    if first_step:
+      report.say(f'going on after step {first_step} of {recipe.num_steps}')
+    if first_step >= recipe.num_steps:
+      return True
+    batches = stack.enter_context(
+      contextlib.closing(
+        data.pair_batches(
+          videos,
+          recipe.data,
+          image_size=recipe.model.image_size,
+          batch_size=recipe.batch_size,
+          seed=data_seed,
+          first_step=first_step,
+          host=jax.process_index(),
+          num_hosts=jax.process_count(),
+        )
+      )
+    )
+    seed_key = jax.device_put(seed_key, place)
+    stack.enter_context(jax.transfer_guard('disallow'))
+
+    previous = None
+    for step in range(first_step + 1, recipe.num_steps + 1):
+      asked = time.perf_counter()
+      batch = next(batches)
+      if previous is not None and previous.loss.is_ready():
+        report.waited_for_data(time.perf_counter() - asked)
+      state, metrics = step_fn(state, sharding.to_devices(batch['frames'], mesh), seed_key)
+      # At most two steps are under way, so that memory and signals are not held up.
+      jax.block_until_ready(metrics if previous is None else previous)
+      if previous is None:
+        report.compiled(step)
+      previous = metrics
+      report.after_step(step, metrics)
+      stopped = interruption.signal_name is not None
+      if checkpoints.is_due(step) or stopped or step == recipe.num_steps:
+        report.check_finite()
+        checkpoints.save(step, state, description)
+      if stopped:
+        checkpoints.close()
+        report.say(
+          f'{interruption.signal_name}: saved at step {step} of {recipe.num_steps};'
+          ' the same command goes on from there'
+        )
+        return step == recipe.num_steps
+    return True
+
+
+def _seeds(seed: int) -> tuple[jax.Array, int, jax.Array]:
+  """Derives the seeds of initial parameters, of the data, and of the steps."""
+  init_key, data_key, step_key = jax.random.split(jax.random.key(seed), 3)
+  return init_key, int(jax.random.bits(data_key)), step_key
