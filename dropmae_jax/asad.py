@@ -55,9 +55,7 @@ def sampling_weights(logits: Float[Array, 'b f m i j']) -> Float[Array, 'b f m i
   return candidates / candidates.sum(axis=-1, keepdims=True) * best_match
 
 
-def smallest(
-  values: Float[Array, 'b f m i n'], count: int
-) -> Bool[Array, 'b f m i n']:
+def smallest(values: Float[Array, 'b f m i n'], count: int) -> Bool[Array, 'b f m i n']:
   """Marks exactly the `count` smallest values of every (sample, head); ties by position.
 
   A bisection over bit patterns finds the threshold: non-negative floats order as their bits do,

@@ -95,9 +95,13 @@ class Checkpoints:
       BadInput: it is of another architecture, or holds weights alone.
     """
     step = self.latest_step
-    stored = self._manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
+    stored = self._manager.restore(
+      step, args=ocp.args.Composite(description=ocp.args.JsonRestore())
+    )
     mine, its = description['architecture'], stored.description['architecture']
-    changed = [f'{k} is {its.get(k)} there and {mine[k]} here' for k in mine if mine[k] != its.get(k)]
+    changed = [
+      f'{k} is {its.get(k)} there and {mine[k]} here' for k in mine if mine[k] != its.get(k)
+    ]
     if changed:
       raise BadInput(
         f'{self._manager.directory} holds another model ({", ".join(changed)});'
@@ -124,9 +128,7 @@ class Checkpoints:
     self._manager.close()
 
 
-def describe(
-  architecture: Architecture, objective: Objective, **other: Any
-) -> dict[str, Any]:
+def describe(architecture: Architecture, objective: Objective, **other: Any) -> dict[str, Any]:
   """Returns the json description of a checkpoint."""
   return {
     'architecture': dataclasses.asdict(architecture),
@@ -171,7 +173,9 @@ def load_weights(folder: pathlib.Path) -> Weights:
   )
 
 
-def save_weights(folder: pathlib.Path, params: dict, step: int, description: dict[str, Any]) -> None:
+def save_weights(
+  folder: pathlib.Path, params: dict, step: int, description: dict[str, Any]
+) -> None:
   """Writes parameters alone as a checkpoint that `load_weights` reads.
 
   Raises:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
-class BadInput(ValueError):  # noqa: N818 - an answer to the user, not a failure of ours
+class BadInput(ValueError):
   """Input that the user can mend; the message names the value and the remedy in one sentence."""
 
 

@@ -49,7 +49,9 @@ class DataOptions:
         ' use 2 or more (published: 50).'
       )
     if self.resize not in augment.RESIZES:
-      raise ValueError(f'resize={self.resize!r} is unknown; use one of {", ".join(augment.RESIZES)}.')
+      raise ValueError(
+        f'resize={self.resize!r} is unknown; use one of {", ".join(augment.RESIZES)}.'
+      )
     for name in ('num_workers', 'num_threads'):
       if getattr(self, name) < 0:
         raise ValueError(f'{name}={getattr(self, name)} is negative; use 0 or more.')
@@ -107,9 +109,13 @@ def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> TfdsVideo
     BadInput: it is not there; names the command that builds it.
   """
   root = pathlib.Path(data_dir)
-  versions = [root] if (root / 'dataset_info.json').exists() else sorted(
-    (info.parent for info in (root / dataset).glob('*/dataset_info.json')),
-    key=lambda folder: [int(part) for part in folder.name.split('.') if part.isdigit()],
+  versions = (
+    [root]
+    if (root / 'dataset_info.json').exists()
+    else sorted(
+      (info.parent for info in (root / dataset).glob('*/dataset_info.json')),
+      key=lambda folder: [int(part) for part in folder.name.split('.') if part.isdigit()],
+    )
   )
   if not versions:
     config = dataset.rpartition('/')[2]

@@ -106,8 +106,7 @@ class Objective:
       )
     if self.masking not in masking.MASKING_SCHEMES:
       raise ValueError(
-        f'masking={self.masking!r} is unknown; choose one of'
-        f' {", ".join(masking.MASKING_SCHEMES)}.'
+        f'masking={self.masking!r} is unknown; choose one of {", ".join(masking.MASKING_SCHEMES)}.'
       )
 
 
@@ -153,9 +152,7 @@ class MaskedAutoencoder(nnx.Module):
     self.decoder_norm = vit.layer_norm(a.decoder_width, rngs=rngs)
     self.decoder_pred = vit.linear(a.decoder_width, a.patch_values, dtype=dtype, rngs=rngs)
 
-  def encode(
-    self, patch_vectors: Float[Array, 'b l p'], masked: Masking
-  ) -> Float[Array, 'b k d']:
+  def encode(self, patch_vectors: Float[Array, 'b l p'], masked: Masking) -> Float[Array, 'b k d']:
     """Returns the latents of the visible patches, in the masking's order; only they are embedded."""
     code = _frame_codes(self.pos_embed, self.temporal_pos_embed_x, self.temporal_pos_embed_z)
     tokens = self.patch_embed(masking.select(patch_vectors, masked.visible))

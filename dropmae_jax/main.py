@@ -29,7 +29,9 @@ def parse(argv: list[str]) -> list[str]:
   except flags.Error as error:
     raise BadInput(f'{str(error).strip().splitlines()[-1].strip()}') from error
   if rest[1:]:
-    raise BadInput(f'argument {rest[1]!r} is not understood; fields are set as --config.FIELD=VALUE.')
+    raise BadInput(
+      f'argument {rest[1]!r} is not understood; fields are set as --config.FIELD=VALUE.'
+    )
   return rest
 
 
@@ -37,7 +39,9 @@ def _unknown_override(argv: list[str]) -> BadInput | None:
   """Finds the first --config.FIELD that the recipe does not have."""
   for argument in argv:
     name = argument.lstrip('-').partition('=')[0]
-    if argument.startswith('--config.') and name.removeprefix('config.') not in recipe.known_fields():
+    if (
+      argument.startswith('--config.') and name.removeprefix('config.') not in recipe.known_fields()
+    ):
       return recipe.unknown_field(name.removeprefix('config.'))
   return None
 

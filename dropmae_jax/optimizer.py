@@ -43,7 +43,11 @@ def learning_rate(
   """
   # Optax's own join lets the cosine begin at the peak's step, as the published formula does.
   return optax.warmup_cosine_decay_schedule(
-    init_value=0.0, peak_value=peak, warmup_steps=warmup_steps, decay_steps=num_steps, end_value=floor
+    init_value=0.0,
+    peak_value=peak,
+    warmup_steps=warmup_steps,
+    decay_steps=num_steps,
+    end_value=floor,
   )
 
 
@@ -52,12 +56,12 @@ def is_decayed(params: dict) -> dict:
 
   The [1, 1, d] mask token and temporal embeddings are 3-D and do decay, as published.
   """
-  return jax.tree.map_with_path(lambda path, leaf: leaf.ndim > 1 and path[-1].key not in FIXED, params)
+  return jax.tree.map_with_path(
+    lambda path, leaf: leaf.ndim > 1 and path[-1].key not in FIXED, params
+  )
 
 
-def adamw(
-  schedule: optax.Schedule, options: OptimizerOptions
-) -> optax.GradientTransformation:
+def adamw(schedule: optax.Schedule, options: OptimizerOptions) -> optax.GradientTransformation:
   """Returns AdamW with the published betas, epsilon and decay rule."""
   return optax.adamw(
     schedule,

@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from dropmae_jax.train_step import Metrics
 _log = logging.getLogger('dropmae_jax')
 
 
-class NonFiniteLoss(RuntimeError):  # noqa: N818 - named after what is seen
+class NonFiniteLoss(RuntimeError):
   """The loss became infinite or not a number; the message names the step."""
 
 
@@ -139,7 +140,7 @@ class Report:
         handler.close()
 
 
-def _open_metrics(path: pathlib.Path, first_step: int):  # noqa: ANN202 - a text file
+def _open_metrics(path: pathlib.Path, first_step: int) -> TextIO:
   """Opens metrics.jsonl to append, without the lines of steps that are done anew."""
   if path.exists():
     lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]

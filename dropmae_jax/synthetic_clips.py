@@ -84,7 +84,10 @@ MOTIONS = {
   'bouncing': lambda u, v, t: (_bounce(u + 5 * t), _bounce(v + 3 * t)),
   'orbiting': lambda u, v, t: (np.cos(u + 4 * t), np.sin(u + 4 * t) * np.cos(v)),
   'swaying': lambda u, v, t: (np.sin(u + 6 * t), np.sin(v) + 0.3 * np.sin(u + 3 * t)),
-  'drifting': lambda u, v, t: (np.cos(u) + (t - 0.5) * np.cos(v), np.sin(u) + (t - 0.5) * np.sin(v)),
+  'drifting': lambda u, v, t: (
+    np.cos(u) + (t - 0.5) * np.cos(v),
+    np.sin(u) + (t - 0.5) * np.sin(v),
+  ),
 }
 
 

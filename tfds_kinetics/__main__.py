@@ -24,8 +24,12 @@ def _arguments() -> argparse.Namespace:
     '--data_dir', required=True, type=pathlib.Path, help='TFDS data directory to write to'
   )
   parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes (all cores)')
-  parser.add_argument('--short_side', type=int, default=defaults.short_side, help='pixels (%(default)s)')
-  parser.add_argument('--jpeg_quality', type=int, default=defaults.jpeg_quality, help='(%(default)s)')
+  parser.add_argument(
+    '--short_side', type=int, default=defaults.short_side, help='pixels (%(default)s)'
+  )
+  parser.add_argument(
+    '--jpeg_quality', type=int, default=defaults.jpeg_quality, help='(%(default)s)'
+  )
   parser.add_argument(
     '--max_damage',
     type=float,

@@ -32,11 +32,11 @@ _log = logging.getLogger('tfds_kinetics')
 _stop_event: Any = None
 
 
-class BadInput(ValueError):  # noqa: N818 - an answer to the user
+class BadInput(ValueError):
   """Input that the user can mend; the message names the value and the remedy."""
 
 
-class Stopped(Exception):  # noqa: N818 - not a failure
+class Stopped(Exception):
   """The build was interrupted; what is finished is kept."""
 
 
@@ -51,9 +51,7 @@ def _work(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None:
   return shards.write_shard(job, folder, _stop_event.is_set)
 
 
-def plan(
-  collection: VideoCollection, root: pathlib.Path, options: FrameOptions
-) -> list[ShardJob]:
+def plan(collection: VideoCollection, root: pathlib.Path, options: FrameOptions) -> list[ShardJob]:
   """Lists the shards to write.
 
   Raises:
@@ -72,7 +70,9 @@ def plan(
       f'--videos={root} holds no video; files that end in .mp4, .mkv, .avi, .webm and the like'
       ' are looked for in it and its subfolders.'
     )
-  return [job for split, found in videos.items() for job in shards.shard_jobs(root, split, found, options)]
+  return [
+    job for split, found in videos.items() for job in shards.shard_jobs(root, split, found, options)
+  ]
 
 
 def build(
@@ -137,9 +137,7 @@ def _reuse(target: pathlib.Path, fingerprint: str) -> pathlib.Path:
   return target
 
 
-def _write_shards(
-  jobs: list[ShardJob], folder: pathlib.Path, workers: int
-) -> list[dict[str, Any]]:
+def _write_shards(jobs: list[ShardJob], folder: pathlib.Path, workers: int) -> list[dict[str, Any]]:
   """Writes the shards that are not there yet, all processes at work."""
   tables = {job: table for job in jobs if (table := shards.finished_table(job, folder))}
   left = [job for job in jobs if job not in tables]
@@ -165,7 +163,12 @@ def _write_shards(
         bar.update(len(job.videos))
         _log.info(
           'shard %d of %d: %s-%05d, %d videos, %d skipped',
-          len(tables), len(jobs), job.split, job.number, len(table['videos']), len(table['skipped']),
+          len(tables),
+          len(jobs),
+          job.split,
+          job.number,
+          len(table['videos']),
+          len(table['skipped']),
         )
     except KeyboardInterrupt:
       stop.set()

@@ -86,13 +86,13 @@ def _videos_below(root: pathlib.Path, folder: pathlib.Path) -> list[Video]:
         path = pathlib.Path(place, name)
         classes = path.relative_to(folder).parts[:-1]
         size = path.stat().st_size if path.exists() else 0
-        videos.append(
-          Video(path.relative_to(root).as_posix(), classes[0] if classes else '', size)
-        )
+        videos.append(Video(path.relative_to(root).as_posix(), classes[0] if classes else '', size))
   return sorted(videos, key=lambda video: video.path)
 
 
-def shard_jobs(root: pathlib.Path, split: str, videos: list[Video], options: FrameOptions) -> list[ShardJob]:
+def shard_jobs(
+  root: pathlib.Path, split: str, videos: list[Video], options: FrameOptions
+) -> list[ShardJob]:
   """Deals the videos of a split out to shards, in a fixed random order that mixes the classes."""
   order = random.Random(0).sample(videos, len(videos))
   count = max(-(-len(order) // VIDEOS_PER_SHARD), min(len(order), LEAST_SHARDS))
@@ -102,7 +102,9 @@ def shard_jobs(root: pathlib.Path, split: str, videos: list[Video], options: Fra
   ]
 
 
-def write_shard(job: ShardJob, folder: pathlib.Path, stopped: Callable[[], bool]) -> dict[str, Any] | None:
+def write_shard(
+  job: ShardJob, folder: pathlib.Path, stopped: Callable[[], bool]
+) -> dict[str, Any] | None:
   """Writes a shard and its table, unless they are there; returns the table.
 
   The table: {'fingerprint', 'bytes', 'videos': [{'path', 'label', 'frames'}], 'skipped':
@@ -130,7 +132,7 @@ def write_shard(job: ShardJob, folder: pathlib.Path, stopped: Callable[[], bool]
       jpegs = read_jpegs(os.path.join(job.root, video.path), job.options)
     except UnusableVideo as reason:
       skipped.append({'path': video.path, 'reason': str(reason)})
-    except Exception as error:  # noqa: BLE001 - no video may stop a build
+    except Exception as error:  # No video may stop a build.
       skipped.append({'path': video.path, 'reason': f'{type(error).__name__}: {error}'})
     else:
       for jpeg in jpegs:

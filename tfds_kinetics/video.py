@@ -11,7 +11,7 @@ import simplejpeg
 av.logging.set_level(av.logging.PANIC)
 
 
-class UnusableVideo(Exception):  # noqa: N818 - a verdict on the video
+class UnusableVideo(Exception):
   """The video is not taken into the dataset; the message says why."""
 
 
@@ -43,7 +43,10 @@ def _encode(frame: av.VideoFrame, options: FrameOptions) -> bytes:
   width, height = stored_size(frame.width, frame.height, options.short_side)
   pixels = frame.reformat(width, height, 'rgb24', interpolation='BICUBIC').to_ndarray()
   return simplejpeg.encode_jpeg(
-    np.ascontiguousarray(pixels), quality=options.jpeg_quality, colorspace='RGB', colorsubsampling='420'
+    np.ascontiguousarray(pixels),
+    quality=options.jpeg_quality,
+    colorspace='RGB',
+    colorsubsampling='420',
   )
 
 
