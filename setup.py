@@ -5,7 +5,7 @@ from setuptools import setup
 setup(
   name='dropmae_jax',
   version='0.1.0',
-  description='DropMAE in JAX: masked autoencoding of video frame pairs with spatial-attention dropout',
+  description='DropMAE in JAX: masked autoencoding of frame pairs with attention dropout',
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=['dropmae_jax', 'tfds_kinetics', 'configs'],

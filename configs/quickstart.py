@@ -1,7 +1,7 @@
-"""A tiny model on generated clips, for a CPU of two cores: what `make quickstart` trains.
+r"""A tiny model on generated clips, for a CPU of two cores: what `make quickstart` trains.
 
 python -m dropmae_jax.synthetic_clips --output=runs/quickstart/clips
-python -m tfds_kinetics --config=folder --videos=runs/quickstart/clips \\
+python -m tfds_kinetics --config=folder --videos=runs/quickstart/clips \
         --data_dir=runs/quickstart/data
 python -m dropmae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """

@@ -1,7 +1,7 @@
-"""ViT-B/16 on a folder of your own videos, on one device: a start to change fields of.
+r"""ViT-B/16 on a folder of your own videos, on one device: a start to change fields of.
 
     python -m tfds_kinetics --config=folder --videos=VIDEOS --data_dir=data
-    python -m dropmae_jax.main --config=configs/video_folder.py --workdir=runs/mine \\
+    python -m dropmae_jax.main --config=configs/video_folder.py --workdir=runs/mine \
         --config.num_steps=20000 --config.batch_size=256
 
 The learning rate follows the batch size by itself. Hours and results: not yet run at this size.

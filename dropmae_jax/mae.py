@@ -153,7 +153,7 @@ class MaskedAutoencoder(nnx.Module):
     self.decoder_pred = vit.linear(a.decoder_width, a.patch_values, dtype=dtype, rngs=rngs)
 
   def encode(self, patch_vectors: Float[Array, 'b l p'], masked: Masking) -> Float[Array, 'b k d']:
-    """Returns the latents of the visible patches, in the masking's order; only they are embedded."""
+    """Returns the latents of the visible patches in the masking's order; no other is embedded."""
     code = _frame_codes(self.pos_embed, self.temporal_pos_embed_x, self.temporal_pos_embed_z)
     tokens = self.patch_embed(masking.select(patch_vectors, masked.visible))
     tokens = tokens + masking.select(code, masked.visible)

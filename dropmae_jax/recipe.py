@@ -50,10 +50,10 @@ class Recipe:
   accumulation_steps: int = 1
   dtype: str = 'bfloat16'
   log_every: int = 20
-  objective: Objective = Objective()
-  data: DataOptions = DataOptions()
-  optimizer: OptimizerOptions = OptimizerOptions()
-  checkpoint: CheckpointOptions = CheckpointOptions()
+  objective: Objective = dataclasses.field(default_factory=Objective)
+  data: DataOptions = dataclasses.field(default_factory=DataOptions)
+  optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+  checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
 
   def __post_init__(self) -> None:
     for name in ('num_steps', 'batch_size', 'accumulation_steps', 'log_every'):
@@ -119,7 +119,8 @@ def _options(cls: type, values: dict[str, Any], prefix: str) -> Any:
   """Fills an options dataclass from the part of a config below `prefix`."""
   kinds = typing.get_type_hints(cls)
   for field in dataclasses.fields(cls):
-    if field.default is dataclasses.MISSING and field.name not in values:
+    required = field.default is field.default_factory is dataclasses.MISSING
+    if required and field.name not in values:
       raise BadInput(f'config lacks the field {prefix + field.name!r}, which has no default.')
   arguments = {}
   for name, value in values.items():

@@ -172,7 +172,8 @@ def write_clips(output: pathlib.Path, options: ClipOptions) -> int:
   if output.exists():
     if not description.exists() or description.read_text() != described:
       raise BadInput(
-        f'--output={output} holds something other than these clips; remove it or name another folder.'
+        f'--output={output} holds something other than these clips;'
+        ' remove it or name another folder.'
       )
     return 0
   staging = output.with_name(f'{output.name}.partial')

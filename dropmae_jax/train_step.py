@@ -33,7 +33,7 @@ class StepKeys(NamedTuple):
 
 
 class Metrics(NamedTuple):
-  """What one update tells: the mean loss of its micro-batches, and of their mean gradient the norm."""
+  """What one update tells: the batch's mean loss, and the norm of its gradient."""
 
   loss: Float[Array, '']
   learning_rate: Float[Array, '']
