@@ -70,7 +70,7 @@ def smallest(values: Float[Array, 'b f m i n'], count: int) -> Bool[Array, 'b f 
   def total(marks: Array) -> Int[Array, 'b 1 m 1 1']:
     return marks.sum(axis=(1, 3, 4), keepdims=True, dtype=jnp.int32)
 
-  def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+  def halve(_: int | Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
     low, high = bounds
     middle = low + (high - low) // 2
     enough = total(bits <= middle) >= count

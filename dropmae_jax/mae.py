@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from dropmae_jax import attention, masking, patches, position, vit
@@ -124,7 +125,7 @@ class MaskedAutoencoder(nnx.Module):
   """
 
   def __init__(
-    self, architecture: Architecture, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+    self, architecture: Architecture, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
   ) -> None:
     a = architecture
     self.architecture = architecture
@@ -238,7 +239,7 @@ def pretraining_loss(
 
 
 def abstract_model(
-  architecture: Architecture, *, dtype: jnp.dtype = jnp.float32
+  architecture: Architecture, *, dtype: DTypeLike = jnp.float32
 ) -> tuple[nnx.GraphDef, dict]:
   """Returns the graph and the shapes of the parameters, without making any.
 

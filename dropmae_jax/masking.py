@@ -62,7 +62,7 @@ def is_masked(masking: Masking) -> Bool[Array, 'b l']:
 
 
 def select(
-  tokens: Float[Array, 'b l d'] | Float[Array, '1 l d'], indices: Int[Array, 'b k']
+  tokens: Float[Array, '#b l d'], indices: Int[Array, 'b k']
 ) -> Float[Array, 'b k d']:
   """Gathers the tokens at `indices`; a table of batch 1 serves every sample."""
   return jnp.take_along_axis(tokens, indices[..., None], axis=1)

@@ -4,6 +4,7 @@ One axis so far, `data`: batches are split over it, the state is whole on every 
 belong here and nowhere else.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def make_mesh() -> Mesh:
-  """Returns a mesh of all devices of all processes."""
-  return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns a mesh of the given devices, or of all devices of all processes."""
+  devices = devices or jax.devices()
+  return jax.make_mesh((len(devices),), ('data',), devices=devices, axis_types=(AxisType.Auto,))
 
 
 def state_sharding(mesh: Mesh) -> NamedSharding:

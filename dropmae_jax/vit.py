@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dropmae_jax.attention import Attention
@@ -37,7 +38,7 @@ SIZES = {
 }
 
 
-def linear(inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
   """Returns a linear layer with Xavier-uniform weights and zero bias."""
   initial = nnx.initializers.xavier_uniform()
   return nnx.Linear(inputs, outputs, kernel_init=initial, dtype=dtype, rngs=rngs)
@@ -51,10 +52,10 @@ def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
 class PatchEmbed(nnx.Module):
   """Projects patch vectors to tokens: the method's strided convolution as a matrix product."""
 
-  def __init__(self, patch_values: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+  def __init__(self, patch_values: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
     bound = patch_values**-0.5
 
-    def uniform_bias(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    def uniform_bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
       return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     self.proj = nnx.Linear(
@@ -73,7 +74,7 @@ class PatchEmbed(nnx.Module):
 class SelfAttention(nnx.Module):
   """Projections around an attention function; the fused one is laid out [q | k | v], head-major."""
 
-  def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+  def __init__(self, width: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
     self.num_heads = num_heads
     self.qkv = linear(width, 3 * width, dtype=dtype, rngs=rngs)
     self.proj = linear(width, width, dtype=dtype, rngs=rngs)
@@ -88,7 +89,7 @@ class SelfAttention(nnx.Module):
 class Mlp(nnx.Module):
   """Two linear layers around an exact (erf) GELU."""
 
-  def __init__(self, width: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+  def __init__(self, width: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
     self.fc1 = linear(width, hidden, dtype=dtype, rngs=rngs)
     self.fc2 = linear(hidden, width, dtype=dtype, rngs=rngs)
 
@@ -100,7 +101,7 @@ class Block(nnx.Module):
   """A pre-norm transformer block; which attention it uses is the caller's choice."""
 
   def __init__(
-    self, width: int, num_heads: int, mlp_ratio: float, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    self, width: int, num_heads: int, mlp_ratio: float, *, dtype: DTypeLike, rngs: nnx.Rngs
   ) -> None:
     self.norm1 = layer_norm(width, rngs=rngs)
     self.attn = SelfAttention(width, num_heads, dtype=dtype, rngs=rngs)

@@ -36,7 +36,7 @@ def architecture_of(config: dict) -> mae.Architecture:
     decoder_width=config['decoder_embed_dim'],
     decoder_depth=config['decoder_depth'],
     decoder_num_heads=config['decoder_num_heads'],
-    mlp_ratio=config['mlp_ratio'],
+    mlp_ratio=float(config['mlp_ratio']),
   )
 
 

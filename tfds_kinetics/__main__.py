@@ -1,4 +1,4 @@
-"""Builds a dataset of frames: python -m tfds_kinetics --config=NAME --videos=ROOT --data_dir=OUT."""
+"""Builds a dataset: python -m tfds_kinetics --config=NAME --videos=ROOT --data_dir=OUT."""
 
 import argparse
 import logging

@@ -1,0 +1,107 @@
+"""Fixtures that are expensive and shared: clips, their dataset, a trained run, the goldens."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+from absl import flags
+
+# Shapes in signatures are checked in tests only, and several devices are there to shard over.
+jaxtyping.install_import_hook('dropmae_jax', 'typecheck.check')
+jax.config.update('jax_num_cpu_devices', 4)
+# Grain's worker processes read absl flags, which a command line would have parsed.
+flags.FLAGS.mark_as_parsed()
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / 'tests' / 'golden'
+
+# A model that compiles in seconds; 32 pixels are 16 tokens per frame, so P = 0.2 drops 96 pairs.
+TINY = [
+  '--config.model.size=XXS',
+  '--config.model.image_size=32',
+  '--config.model.decoder_width=32',
+  '--config.model.decoder_depth=2',
+  '--config.model.decoder_num_heads=2',
+  '--config.objective.attention_dropout=0.2',
+  '--config.data.frame_gap=5',
+  '--config.data.num_threads=0',
+  '--config.batch_size=4',
+  '--config.optimizer.warmup_steps=2',
+  '--config.log_every=1',
+]
+
+
+@pytest.fixture(scope='session')
+def golden():
+  """Loads a recorded file by its stem."""
+
+  def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f'{name}.npz') as arrays:
+      return dict(arrays)
+
+  return load
+
+
+def run_python(*arguments, timeout: int = 300) -> subprocess.CompletedProcess:
+  """Runs a command of the project as a user does, on one device."""
+  return subprocess.run(
+    [sys.executable, *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1'},
+    check=False,
+  )
+
+
+def train_arguments(data_dir, workdir, *more) -> list:
+  """The command line of a tiny training run."""
+  return [
+    '-m',
+    'dropmae_jax.main',
+    '--config=configs/quickstart.py',
+    f'--workdir={workdir}',
+    f'--config.data_dir={data_dir}',
+    *TINY,
+    *more,
+  ]
+
+
+@pytest.fixture(scope='session')
+def clips(tmp_path_factory) -> pathlib.Path:
+  """Six training and two validation clips of eight frames, and a broken file among them."""
+  output = tmp_path_factory.mktemp('videos') / 'clips'
+  done = run_python(
+    '-m', 'dropmae_jax.synthetic_clips', f'--output={output}', '--train=6', '--val=2',
+    '--frames=8', '--height=48', '--width=64',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  (output / 'train' / 'bouncing' / 'broken.mp4').write_bytes(b'not a video')
+  return output
+
+
+@pytest.fixture(scope='session')
+def data_dir(clips, tmp_path_factory) -> pathlib.Path:
+  """The dataset of `clips`."""
+  output = tmp_path_factory.mktemp('data')
+  done = run_python(
+    '-m', 'tfds_kinetics', '--config=folder', f'--videos={clips}', f'--data_dir={output}',
+    '--workers=2',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return output
+
+
+@pytest.fixture(scope='session')
+def trained(data_dir, tmp_path_factory) -> pathlib.Path:
+  """The workdir of eight steps without a stop."""
+  workdir = tmp_path_factory.mktemp('runs') / 'trained'
+  done = run_python(*train_arguments(data_dir, workdir, '--config.num_steps=8'))
+  assert done.returncode == 0, done.stderr
+  return workdir
