@@ -10,7 +10,7 @@ import pathlib
 import resource
 import signal
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import cv2
 import grain
@@ -22,6 +22,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from dropmae_jax import augment
 from dropmae_jax.command_line import BadInput
+
+# More than any run takes; grain's own endless repeat overflows for one video and one host.
+EPOCHS = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ class DataOptions:
         raise ValueError(f'{name}={getattr(self, name)} is negative; use 0 or more.')
 
 
+@runtime_checkable
 class VideoSource(Protocol):
   """What the pipeline needs of a dataset: videos by number, frames by number."""
 
@@ -213,7 +217,7 @@ def pair_batches(
     grain.MapDataset.range(len(videos))
     .seed(seed)
     .shuffle()
-    .repeat()
+    .repeat(EPOCHS)
     .random_map(FramePair(videos, options, image_size))
   )
   batches = pairs[host::num_hosts].batch(batch_size // num_hosts)[first_step:]

@@ -25,7 +25,7 @@ def parse(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
-    raise _unknown_override(argv) or error from error
+    raise _misplaced_override(argv, str(error)) from error
   except flags.Error as error:
     raise BadInput(f'{str(error).strip().splitlines()[-1].strip()}') from error
   if rest[1:]:
@@ -35,15 +35,15 @@ def parse(argv: list[str]) -> list[str]:
   return rest
 
 
-def _unknown_override(argv: list[str]) -> BadInput | None:
-  """Finds the first --config.FIELD that the recipe does not have."""
-  for argument in argv:
-    name = argument.lstrip('-').partition('=')[0]
-    if (
-      argument.startswith('--config.') and name.removeprefix('config.') not in recipe.known_fields()
-    ):
-      return recipe.unknown_field(name.removeprefix('config.'))
-  return None
+def _misplaced_override(argv: list[str], error: str) -> BadInput:
+  """Says which --config.FIELD=VALUE the config file does not have."""
+  arguments = (argument.lstrip('-').partition('=')[0] for argument in argv)
+  names = [name.removeprefix('config.') for name in arguments if name.startswith('config.')]
+  for name in names:
+    if name not in recipe.known_fields():
+      return recipe.unknown_field(name)
+  absent = next((name for name in names if name.rpartition('.')[2] in error), error)
+  return BadInput(f'the config file does not set {absent!r}; add it there, then override it.')
 
 
 def main(_: list[str]) -> int:

@@ -61,9 +61,7 @@ def is_masked(masking: Masking) -> Bool[Array, 'b l']:
   return in_frame_order(jnp.concatenate([visible, masked], axis=1)[..., None], masking)[..., 0]
 
 
-def select(
-  tokens: Float[Array, '#b l d'], indices: Int[Array, 'b k']
-) -> Float[Array, 'b k d']:
+def select(tokens: Float[Array, '#b l d'], indices: Int[Array, 'b k']) -> Float[Array, 'b k d']:
   """Gathers the tokens at `indices`; a table of batch 1 serves every sample."""
   return jnp.take_along_axis(tokens, indices[..., None], axis=1)
 

@@ -8,7 +8,6 @@ and the softmax stay in float32.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike

@@ -210,7 +210,11 @@ def test_training_trace(golden, state, accumulation):
   peak, floor, warmup, decay, _, mask_ratio = recorded['base']
   per_epoch = int(recorded['len_loader'])
   # Ours throws nothing away, so the reference's discarded micro-steps are not fed.
-  used = [t for t in range(len(recorded['loss'])) if t % per_epoch < per_epoch // accumulation * accumulation]
+  used = [
+    t
+    for t in range(len(recorded['loss']))
+    if t % per_epoch < per_epoch // accumulation * accumulation
+  ]
   groups = np.array(used).reshape(-1, accumulation)
   epochs = recorded['epoch'].max() + 1
   schedule = optimizer.learning_rate(

@@ -1,0 +1,183 @@
+"""The law of attention dropout: what is dropped, how often, and what gradients see of it."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dropmae_jax import asad, attention
+
+
+def qkv(seed, *, b=2, n=16, m=3, e=8, scale=1.0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  return [scale * jax.random.normal(key, (b, 2 * n, m, e)) for key in keys]
+
+
+def draw(seed, query, key, count):
+  weights = asad.sampling_weights(asad.scaled_logits(query, key))
+  keys = jax.random.split(jax.random.key(seed), query.shape[0])
+  return asad.sample_drops(keys, weights, count), weights
+
+
+@pytest.mark.parametrize(
+  ('length', 'rate', 'expected'),
+  [
+    (392, 0.05, 3528),
+    (392, 0.1, 7448),
+    (392, 0.15, 11368),
+    (392, 0.2, 15288),
+    (392, 0.3, 22736),
+    (512, 0.1, 12800),
+    (32, 0.2, 96),
+    (32, 0.4, 192),
+    (202, 0.29, 28 * 202),
+    (202, 0.57, 56 * 202),
+    (392, 0.005, 0),
+    (392, 0.0, 0),
+  ],
+)
+def test_number_dropped_is_the_published_truncation(length, rate, expected):
+  assert asad.num_dropped(length // 2, rate) == expected
+
+
+@pytest.mark.parametrize('scale', [0.0, 1.0, 20.0])
+@pytest.mark.parametrize('rate', [0.1, 0.5, 1.0])
+def test_exactly_the_stated_number_and_never_the_diagonal(scale, rate):
+  query, key, _ = qkv(0, scale=scale)
+  count = asad.num_dropped(16, rate)
+  drops, _ = draw(1, query, key, count)
+  np.testing.assert_array_equal(drops.sum(axis=(1, 3, 4)), count)
+  assert not np.einsum('bfmii->', np.asarray(drops, np.int64))
+
+
+def test_weights_of_a_query_sum_to_its_best_match_in_the_other_frame():
+  query, key, _ = qkv(2)
+  logits = asad.scaled_logits(query, key)
+  other = jax.nn.softmax(logits, axis=-1)[..., 16:]
+  _, weights = draw(0, query, key, 32)
+  np.testing.assert_allclose(weights.sum(-1), other.max(-1) + 1e-6, rtol=1e-5)
+
+
+def test_own_frame_is_the_querys_own():
+  """Key 3 of frame x is what every query likes; it can be dropped for frame x alone."""
+  query = jnp.ones((1, 8, 1, 4))
+  key = jnp.zeros((1, 8, 1, 4)).at[0, 3].set(10.0)
+  logits = asad.scaled_logits(query, key)
+  assert (logits[0, 0, 0, :, 3] == 20).all()
+  assert (logits[0, 1, 0, :, 4 + 3] == 20).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 24), st.integers(1, 4))
+def test_smallest_marks_exactly_that_many_with_ties_by_position(seed, count, distinct):
+  values = np.random.default_rng(seed).integers(0, distinct, (2, 2, 1, 3, 4)).astype(np.float32)
+  marks = np.asarray(asad.smallest(jnp.asarray(values), count))
+  for sample in range(2):
+    order = np.argsort(values[sample].ravel(), kind='stable')
+    expected = np.zeros(24, bool)
+    expected[order[:count]] = True
+    np.testing.assert_array_equal(marks[sample].ravel(), expected)
+
+
+def test_every_subset_has_its_exact_probability():
+  """All 924 ways to drop 6 of 12 pairs, against successive draws without replacement."""
+  n, count, draws = 3, 6, 100_000
+  logits = jax.random.normal(jax.random.key(5), (1, 2, 1, n, 2 * n)) * 1.5
+  weights = np.asarray(asad.sampling_weights(logits), np.float64).ravel()
+  candidates = np.flatnonzero(weights)
+  assert len(candidates) == 12
+  w = weights[candidates]
+  subsets = np.array(list(itertools.combinations(range(12), count)))
+  inside = np.zeros((len(subsets), 12), bool)
+  np.put_along_axis(inside, subsets, True, axis=1)
+
+  def density(u):
+    # The chosen clocks ring before time -log(u) / (rate of the rest).
+    rest = (w * ~inside).sum(axis=1, keepdims=True)
+    return np.where(inside, 1 - u ** (w / rest), 1.0).prod(axis=1)
+
+  probability, _ = scipy.integrate.quad_vec(density, 0, 1, epsabs=1e-9)
+  assert probability.sum() == pytest.approx(1)
+
+  many = jnp.broadcast_to(
+    jnp.asarray(weights, jnp.float32).reshape(1, 2, 1, n, n), (draws, 2, 1, n, n)
+  )
+  drops = jax.jit(asad.sample_drops, static_argnums=2)(
+    jax.random.split(jax.random.key(6), draws), many, count
+  )
+  code = np.asarray(drops).reshape(draws, -1)[:, candidates] @ (1 << np.arange(12))
+  codes = inside @ (1 << np.arange(12))
+  observed = np.array([np.count_nonzero(code == c) for c in codes])
+  assert observed.sum() == draws
+  likely = probability * draws >= 5
+  observed = np.append(observed[likely], observed[~likely].sum())
+  expected = np.append(probability[likely], probability[~likely].sum()) * draws
+  assert scipy.stats.chisquare(observed, expected * draws / expected.sum()).pvalue > 1e-4
+
+
+def test_draws_of_heads_samples_and_blocks_differ():
+  query, key, value = qkv(3)
+  same = [jnp.broadcast_to(x[:1, :, :1], x.shape) for x in (query, key)]
+  drops, _ = draw(0, *same, 96)
+  flat = np.asarray(drops).transpose(0, 2, 1, 3, 4).reshape(6, -1)
+  assert len({row.tobytes() for row in flat}) == 6
+  blocks = attention.decoder_attentions(
+    jax.random.split(jax.random.key(0), 2), num_blocks=2, tokens_per_frame=16, drop_rate=0.2
+  )
+  first, second = (attend(query, key, value) for attend in blocks)
+  assert not np.allclose(first, second)
+
+
+def test_a_samples_draw_does_not_depend_on_its_batch():
+  query, key, value = qkv(4, b=4)
+  keys = jax.random.split(jax.random.key(1), 4)
+  whole = asad.asad_attention(query, key, value, draw_keys=keys, drop_rate=0.3)
+  half = asad.asad_attention(query[2:], key[2:], value[2:], draw_keys=keys[2:], drop_rate=0.3)
+  np.testing.assert_allclose(whole[2:], half, atol=1e-6)
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.05])
+def test_a_rate_that_drops_nothing_is_dense_attention(rate):
+  query, key, value = qkv(5)
+  keys = jax.random.split(jax.random.key(0), 2)
+  (attend,) = attention.decoder_attentions(keys, num_blocks=1, tokens_per_frame=16, drop_rate=rate)
+  assert attend is attention.dense_attention
+  nothing = jnp.zeros((2, 2, 3, 16, 16), bool)
+  np.testing.assert_allclose(
+    attend(query, key, value),
+    asad.attention_with_drops(query, key, value, is_dropped=nothing),
+    atol=1e-6,
+  )
+
+
+def test_dropped_pairs_have_no_weight_and_the_rest_is_renormalised():
+  query, key, _ = qkv(6, b=1, m=1, e=32)
+  drops, _ = draw(0, query, key, 96)
+  identity = jnp.eye(32)[None, :, None, :]
+  mixed = asad.attention_with_drops(query, key, identity, is_dropped=drops)[0, :, 0]
+  for frame in range(2):
+    own = np.asarray(mixed)[16 * frame :][:16, 16 * frame :][:, :16]
+    np.testing.assert_array_equal(own == 0, drops[0, frame, 0])
+  np.testing.assert_allclose(mixed.sum(-1), 1, atol=1e-6)
+
+
+def test_no_gradient_flows_through_the_draw():
+  query, key, value = qkv(7)
+  keys = jax.random.split(jax.random.key(2), 2)
+  drops, _ = draw(2, query, key, asad.num_dropped(16, 0.3))
+  drawn = partial(asad.asad_attention, draw_keys=keys, drop_rate=0.3)
+  recorded = partial(asad.attention_with_drops, is_dropped=drops)
+  for argument in range(3):
+    ours, expected = (
+      jax.grad(lambda *x, f=f: jnp.sin(f(*x)).sum(), argnums=argument)(query, key, value)
+      for f in (drawn, recorded)
+    )
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    assert np.isfinite(ours).all()

@@ -1,0 +1,122 @@
+"""Crops by the law, resizes against PIL, flips by key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dropmae_jax import augment
+from dropmae_jax.augment import Box
+
+
+def picture(seed, height, width):
+  """Smooth noise: what a photograph is to a resize."""
+  small = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+  return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 400), st.integers(1, 400))
+def test_crops_lie_inside_the_frame(seed, height, width):
+  box = augment.random_resized_crop_box(np.random.default_rng(seed), height, width)
+  assert box.height > 0
+  assert box.width > 0
+  assert 0 <= box.top <= height - box.height
+  assert 0 <= box.left <= width - box.width
+
+
+def test_crop_law():
+  """In a huge frame nothing is rejected, so area and log ratio are uniform."""
+  rng = np.random.default_rng(0)
+  boxes = [augment.random_resized_crop_box(rng, 20_000, 20_000) for _ in range(20_000)]
+  kept = [b for b in boxes if b.height * b.width <= 0.5 * 20_000**2]
+  area = np.array([b.height * b.width for b in kept]) / 20_000**2
+  ratio = np.log([b.width / b.height for b in kept])
+  place = np.array([(b.top / (20_000 - b.height), b.left / (20_000 - b.width)) for b in kept])
+  low, high = np.log(3 / 4), np.log(4 / 3)
+  for sample, start, width in (
+    (area, 0.2, 0.3),
+    (ratio, low, high - low),
+    (place[:, 0], 0, 1),
+    (place[:, 1], 0, 1),
+  ):
+    assert scipy.stats.kstest(sample, 'uniform', (start, width)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+  ('height', 'width', 'first_try', 'fallback'),
+  [(256, 340, 0.71, 1e-5), (360, 640, 0.47, 0.002), (256, 800, 0.16, 0.18)],
+)
+def test_acceptance_rates_are_those_of_the_published_code(height, width, first_try, fallback):
+  class Counting(np.random.Generator):
+    tries = 0
+
+    def uniform(self, low, high):
+      self.tries += low == augment.CROP_AREA[0]
+      return super().uniform(low, high)
+
+  counting, first, centred = Counting(np.random.PCG64(1)), 0, 0
+  centre = augment.centre_box(height, width)
+  for _ in range(4000):
+    counting.tries = 0
+    box = augment.random_resized_crop_box(counting, height, width)
+    first += counting.tries == 1
+    centred += counting.tries == augment.CROP_ATTEMPTS and box == centre
+  assert first / 4000 == pytest.approx(first_try, abs=0.03)
+  assert centred / 4000 == pytest.approx(fallback, abs=0.02)
+
+
+@pytest.mark.parametrize(
+  ('size', 'expected'),
+  [
+    ((100, 100), Box(0, 0, 100, 100)),
+    ((100, 120), Box(0, 0, 100, 120)),
+    ((90, 300), Box(0, 90, 90, 120)),
+    ((300, 90), Box(90, 0, 120, 90)),
+  ],
+)
+def test_fallback_is_the_largest_centred_crop_of_a_ratio_in_range(size, expected):
+  assert augment.centre_box(*size) == expected
+
+
+@pytest.mark.parametrize('box', [Box(0, 0, 256, 340), Box(10, 31, 190, 150), Box(100, 200, 60, 80)])
+def test_exact_resize_is_pils(box):
+  frame = picture(0, 256, 340)
+  expected = Image.fromarray(frame).crop(
+    (box.left, box.top, box.left + box.width, box.top + box.height)
+  )
+  expected = np.asarray(expected.resize((224, 224), Image.Resampling.BICUBIC))
+  ours = augment.crop_and_resize(frame, box, 224, resize='exact')
+  np.testing.assert_array_equal(ours, expected)
+  fast = augment.crop_and_resize(frame, box, 224, resize='fast').astype(np.float64)
+  noise = 10 * np.log10(255**2 / np.square(fast - expected).mean())
+  assert 35 < noise < 90
+
+
+def test_normalise_is_imagenets_and_has_an_inverse():
+  frames = np.arange(256 * 3, dtype=np.uint8).reshape(1, 1, 16, 16, 3)
+  normal = augment.normalise(jnp.asarray(frames))
+  expected = (frames / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+  np.testing.assert_allclose(normal, expected, atol=1e-6)
+  np.testing.assert_array_equal(augment.denormalise(normal), frames)
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_flips(shared):
+  batch = 400
+  frame = np.zeros((1, 1, 2, 4, 3), np.uint8)
+  frame[..., 0, :] = 255
+  frames = jnp.asarray(np.broadcast_to(frame, (batch, 2, 2, 4, 3)))
+  keys = jax.random.split(jax.random.key(0), batch)
+  flipped = np.asarray(augment.flip_and_normalise(keys, frames, shared=shared))
+  is_flipped = flipped[:, :, 0, -1, 0] > flipped[:, :, 0, 0, 0]
+  np.testing.assert_array_equal(
+    flipped[0, 0], augment.normalise(frames[0, 0])[:, :: -1 if is_flipped[0, 0] else 1]
+  )
+  assert 0.4 < is_flipped.mean() < 0.6
+  together = (is_flipped[:, 0] == is_flipped[:, 1]).mean()
+  assert together == 1 if shared else 0.4 < together < 0.6

@@ -1,0 +1,245 @@
+"""The command lines as a user meets them: the whole road, stops and restarts, and bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_python, train_arguments
+from PIL import Image
+
+from dropmae_jax import checkpoint
+
+
+def metrics(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def losses(workdir):
+  return [(row['step'], row['loss']) for row in metrics(workdir)]
+
+
+def assert_same_weights(first, second):
+  import jax
+
+  one, other = (checkpoint.load_weights(folder) for folder in (first, second))
+  assert one.step == other.step
+  for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_reports_every_step(trained):
+  rows = metrics(trained)
+  assert [row['step'] for row in rows] == list(range(1, 9))
+  assert set(rows[0]) == {
+    'step', 'loss', 'learning_rate', 'gradient_norm', 'pairs_per_second', 'data_wait',
+  }  # fmt: skip
+  assert rows[0]['learning_rate'] == 0
+  assert rows[2]['learning_rate'] == max(row['learning_rate'] for row in rows)
+  assert all(row['gradient_norm'] > 0 and row['pairs_per_second'] > 0 for row in rows)
+  assert all(0 <= row['data_wait'] <= 1 for row in rows)
+  log = (trained / 'log.txt').read_text()
+  assert 'step 8/8' in log
+  assert 'left 0 s' in log
+  assert list((trained / 'tensorboard').glob('events.out.tfevents.*'))
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trained, data_dir):
+  before = (trained / 'metrics.jsonl').read_text()
+  done = run_python(*train_arguments(data_dir, trained, '--config.num_steps=8'))
+  assert done.returncode == 0, done.stderr
+  assert 'going on after step 8 of 8' in done.stdout
+  assert (trained / 'metrics.jsonl').read_text() == before
+
+
+def test_resuming_is_exact(trained, data_dir, tmp_path):
+  """Eight steps in one go equal a run that is killed without warning after a checkpoint."""
+  arguments = train_arguments(
+    data_dir, tmp_path, '--config.num_steps=8', '--config.checkpoint.every_steps=3'
+  )
+  process = subprocess.Popen(
+    [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  for line in process.stdout:
+    if 'step 5/8' in line:
+      break
+  process.kill()
+  process.communicate(timeout=60)
+  # Metrics of the steps after the last checkpoint are written a second time, not kept twice.
+  done = run_python(*arguments)
+  assert done.returncode == 0, done.stderr
+  assert 'going on after step' in done.stdout
+  assert losses(tmp_path) == losses(trained)
+  assert_same_weights(tmp_path, trained)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_start_goes_on(data_dir, tmp_path, number):
+  arguments = train_arguments(data_dir, tmp_path, '--config.num_steps=100000')
+  process = subprocess.Popen(
+    [sys.executable, *arguments],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  for line in process.stdout:
+    if 'step 3/' in line:
+      break
+  process.send_signal(number)
+  output, errors = process.communicate(timeout=60)
+  assert process.returncode == 75, errors
+  assert 'Traceback' not in errors
+  name = signal.Signals(number).name
+  (told,) = [line for line in output.splitlines() if name in line]
+  assert 'the same command goes on from there' in told
+  step = int(told.split('saved at step ')[1].split()[0])
+  assert [row['step'] for row in metrics(tmp_path)] == list(range(1, step + 1))
+  again = train_arguments(data_dir, tmp_path, f'--config.num_steps={step + 2}')
+  done = run_python(*again)
+  assert done.returncode == 0, done.stderr
+  assert f'going on after step {step} of {step + 2}' in done.stdout
+  assert [row['step'] for row in metrics(tmp_path)] == list(range(1, step + 3))
+
+
+def test_loader_processes_and_training_end_cleanly(trained, data_dir, tmp_path):
+  done = run_python(
+    *train_arguments(data_dir, tmp_path, '--config.num_steps=8', '--config.data.num_workers=2')
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'Traceback' not in done.stderr
+  assert losses(tmp_path) == losses(trained)
+
+
+def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_path):
+  done = run_python(
+    *train_arguments(
+      data_dir,
+      tmp_path,
+      '--config.num_steps=50',
+      '--config.checkpoint.every_steps=1',
+      '--config.optimizer.base_learning_rate=1e30',
+    )
+  )
+  assert done.returncode not in (0, 2, 75)
+  assert 'the loss of step' in done.stderr
+  weights = checkpoint.load_weights(tmp_path)
+  assert all(np.isfinite(leaf).all() for leaf in [weights.params['mask_token']])
+
+
+def test_the_figure_shows_three_panels_for_both_frames(trained, clips, tmp_path):
+  output = tmp_path / 'figure.png'
+  video = next(clips.glob('val/*/*.mp4'))
+  command = ['-m', 'dropmae_jax.figures', f'--checkpoint={trained}', f'--video={video}']
+  done = run_python(*command, f'--output={output}', '--frames', '1', '5')
+  assert done.returncode == 0, done.stderr
+  assert 'checkpoint of step 8' in done.stdout
+  sheet = np.asarray(Image.open(output).convert('RGB')).astype(int)
+  side, margin, header = 224, 8, 24
+  assert sheet.shape == (header + 2 * (side + margin), margin + 3 * (side + margin), 3)
+
+  def panel(row, column):
+    top, left = header + row * (side + margin), margin + column * (side + margin)
+    return sheet[top : top + side, left : left + side]
+
+  for row in range(2):
+    shown, masked, reconstructed = (panel(row, column) for column in range(3))
+    grey = (masked == 128).all(axis=-1)
+    np.testing.assert_array_equal(masked[~grey], shown[~grey])
+    np.testing.assert_array_equal(reconstructed[~grey], shown[~grey])
+    assert (reconstructed[grey] != shown[grey]).any()
+  assert 0.6 < np.mean([(panel(row, 1) == 128).all(axis=-1).mean() for row in range(2)]) < 0.8
+  before = output.read_bytes()
+  run_python(*command, f'--output={output}', '--frames', '1', '5')
+  assert output.read_bytes() == before
+
+
+def test_export_and_import(trained, tmp_path):
+  path = tmp_path / 'dropmae.pth'
+  done = run_python('convert_to_torch.py', f'--checkpoint={trained}', f'--output={path}')
+  assert done.returncode == 0, done.stderr
+  content = torch.load(path, weights_only=True)
+  # 6 steps are too few for an epoch of 6 videos in batches of 4: one step each.
+  assert content['epoch'] == 8
+  assert content['args']['objective']['mask_ratio'] == 0.75
+  assert content['args']['config']['num_steps'] == 8
+  done = run_python('convert_to_torch.py', f'--from_torch={path}', f'--output={tmp_path}/back')
+  assert done.returncode == 0, done.stderr
+  assert_same_weights(tmp_path / 'back', trained)
+  again = tmp_path / 'again.pth'
+  run_python('convert_to_torch.py', f'--checkpoint={tmp_path}/back', f'--output={again}')
+  second = torch.load(again, weights_only=True)
+  assert content['args'] == second['args']
+  for name, tensor in content['model'].items():
+    assert torch.equal(tensor, second['model'][name])
+
+
+def assert_one_sentence(done, message):
+  assert done.returncode == 2, done.stdout + done.stderr
+  assert message in done.stderr
+  errors = [line for line in done.stderr.splitlines() if line.strip()]
+  assert len([line for line in errors if line.startswith('error: ')]) == 1
+  assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('override', 'message'),
+  [
+    ('--config.sede=1', "config has no field 'sede'; did you mean 'seed'?"),
+    ('--config.model.sizes=B', "no field 'model.sizes'; did you mean 'model.size'?"),
+    ('--config.model.depth=3', "the config file does not set 'model.depth'; add it there"),
+    ('--config.seed=abc', 'flag --config.seed=abc: invalid literal'),
+    ('--config.objective.mask_ratio=1.0', 'mask_ratio=1.0 is not between 0 and 1'),
+    ('--config.model.image_size=30', 'image_size=30 is not a multiple of patch_size=8'),
+    ('--config.batch_size=6 --config.accumulation_steps=4', 'batch_size=6 is not divisible by'),
+    ('--config.data_dir=/none', 'build it with: python -m tfds_kinetics --config=folder'),
+    ('--config=configs/none.py', '--config cannot be read: '),
+    ('--conifg=x', "Unknown command line flag 'conifg'"),
+    ('stray', "argument 'stray' is not understood"),
+  ],
+)
+def test_bad_training_input(data_dir, tmp_path, override, message):
+  workdir = tmp_path / 'run'
+  done = run_python(*train_arguments(data_dir, workdir), *override.split())
+  assert_one_sentence(done, message)
+  assert not workdir.exists()
+
+
+def test_a_batch_that_the_devices_do_not_divide(data_dir, tmp_path):
+  program = (
+    'import jax, sys; jax.config.update("jax_num_cpu_devices", 3);'
+    'from absl import app; from dropmae_jax import command_line, main;'
+    'command_line.run(lambda: app.run(main.main, flags_parser=main.parse))'
+  )
+  done = run_python('-c', program, *train_arguments(data_dir, tmp_path / 'run')[2:])
+  assert_one_sentence(done, 'batch_size=4 is not divisible by 3 devices')
+
+
+def test_a_workdir_of_another_model(trained, data_dir):
+  before = sorted((trained / 'checkpoints').iterdir())
+  done = run_python(*train_arguments(data_dir, trained, '--config.model.image_size=64'))
+  assert_one_sentence(done, 'holds another model (image_size is 32 there and 64 here)')
+  assert sorted((trained / 'checkpoints').iterdir()) == before
+
+
+@pytest.mark.parametrize(
+  ('command', 'message'),
+  [
+    ('convert_to_torch.py --checkpoint={tmp} --output={tmp}/o.pth', 'holds no checkpoint'),
+    ('convert_to_torch.py --checkpoint={run} --output={tmp}/no/o.pth', 'does not exist; make it'),
+    ('convert_to_torch.py --checkpoint={run} --output={tmp}', 'is a folder; give the name'),
+    ('convert_to_torch.py --from_torch={tmp}/none.pth --output={tmp}/x', 'is not a file'),
+    ('-m dropmae_jax.figures --checkpoint={tmp} --video=v --output=o', 'holds no checkpoint'),
+    ('-m dropmae_jax.figures --checkpoint={run} --video={tmp}/v --output=o', 'is not a file'),
+    ('-m dropmae_jax.figures --checkpoint={run} --video=README.md --output=o', 'cannot be decoded'),
+    ('-m dropmae_jax.figures --checkpoint={run} --video=v --output=o --frames 5 2', '--frames='),
+    ('tests/parity.py --case={tmp}/none.npz --output=o', 'is not a file; give a recorded .npz'),
+  ],
+)
+def test_bad_input_of_the_other_commands(trained, tmp_path, command, message):
+  done = run_python(*command.format(tmp=tmp_path, run=trained).split())
+  assert_one_sentence(done, message)

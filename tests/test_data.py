@@ -1,0 +1,213 @@
+"""The law of frame pairs, and a stream that depends on (seed, step) alone."""
+
+import contextlib
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ROOT
+
+from dropmae_jax import augment, data
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.data import DataOptions
+
+OPTIONS = DataOptions(frame_gap=4, num_threads=0)
+
+
+class NumberedVideos:
+  """Videos whose pixels say which frame they are of; counts what is read."""
+
+  def __init__(self, lengths):
+    self.lengths, self.reads = lengths, []
+
+  def __len__(self):
+    return len(self.lengths)
+
+  def num_frames(self, video):
+    return self.lengths[video]
+
+  def frame(self, video, number):
+    self.reads.append((video, number))
+    return np.full((20, 30, 3), (40 * video + number) % 256, np.uint8)
+
+
+def batches(videos, count, *, options=OPTIONS, **keywords):
+  keywords = {'image_size': 16, 'batch_size': 4, 'seed': 7} | keywords
+  stream = data.pair_batches(videos, options, **keywords)
+  with contextlib.closing(stream):
+    return [{k: v.copy() for k, v in next(stream).items()} for _ in range(count)]
+
+
+def assert_same(first, second):
+  assert len(first) == len(second)
+  for one, other in zip(first, second, strict=True):
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize(
+  ('num_frames', 'gap'),
+  [(1, 5), (2, 2), (2, 50), (3, 2), (3, 5), (5, 5), (6, 5), (30, 5), (250, 50)],
+)
+def test_pairs_follow_the_published_law(num_frames, gap):
+  rng = np.random.default_rng(0)
+  draws = 20_000
+  drawn = [data.sample_pair(rng, num_frames, gap) for _ in range(draws)]
+  if num_frames == 1:
+    assert set(drawn) == {(0, 0)}
+    return
+  expected = {}
+  for start in range(num_frames - 1):
+    ends = range(start + 1, min(num_frames, start + gap))
+    expected |= {(start, end): 1 / (num_frames - 1) / len(ends) for end in ends}
+  assert sum(expected.values()) == pytest.approx(1)
+  pairs, counts = np.unique(np.array(drawn), axis=0, return_counts=True)
+  counts = {tuple(map(int, pair)): count for pair, count in zip(pairs, counts, strict=True)}
+  assert set(counts) <= set(expected)
+  if len(expected) > 1 and len(expected) < 2000:
+    observed = [counts.get(pair, 0) for pair in expected]
+    expected_counts = np.array(list(expected.values())) * draws
+    assert scipy.stats.chisquare(observed, expected_counts).pvalue > 1e-4
+  if (num_frames, gap) == (250, 50):
+    gaps = np.array([end - start for start, end in drawn])
+    assert gaps.max() == 49
+    assert gaps.mean() == pytest.approx(22.7, abs=0.4)
+
+
+def test_an_epoch_is_every_video_once_and_epochs_differ():
+  videos = NumberedVideos([10] * 8)
+  order = np.concatenate([batch['video'] for batch in batches(videos, 6)]).reshape(3, 8)
+  for epoch in order:
+    assert sorted(epoch) == list(range(8))
+  assert len({tuple(epoch) for epoch in order}) == 3
+
+
+def test_pairs_of_a_video_differ_between_epochs():
+  drawn = batches(NumberedVideos([30]), 10, batch_size=1)
+  assert len({tuple(batch['frame_numbers'][0]) for batch in drawn}) > 5
+
+
+def test_only_the_two_frames_are_read_and_they_are_the_right_ones():
+  videos = NumberedVideos([9, 9, 9, 9])
+  (batch,) = batches(videos, 1)
+  for frames, video, numbers in zip(
+    batch['frames'], batch['video'], batch['frame_numbers'], strict=True
+  ):
+    assert frames.dtype == np.uint8
+    for frame, number in zip(frames, numbers, strict=True):
+      assert (frame == 40 * video + number).all()
+  wanted = [
+    (int(v), int(n))
+    for v, pair in zip(batch['video'], batch['frame_numbers'], strict=True)
+    for n in pair
+  ]
+  assert sorted(videos.reads) == sorted(wanted)
+
+
+def test_the_seed_changes_everything():
+  videos = NumberedVideos([30] * 8)
+  first, second = batches(videos, 2), batches(videos, 2, seed=8)
+  assert any((a['video'] != b['video']).any() for a, b in zip(first, second, strict=True))
+
+
+def test_a_stream_goes_on_at_any_step():
+  videos = NumberedVideos([10] * 6)
+  assert_same(batches(videos, 5)[3:], batches(videos, 2, first_step=3))
+
+
+def test_hosts_share_the_global_batch():
+  videos = NumberedVideos([10] * 6)
+  whole = batches(videos, 3)
+  shares = [batches(videos, 3, host=host, num_hosts=2) for host in range(2)]
+  for step, batch in enumerate(whole):
+    for name, array in batch.items():
+      np.testing.assert_array_equal(array[0::2], shares[0][step][name])
+      np.testing.assert_array_equal(array[1::2], shares[1][step][name])
+
+
+def test_workers_and_threads_do_not_change_the_stream(data_dir):
+  videos = data.open_dataset(str(data_dir), 'kinetics_frames/folder')
+  plain = batches(videos, 4)
+  assert_same(plain, batches(videos, 4, options=DataOptions(frame_gap=4, num_threads=2)))
+  assert_same(plain, batches(videos, 4, options=DataOptions(frame_gap=4, num_workers=2)))
+
+
+def test_shared_augmentation_crops_both_frames_alike(monkeypatch):
+  boxes = []
+  real = augment.crop_and_resize
+  monkeypatch.setattr(
+    augment,
+    'crop_and_resize',
+    lambda f, box, *a, **k: (boxes.append(box), real(f, box, *a, **k))[1],
+  )
+  videos = NumberedVideos([9] * 4)
+  shared = DataOptions(frame_gap=4, num_threads=0, shared_augmentation=True)
+  batches(videos, 2, options=shared)
+  assert all(first == second for first, second in zip(boxes[::2], boxes[1::2], strict=True))
+  boxes.clear()
+  batches(videos, 2)
+  assert any(first != second for first, second in zip(boxes[::2], boxes[1::2], strict=True))
+
+
+def test_the_resize_is_the_one_asked_for(data_dir):
+  videos = data.open_dataset(str(data_dir), 'kinetics_frames/folder')
+  fast = batches(videos, 1)[0]['frames'].astype(int)
+  exact_options = DataOptions(frame_gap=4, num_threads=0, resize='exact')
+  exact = batches(videos, 1, options=exact_options)[0]['frames'].astype(int)
+  difference = np.abs(fast - exact)
+  assert 0 < difference.mean() < 8
+
+
+def test_a_dataset_is_found_by_its_root_or_its_own_folder(data_dir):
+  folder = data_dir / 'kinetics_frames' / 'folder' / '1.0.0'
+  by_root = data.open_dataset(str(data_dir), 'kinetics_frames/folder')
+  by_folder = data.open_dataset(str(folder), 'anything')
+  assert len(by_root) == len(by_folder) == 6
+  assert len(data.open_dataset(str(data_dir), 'kinetics_frames/folder', 'val')) == 2
+  np.testing.assert_array_equal(by_root.frame(3, 2), by_folder.frame(3, 2))
+
+
+def test_a_dataset_that_is_not_there_names_its_builder(tmp_path, data_dir):
+  command = 'python -m tfds_kinetics --config=kinetics400 --videos=VIDEOS --data_dir='
+  with pytest.raises(BadInput, match=re.escape(command)):
+    data.open_dataset(str(tmp_path), 'kinetics_frames/kinetics400')
+  with pytest.raises(BadInput, match=r"no split 'tset' .* there are: (train, val|val, train)"):
+    data.open_dataset(str(data_dir), 'kinetics_frames/folder', 'tset')
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'frame_gap': 1}, 'frame_gap=1 leaves no second frame'),
+    ({'resize': 'nearest'}, "resize='nearest' is unknown; use one of fast, exact"),
+    ({'num_workers': -1}, 'num_workers=-1 is negative'),
+  ],
+)
+def test_impossible_options_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    DataOptions(**fields)
+
+
+def test_real_clips_where_they_exist():
+  folder = ROOT.parent / 'shared' / 'videos' / 'train'
+  if not folder.is_dir():
+    pytest.skip('the real clips are not part of the project; this machine does not have them')
+  from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
+
+  counts = {}
+  for path in sorted(folder.glob('*/*')):
+    try:
+      counts[path.name] = len(read_jpegs(str(path), FrameOptions()))
+    except UnusableVideo as reason:
+      counts[path.name] = str(reason)
+  assert counts.pop('corrupted.mp4').endswith('would take it')
+  assert counts == {
+    'demo.mp4': 280,
+    'flipping_a_pancake.mkv': 310,
+    'h265_10bits.mp4': 30,
+    'nasa_13013.mp4': 325,
+    'test.avi': 164,
+    'test.mp4': 300,
+    'bag.avi': 196,
+  }

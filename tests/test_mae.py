@@ -1,0 +1,160 @@
+"""What the model may and may not see, its size, and how it is born."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from flax import nnx, traverse_util
+
+from dropmae_jax import attention, mae, masking, patches
+
+TINY = mae.architecture_of_size(
+  'XXS', image_size=32, decoder_width=32, decoder_depth=2, decoder_num_heads=2
+)
+
+
+@pytest.fixture(scope='module')
+def setting():
+  """A model, patch vectors and a masking of two samples."""
+  model = mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=0))
+  vectors = jax.random.normal(jax.random.key(1), (2, TINY.num_tokens, TINY.patch_values))
+  keys = jax.random.split(jax.random.key(2), 2)
+  masked = masking.random_masking(keys, num_tokens=TINY.num_tokens, mask_ratio=0.75)
+  return model, vectors, masked
+
+
+def dense(model):
+  return [attention.dense_attention] * model.architecture.decoder_depth
+
+
+def test_latents_do_not_see_masked_pixels(setting):
+  model, vectors, masked = setting
+  is_masked = masking.is_masked(masked)[..., None]
+  other = jnp.where(is_masked, 5.0, vectors)
+  np.testing.assert_array_equal(model.encode(vectors, masked), model.encode(other, masked))
+  assert not np.allclose(model.encode(vectors, masked), model.encode(vectors + 1, masked))
+
+
+def test_latents_see_visible_pixels_of_the_other_frame(setting):
+  model, vectors, masked = setting
+  other = vectors.at[:, TINY.tokens_per_frame :].add(1.0)
+  first_frame = masked.visible < TINY.tokens_per_frame
+  change = jnp.abs(model.encode(vectors, masked) - model.encode(other, masked)).max(-1)
+  assert (change[first_frame] > 1e-4).all()
+
+
+@pytest.mark.parametrize('normalise', [True, False])
+def test_loss_counts_masked_patches_only(setting, normalise):
+  _, vectors, masked = setting
+  is_masked = masking.is_masked(masked)
+  prediction = jnp.zeros_like(vectors)
+
+  def loss(targets):
+    return float(
+      mae.reconstruction_loss(prediction, targets, is_masked, normalise_targets=normalise)
+    )
+
+  shaken = vectors * jax.random.normal(jax.random.key(3), vectors.shape)
+  assert loss(jnp.where(is_masked[..., None], vectors, shaken)) == loss(vectors)
+  assert loss(jnp.where(is_masked[..., None], shaken, vectors)) != loss(vectors)
+
+
+def test_the_two_frames_are_told_apart(setting):
+  model, vectors, _ = setting
+  n = TINY.tokens_per_frame
+  everything = masking.Masking(
+    visible=jnp.broadcast_to(jnp.arange(2 * n), (2, 2 * n)), masked=jnp.zeros((2, 0), jnp.int32)
+  )
+  swapped = jnp.concatenate([vectors[:, n:], vectors[:, :n]], axis=1)
+  plain, other = model.encode(vectors, everything), model.encode(swapped, everything)
+  assert not np.allclose(plain[:, :n], other[:, n:], atol=1e-3)
+
+
+def test_dropout_acts_in_training_and_not_at_rate_zero(setting):
+  model, vectors, _ = setting
+  frames = patches.unpatchify(vectors, TINY.patch_size)
+  key = jax.random.split(jax.random.key(0), 2)
+
+  def loss(seed, rate):
+    return float(
+      mae.pretraining_loss(
+        model,
+        frames,
+        masking_keys=key,
+        asad_keys=jax.random.split(jax.random.key(seed), 2),
+        objective=mae.Objective(attention_dropout=rate),
+      )
+    )
+
+  assert loss(1, 0.0) == loss(2, 0.0)
+  assert len({loss(1, 0.0), loss(1, 0.2), loss(2, 0.2)}) == 3
+
+
+def test_mixed_precision_keeps_parameters_loss_and_output_in_float32(setting):
+  _, vectors, masked = setting
+  model = mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=0), dtype=jnp.bfloat16)
+  full = mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=0))
+  assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype('float32')}
+  low, high = model(vectors, masked, dense(model)), full(vectors, masked, dense(full))
+  assert low.dtype == jnp.float32
+  error = float(jnp.linalg.norm(low - high) / jnp.linalg.norm(high))
+  assert 1e-4 < error < 3e-2
+
+
+@pytest.mark.parametrize(
+  ('size', 'total', 'tensors'),
+  [
+    ('S', 47_579_648, 257),
+    ('B', 111_909_632, 257),
+    ('L', 329_543_936, 401),
+    ('H', 657_076_812, 497),
+  ],
+)
+def test_sizes_have_the_published_number_of_parameters(size, total, tensors):
+  _, params = mae.abstract_model(mae.architecture_of_size(size))
+  assert mae.num_parameters(params) == total
+  assert len(jax.tree.leaves(params)) == tensors
+
+
+def test_initial_parameters_follow_the_published_law():
+  """One block of ViT-B's width is enough: bounds and deviations depend on the widths alone."""
+  recorded = {
+    row['name']: row for row in json.loads((GOLDEN / 'vit_b_state_dict.json').read_text())
+  }
+  architecture = mae.architecture_of_size('B', depth=1, decoder_depth=1)
+  params = mae.init_params(jax.random.key(0), architecture)
+  for path, leaf in traverse_util.flatten_dict(params).items():
+    name = '.'.join(map(str, path)).replace('kernel', 'weight').replace('scale', 'weight')
+    row = recorded[name]
+    deviation = float(leaf.std())
+    if row['init_std'] == 0:
+      assert deviation == 0, name
+      assert float(leaf.min()) == row['init_min'], name
+    else:
+      few = 0.15 if leaf.size < 2000 else 0.01
+      assert deviation == pytest.approx(row['init_std'], rel=few), name
+    if leaf.ndim == 2:  # Uniform: the bound is known.
+      assert float(jnp.abs(leaf).max()) == pytest.approx(row['init_max'], rel=1e-2), name
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'image_size': 100}, 'image_size=100 is not a multiple of patch_size=16.*image_size=96'),
+    ({'num_heads': 7}, 'width=768 must be a multiple of 4 and of num_heads=7'),
+    ({'decoder_num_heads': 7}, 'decoder_width=512 must be .* decoder_num_heads=7'),
+  ],
+)
+def test_impossible_architectures_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    mae.architecture_of_size('B', **fields)
+
+
+def test_an_unknown_size_is_refused():
+  with pytest.raises(
+    ValueError, match="size='M' is not in the size table; choose one of XXS, XS, S"
+  ):
+    mae.architecture_of_size('M')

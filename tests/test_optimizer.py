@@ -1,0 +1,55 @@
+"""The decay rule and the schedule."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from flax import traverse_util
+
+from dropmae_jax import mae, optimizer, recipe
+from dropmae_jax.optimizer import OptimizerOptions
+
+
+def test_decay_follows_the_published_groups():
+  recorded = {
+    row['name']: row for row in json.loads((GOLDEN / 'vit_b_state_dict.json').read_text())
+  }
+  _, params = mae.abstract_model(mae.architecture_of_size('B'))
+  decayed = traverse_util.flatten_dict(optimizer.is_decayed(params))
+  assert sum(decayed.values()) == 88
+  for path, decays in decayed.items():
+    name = '.'.join(map(str, path)).replace('kernel', 'weight').replace('scale', 'weight')
+    assert decays == bool(recorded[name]['weight_decay']), name
+    assert (path[-1] not in optimizer.FIXED) == recorded[name]['trainable'], name
+
+
+def test_fixed_tables_never_move_and_the_mask_token_decays():
+  architecture = mae.architecture_of_size(
+    'XXS', image_size=16, decoder_width=32, decoder_depth=1, decoder_num_heads=2
+  )
+  params = mae.init_params(jax.random.key(0), architecture)
+  tx = optimizer.adamw(lambda _: 0.1, OptimizerOptions(weight_decay=0.5))
+  zero = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zero, tx.init(params), params)
+  for name in optimizer.FIXED:
+    assert not updates[name].any()
+  np.testing.assert_allclose(updates['mask_token'], -0.05 * params['mask_token'], rtol=1e-6)
+  assert not updates['norm']['scale'].any()
+
+
+@pytest.mark.parametrize(
+  ('step', 'expected'), [(0, 0.0), (5, 0.5), (10, 1.0), (55, 0.55), (100, 0.1)]
+)
+def test_schedule(step, expected):
+  schedule = optimizer.learning_rate(peak=1.0, floor=0.1, warmup_steps=10, num_steps=100)
+  assert float(schedule(step)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_learning_rate_scales_with_the_batch():
+  made = recipe.Recipe(
+    data_dir='', num_steps=10, batch_size=4096, model=mae.architecture_of_size('B')
+  )
+  assert made.peak_learning_rate == pytest.approx(2.4e-3)

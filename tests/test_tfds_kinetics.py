@@ -1,0 +1,257 @@
+"""Building a dataset: what is in it, what is left out and why, stopping and going on."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import simplejpeg
+import tensorflow_datasets as tfds
+from conftest import ROOT, run_python
+
+from tfds_kinetics import build, shards
+from tfds_kinetics.configs import COLLECTIONS
+from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs, stored_size
+
+DATASET = pathlib.Path('kinetics_frames/folder/1.0.0')
+
+
+def command(videos, data_dir, *more):
+  arguments = ['--config=folder', f'--videos={videos}', f'--data_dir={data_dir}', *more]
+  return ['-m', 'tfds_kinetics', *arguments]
+
+
+def contents(folder):
+  """Everything of a dataset that may not depend on how it was built."""
+  return {
+    path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != '.log'
+  }
+
+
+def test_every_readable_video_is_in_and_the_broken_one_is_listed(data_dir, clips):
+  report = json.loads((data_dir / DATASET / 'build_report.json').read_text())
+  assert report['totals']['videos'] == 8
+  assert report['totals']['frames'] == 64
+  assert report['totals']['skipped'] == 1
+  (skipped,) = report['skipped']
+  assert skipped['path'] == 'train/bouncing/broken.mp4'
+  assert 'cannot be opened' in skipped['reason']
+  with np.load(data_dir / DATASET / 'index-train.npz') as index:
+    expected = {p.relative_to(clips).as_posix() for p in clips.glob('train/*/*_*.mp4')}
+    assert set(index['path']) == expected
+    np.testing.assert_array_equal(np.sort(index['first']), np.arange(6) * 8)
+    for path, label in zip(index['path'], index['label'], strict=True):
+      assert index['classes'][label] == path.split('/')[1]
+
+
+def test_it_opens_in_any_project_without_tensorflow(data_dir):
+  program = (
+    'import sys, tensorflow_datasets as tfds\n'
+    f's = tfds.data_source("kinetics_frames/folder", split="train", data_dir="{data_dir}")\n'
+    'print(len(s), s[13]["jpeg"].shape, "tensorflow" in sys.modules, "jax" in sys.modules)'
+  )
+  done = run_python('-c', program)
+  assert done.stdout.split('\n')[0] == '48 (48, 64, 3) False False', done.stderr
+
+
+def test_frames_are_stored_in_order_and_look_as_they_were_drawn(data_dir, clips):
+  source = tfds.data_source('kinetics_frames/folder', split='val', data_dir=data_dir)
+  with np.load(data_dir / DATASET / 'index-val.npz') as index:
+    for first, path in zip(index['first'], index['path'], strict=True):
+      clip = pathlib.Path(path).stem
+      for number in range(8):
+        drawn = clips / 'davis' / 'JPEGImages' / '480p' / clip / f'{number:05d}.jpg'
+        drawn = simplejpeg.decode_jpeg(drawn.read_bytes())
+        stored = source[int(first) + number]['jpeg']
+        error = np.abs(stored.astype(int) - drawn).mean()
+        assert error < 12, (path, number, error)
+
+
+def test_a_second_build_reuses_the_first(data_dir, clips):
+  before = contents(data_dir / DATASET)
+  done = run_python(*command(clips, data_dir))
+  assert done.returncode == 0
+  assert 'nothing to do' in done.stderr
+  assert contents(data_dir / DATASET) == before
+
+
+def test_the_number_of_workers_changes_nothing(data_dir, clips, tmp_path):
+  done = run_python(*command(clips, tmp_path, '--workers=1'))
+  assert done.returncode == 0, done.stderr
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_build_that_was_stopped_goes_on(data_dir, clips, tmp_path, number):
+  process = subprocess.Popen(
+    [sys.executable, *command(clips, tmp_path, '--workers=1')],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+  partial = tmp_path / DATASET.with_name('1.0.0.partial')
+  deadline = time.monotonic() + 60
+  while not list(partial.glob('train-*.json')) and time.monotonic() < deadline:
+    time.sleep(0.002)
+  if number == signal.SIGKILL:
+    os.killpg(process.pid, number)
+  else:
+    process.send_signal(number)
+  _, errors = process.communicate(timeout=60)
+  assert not (tmp_path / DATASET).exists()
+  if number != signal.SIGKILL:
+    assert process.returncode == 130, errors
+    assert 'the same command goes on from there' in errors
+    assert 'Traceback' not in errors
+  done = run_python(*command(clips, tmp_path))
+  assert done.returncode == 0, done.stderr
+  assert 'going on: ' in done.stderr
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+  assert not partial.exists()
+
+
+def test_a_dataset_of_other_videos_is_not_overwritten(data_dir, clips, tmp_path):
+  fewer = tmp_path / 'fewer'
+  shutil.copytree(clips / 'train', fewer / 'train')
+  before = contents(data_dir / DATASET)
+  done = run_python(*command(fewer, data_dir))
+  assert done.returncode == 2
+  assert 'holds a dataset of other videos or options; remove that folder' in done.stderr
+  assert contents(data_dir / DATASET) == before
+
+
+def test_damaged_videos(clips, tmp_path):
+  good = next(clips.glob('val/*/*.mp4')).read_bytes()
+  options = FrameOptions()
+  path = tmp_path / 'clip.mp4'
+
+  def reason(content):
+    path.write_bytes(content)
+    with pytest.raises(UnusableVideo) as caught:
+      read_jpegs(str(path), options)
+    return str(caught.value)
+
+  assert 'cannot be opened' in reason(b'')
+  assert 'cannot be opened' in reason(good[: len(good) // 2])
+  middle = len(good) // 3
+  torn = good[:middle] + bytes(2000) + good[middle + 2000 :]
+  assert 'packets are damaged' in reason(torn)
+  suggested = float(reason(torn).rsplit('=')[1].split()[0])
+  path.write_bytes(torn)
+  kept = read_jpegs(str(path), FrameOptions(max_damage=suggested))
+  assert 0 < len(kept) <= 8
+  folder = tmp_path / 'folder.mp4'
+  folder.mkdir()
+  with pytest.raises(UnusableVideo, match='cannot be opened'):
+    read_jpegs(str(folder), options)
+
+
+def test_one_frame_is_enough(tmp_path):
+  from dropmae_jax import synthetic_clips
+
+  path = tmp_path / 'one.mp4'
+  synthetic_clips.write_mp4(path, np.full((1, 48, 64, 3), 90, np.uint8))
+  (jpeg,) = read_jpegs(str(path), FrameOptions())
+  assert simplejpeg.decode_jpeg(jpeg).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize(
+  ('size', 'expected'),
+  [
+    ((340, 256), (340, 256)),
+    ((1280, 720), (455, 256)),
+    ((720, 1280), (256, 455)),
+    ((64, 48), (64, 48)),
+  ],
+)
+def test_short_side(size, expected):
+  assert stored_size(*size, 256) == expected
+
+
+def test_splits_and_classes(tmp_path):
+  def touch(name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b'x')
+
+  for name in ('a/1.MP4', 'a/deep/2.mkv', '3.webm', 'a/notes.txt', 'test/4.mp4'):
+    touch(name)
+  found = shards.find_videos(tmp_path)
+  assert {v.path: v.label for v in found.pop('train')} == {
+    'a/1.MP4': 'a',
+    'a/deep/2.mkv': 'a',
+    '3.webm': '',
+    'test/4.mp4': 'test',
+  }
+  assert not found
+  for name in ('train/b/5.mp4', 'validate/b/6.mp4'):
+    touch(name)
+  found = shards.find_videos(tmp_path)
+  assert {split: [v.path for v in videos] for split, videos in found.items()} == {
+    'test': ['test/4.mp4'],
+    'train': ['train/b/5.mp4'],
+    'val': ['validate/b/6.mp4'],
+  }
+
+
+def test_shards_deal_out_all_videos_and_stay_small():
+  videos = [shards.Video(f'{i}.mp4', '', i) for i in range(1000)]
+  jobs = shards.shard_jobs(pathlib.Path('/x'), 'train', videos, FrameOptions())
+  assert max(len(job.videos) for job in jobs) <= shards.VIDEOS_PER_SHARD
+  dealt = [video.path for job in jobs for video in job.videos]
+  assert sorted(dealt) == sorted(video.path for video in videos)
+  moved = shards.shard_jobs(pathlib.Path('/y'), 'train', videos, FrameOptions())
+  assert [job.fingerprint for job in moved] == [job.fingerprint for job in jobs]
+  other = shards.shard_jobs(pathlib.Path('/x'), 'train', videos, FrameOptions(jpeg_quality=80))
+  assert not {job.fingerprint for job in other} & {job.fingerprint for job in jobs}
+
+
+def test_kinetics_needs_its_layout_and_counts_its_classes(clips, tmp_path):
+  with pytest.raises(build.BadInput, match='has no train folder, which --config=kinetics400 needs'):
+    build.plan(COLLECTIONS['kinetics400'], clips / 'train', FrameOptions())
+  done = run_python(
+    '-m', 'tfds_kinetics', '--config=kinetics400', f'--videos={clips}', f'--data_dir={tmp_path}'
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'a complete copy has 400 classes' in done.stdout
+  assert (tmp_path / 'kinetics_frames/kinetics400/1.0.0/index-val.npz').exists()
+  log = (tmp_path / 'kinetics_frames/kinetics400/1.0.0/build.log').read_text()
+  assert 'broken.mp4: it cannot be opened' in log
+
+
+def test_options_reach_the_frames(clips, tmp_path):
+  done = run_python(*command(clips, tmp_path, '--short_side=32', '--jpeg_quality=40'))
+  assert done.returncode == 0, done.stderr
+  source = tfds.data_source('kinetics_frames/folder', split='train', data_dir=tmp_path)
+  assert source[0]['jpeg'].shape == (32, 43, 3)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--videos={tmp}/none'], 'none is not a folder; give the root of the video tree'),
+    (['--videos={tmp}/empty'], 'empty holds no video; files that end in .mp4'),
+    (['--videos={tmp}/junk'], 'none of the 1 videos in --videos='),
+    (['--videos={tmp}', '--short_side=0'], '--short_side=0 is not in 16..4096'),
+    (['--videos={tmp}', '--config=kinetics500'], "invalid choice: 'kinetics500'"),
+  ],
+)
+def test_bad_input_is_one_sentence_and_status_2(tmp_path, arguments, message):
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'junk').mkdir()
+  (tmp_path / 'junk' / 'a.mp4').write_bytes(b'junk')
+  arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+  done = run_python(
+    '-m', 'tfds_kinetics', '--config=folder', f'--data_dir={tmp_path}/out', *arguments
+  )
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert 'Traceback' not in done.stderr
+  assert not (tmp_path / 'out' / DATASET).exists()

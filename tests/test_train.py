@@ -1,0 +1,156 @@
+"""The training step: the same on any number of devices, micro-batches and restarts."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dropmae_jax import mae, optimizer, sharding, train_step
+from dropmae_jax.mae import Objective
+from dropmae_jax.optimizer import OptimizerOptions
+
+TINY = mae.architecture_of_size(
+  'XXS', image_size=32, decoder_width=32, decoder_depth=2, decoder_num_heads=2
+)
+BATCH = 8
+
+
+def batches(count, seed=0):
+  rng = np.random.default_rng(seed)
+  shape = (BATCH, 2, TINY.image_size, TINY.image_size, 3)
+  return [rng.integers(0, 256, shape, np.uint8) for _ in range(count)]
+
+
+class Trainer:
+  """A jitted step on some devices, as train.py puts it together."""
+
+  def __init__(self, *, devices=1, accumulation_steps=1, dtype='float32'):
+    self.mesh = sharding.make_mesh(jax.devices()[:devices])
+    schedule = optimizer.learning_rate(peak=1e-3, floor=0.0, warmup_steps=2, num_steps=20)
+    tx = optimizer.adamw(schedule, OptimizerOptions())
+    place = sharding.state_sharding(self.mesh)
+    graphdef, _ = mae.abstract_model(TINY, dtype=jnp.dtype(dtype))
+    self.traces = itertools.count()
+
+    def counted(state, frames, key):
+      next(self.traces)
+      return train_step.train_step(
+        state,
+        frames,
+        key,
+        graphdef=graphdef,
+        tx=tx,
+        schedule=schedule,
+        objective=Objective(attention_dropout=0.2),
+        shared_flip=False,
+        accumulation_steps=accumulation_steps,
+      )
+
+    self.step = jax.jit(
+      counted,
+      donate_argnums=0,
+      in_shardings=(place, sharding.batch_sharding(self.mesh), place),
+      out_shardings=place,
+    )
+    init = partial(train_step.init_state, architecture=TINY, tx=tx)
+    self.state = jax.jit(init, out_shardings=place)(jax.random.key(0))
+    self.key = jax.device_put(jax.random.key(1), place)
+
+  def run(self, frames):
+    losses = []
+    for batch in frames:
+      self.state, metrics = self.step(self.state, sharding.to_devices(batch, self.mesh), self.key)
+      losses.append(float(metrics.loss))
+    return losses
+
+
+@pytest.fixture(scope='module')
+def plain():
+  trainer = Trainer()
+  return trainer, trainer.run(batches(4))
+
+
+def assert_same_state(first, second, *, rtol):
+  for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    assert np.linalg.norm(one - other) <= rtol * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(
+  ('devices', 'accumulation_steps'), [(4, 1), (2, 1), (1, 2), (1, 4), (2, 2)]
+)
+def test_devices_and_micro_batches_do_not_change_the_numbers(plain, devices, accumulation_steps):
+  trainer, losses = plain
+  other = Trainer(devices=devices, accumulation_steps=accumulation_steps)
+  np.testing.assert_allclose(other.run(batches(4)), losses, rtol=1e-5)
+  weights, expected = other.state.params, trainer.state.params
+  assert_same_state(weights['patch_embed'], expected['patch_embed'], rtol=1e-3)
+  assert next(other.traces) == 1
+
+
+def test_batches_are_really_split_over_the_devices():
+  mesh = sharding.make_mesh(jax.devices()[:4])
+  frames = sharding.to_devices(batches(1)[0], mesh)
+  assert {shard.data.shape[0] for shard in frames.addressable_shards} == {BATCH // 4}
+  assert len({shard.device for shard in frames.addressable_shards}) == 4
+
+
+def test_one_trace_and_the_old_state_is_given_up(plain):
+  trainer, _ = plain
+  old = trainer.state
+  trainer.run(batches(1, seed=5))
+  assert next(trainer.traces) == 1
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
+
+
+def test_training_learns_and_is_repeatable(plain):
+  _, losses = plain
+  assert Trainer().run(batches(4)) == losses
+  same_batch = batches(1) * 15
+  trained = Trainer().run(same_batch)
+  assert trained[-1] < trained[0] - 0.05
+
+
+def test_position_tables_stay_as_they_are(plain):
+  trainer, _ = plain
+  fresh = mae.init_params(jax.random.key(0), TINY)
+  for name in optimizer.FIXED:
+    np.testing.assert_array_equal(trainer.state.params[name], fresh[name])
+  moved = trainer.state.params['temporal_pos_embed_x'] - fresh['temporal_pos_embed_x']
+  assert float(jnp.abs(moved).max()) > 0
+
+
+def test_bfloat16_trains_close_to_float32(plain):
+  _, losses = plain
+  low = Trainer(dtype='bfloat16')
+  np.testing.assert_allclose(low.run(batches(4)), losses, rtol=2e-2)
+  assert {leaf.dtype for leaf in jax.tree.leaves(low.state.params)} == {jnp.dtype('float32')}
+
+
+def test_keys_differ_between_steps_samples_and_streams():
+  keys = [train_step.step_keys(jax.random.key(0), jnp.int32(step), 4) for step in range(3)]
+  data = np.concatenate([jax.random.key_data(k) for step in keys for k in step])
+  assert len({row.tobytes() for row in data}) == 3 * 3 * 4
+
+
+def test_the_first_update_has_no_learning_rate(plain):
+  trainer = Trainer()
+  before = jax.tree.map(np.asarray, trainer.state.params)
+  trainer.run(batches(1))
+  assert_same_state(trainer.state.params, before, rtol=0)
+
+
+@pytest.mark.parametrize(
+  ('batch', 'accumulation', 'message'),
+  [
+    (6, 1, 'batch_size=6 is not divisible by 4 devices x accumulation_steps=1; .*batch_size=8'),
+    (4, 2, 'batch_size=4 is not divisible by 4 devices x accumulation_steps=2; .*batch_size=8'),
+  ],
+)
+def test_a_batch_that_does_not_divide_is_refused(batch, accumulation, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.check_batch(batch, accumulation, sharding.make_mesh())
+  sharding.check_batch(8, 2, sharding.make_mesh())
