@@ -27,7 +27,7 @@ setup(
     'orbax-checkpoint>=0.12.8',
     'pillow>=10',
     'simplejpeg>=1.8',
-    'tensorboardX>=2.6.5',
+    'tensorboard>=2.19',
     'tensorflow-datasets>=4.9.10',
     'tqdm>=4.66',
   ],

@@ -26,13 +26,21 @@ def parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
     raise _misplaced_override(argv, str(error)) from error
+  except OSError as error:
+    raise BadInput(
+      f'--config cannot be read: {_last_line(error)}; configs/ has examples.'
+    ) from error
   except flags.Error as error:
-    raise BadInput(f'{str(error).strip().splitlines()[-1].strip()}') from error
+    raise BadInput(_last_line(error)) from error
   if rest[1:]:
     raise BadInput(
       f'argument {rest[1]!r} is not understood; fields are set as --config.FIELD=VALUE.'
     )
   return rest
+
+
+def _last_line(error: Exception) -> str:
+  return str(error).strip().splitlines()[-1].strip()
 
 
 def _misplaced_override(argv: list[str], error: str) -> BadInput:
@@ -49,11 +57,11 @@ def _misplaced_override(argv: list[str], error: str) -> BadInput:
 def main(_: list[str]) -> int:
   """Reads the config, trains, and returns the exit status."""
   try:
-    config = _CONFIG.value
-    config.to_dict()
+    checked = recipe.from_config(_CONFIG.value)
   except OSError as error:
-    raise BadInput(f'--config cannot be read: {error}; configs/ has examples.') from error
-  checked = recipe.from_config(config)
+    raise BadInput(
+      f'--config cannot be read: {_last_line(error)}; configs/ has examples.'
+    ) from error
   logging.set_verbosity(logging.WARNING)
   from dropmae_jax import train  # After the checks, which then answer at once.
 

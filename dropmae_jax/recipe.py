@@ -126,12 +126,12 @@ def _options(cls: type, values: dict[str, Any], prefix: str) -> Any:
   for name, value in values.items():
     if name not in kinds:
       raise unknown_field(prefix + name)
+    if dataclasses.is_dataclass(kinds[name]) and not isinstance(value, dict):
+      raise BadInput(f'config.{name}={value!r} should be a group of fields.')
     if kinds[name] is Architecture:
       fields = _typed_fields(value, MODEL_FIELDS, f'{name}.')
       arguments[name] = mae.architecture_of_size(**({'size': 'B'} | fields))
     elif dataclasses.is_dataclass(kinds[name]):
-      if not isinstance(value, dict):
-        raise BadInput(f'config.{name}={value!r} should be a group of fields.')
       arguments[name] = _options(kinds[name], value, f'{name}.')
     else:
       arguments[name] = _typed(value, kinds[name], prefix + name)

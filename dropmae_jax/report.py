@@ -10,8 +10,8 @@ from typing import TextIO
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
+from tensorboard.summary import Writer
 
 from dropmae_jax.train_step import Metrics
 
@@ -60,9 +60,9 @@ class Report:
       _log.setLevel(logging.INFO)
       _log.propagate = False  # absl would show every line a second time.
       self._metrics = _open_metrics(workdir / 'metrics.jsonl', first_step)
-      self._scalars = tensorboardX.SummaryWriter(
-        str(workdir / 'tensorboard'), purge_step=first_step + 1 if first_step else None
-      )
+      # After a restart TensorBoard itself drops the points of steps that are done anew.
+      self._scalars = Writer(str(workdir / 'tensorboard'))
+    self._started = time.perf_counter()
     self._restart_clock(first_step)
 
   def _restart_clock(self, step: int) -> None:
@@ -78,7 +78,7 @@ class Report:
 
   def compiled(self, step: int) -> None:
     """Starts the clock anew after the first step, whose time is that of the compiler."""
-    self.say(f'first step, compilation included: {time.perf_counter() - self._clock:.1f} s')
+    self.say(f'first step, compilation included: {time.perf_counter() - self._started:.1f} s')
     self._restart_clock(step)
 
   def waited_for_data(self, seconds: float) -> None:

@@ -45,11 +45,18 @@ class ClipOptions:
   seed: int = 0
 
 
-def texture(rng: np.random.Generator, height: int, width: int) -> UInt8[np.ndarray, 'h w c']:
-  """Draws a coloured texture: noise of three scales around a base colour."""
+# Cells along a side of the noise, and its strength in grey levels.
+GROUND = ((3, 55.0), (6, 25.0))
+SKIN = ((3, 25.0), (6, 35.0))
+
+
+def texture(
+  rng: np.random.Generator, height: int, width: int, scales: tuple[tuple[int, float], ...]
+) -> UInt8[np.ndarray, 'h w c']:
+  """Draws a coloured texture: smooth noise of some scales around a base colour."""
   image = np.empty((height, width, 3), np.float32)
   image[:] = rng.uniform(40, 215, 3)
-  for cells, strength in ((3, 60.0), (7, 40.0), (15, 20.0)):
+  for cells, strength in scales:
     noise = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
     image += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
   return np.clip(image, 0, 255).astype(np.uint8)
@@ -75,7 +82,7 @@ def shape_mask(rng: np.random.Generator) -> UInt8[np.ndarray, 'h w']:
   return mask
 
 
-def _bounce(phase: np.ndarray) -> np.ndarray:
+def _bounce(phase: float) -> float:
   """A triangle wave between -1 and 1."""
   return 2 / np.pi * np.arcsin(np.sin(phase))
 
@@ -117,7 +124,7 @@ def make_clip(
   """Draws a clip and the object number of every pixel; higher numbers are in front."""
   height, width, count = options.height, options.width, options.frames
   margin = 24
-  ground = texture(rng, height + 2 * margin, width + 2 * margin)
+  ground = texture(rng, height + 2 * margin, width + 2 * margin, GROUND)
   pan = rng.uniform(-1, 1, (2, 2)) * (margin - 1)
   frames = np.empty((count, height, width, 3), np.uint8)
   labels = np.zeros((count, height, width), np.uint8)
@@ -126,7 +133,7 @@ def make_clip(
     affine = np.array([[1, 0, shift[0]], [0, 1, shift[1]]])
     frames[number] = cv2.warpAffine(ground, affine, (width, height))
   for label in range(1, options.objects + 1):
-    mask, skin = shape_mask(rng), texture(rng, SPRITE, SPRITE)
+    mask, skin = shape_mask(rng), texture(rng, SPRITE, SPRITE, SKIN)
     for number, affine in enumerate(object_placements(rng, motion, options)):
       inside = cv2.warpAffine(mask, affine, (width, height), flags=cv2.INTER_NEAREST) > 0
       frames[number][inside] = cv2.warpAffine(

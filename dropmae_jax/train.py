@@ -155,10 +155,10 @@ def _train(recipe: Recipe, workdir: pathlib.Path, interruption: Interruption) ->
       state, metrics = step_fn(state, sharding.to_devices(batch['frames'], mesh), seed_key)
       # At most two steps are under way, so that memory and signals are not held up.
       jax.block_until_ready(metrics if previous is None else previous)
+      report.after_step(step, metrics)
       if previous is None:
         report.compiled(step)
       previous = metrics
-      report.after_step(step, metrics)
       stopped = interruption.signal_name is not None
       if checkpoints.is_due(step) or stopped or step == recipe.num_steps:
         report.check_finite()

@@ -17,9 +17,15 @@ from dropmae_jax.mae import Objective
 
 @flax.struct.dataclass
 class TrainState:
-  """All that an update reads and writes; the moments are in `opt_state`."""
+  """All that an update reads and writes: arrays, or their shapes in an abstract state.
 
-  step: Int[Array, '']
+  Attributes:
+    step: int32 [], the number of updates made.
+    params: a pure dict, float32.
+    opt_state: optax's; holds both moments.
+  """
+
+  step: Any
   params: dict
   opt_state: Any
 
@@ -126,7 +132,7 @@ def update(
   metrics = Metrics(
     loss=loss,
     learning_rate=jnp.asarray(schedule(state.step)),
-    gradient_norm=optax.global_norm(gradients),
+    gradient_norm=optax.tree.norm(gradients),
   )
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

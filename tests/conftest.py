@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jaxtyping
@@ -14,6 +15,14 @@ from absl import flags
 # Shapes in signatures are checked in tests only, and several devices are there to shard over.
 jaxtyping.install_import_hook('dropmae_jax', 'typecheck.check')
 jax.config.update('jax_num_cpu_devices', 4)
+# The same programs are compiled again and again, by commands in processes of their own too.
+CACHE = tempfile.TemporaryDirectory(prefix='dropmae_test_cache')
+COMPILE_ONCE = {
+  'JAX_COMPILATION_CACHE_DIR': CACHE.name,
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+}
+jax.config.update('jax_compilation_cache_dir', CACHE.name)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 # Grain's worker processes read absl flags, which a command line would have parsed.
 flags.FLAGS.mark_as_parsed()
 
@@ -55,7 +64,7 @@ def run_python(*arguments, timeout: int = 300) -> subprocess.CompletedProcess:
     capture_output=True,
     text=True,
     timeout=timeout,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1'},
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1', **COMPILE_ONCE},
     check=False,
   )
 

@@ -65,13 +65,15 @@ def test_importing_the_package_is_light():
 
 @pytest.mark.parametrize('path', SOURCES, ids=lambda path: path.stem)
 def test_public_functions_are_documented_and_annotated(path):
-  for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith('_'):
-      nested = node.col_offset > 2
-      assert nested or ast.get_docstring(node), f'{path.name}: {node.name}'
+  tree = ast.parse(path.read_text())
+  classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+  for node in [tree, *tree.body, *(member for each in classes for member in each.body)]:
+    name = getattr(node, 'name', '')
+    if isinstance(node, ast.FunctionDef | ast.ClassDef) and not name.startswith('_'):
+      assert ast.get_docstring(node), f'{path.name}: {name}'
+  for node in ast.walk(tree):
     if isinstance(node, ast.FunctionDef):
-      arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-      for argument in arguments:
+      for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
         assert argument.annotation or argument.arg in ('self', 'cls'), (
           f'{node.name}: {argument.arg}'
         )

@@ -79,9 +79,7 @@ def assert_same_state(first, second, *, rtol):
     assert np.linalg.norm(one - other) <= rtol * np.linalg.norm(other)
 
 
-@pytest.mark.parametrize(
-  ('devices', 'accumulation_steps'), [(4, 1), (2, 1), (1, 2), (1, 4), (2, 2)]
-)
+@pytest.mark.parametrize(('devices', 'accumulation_steps'), [(4, 1), (1, 2), (2, 2)])
 def test_devices_and_micro_batches_do_not_change_the_numbers(plain, devices, accumulation_steps):
   trainer, losses = plain
   other = Trainer(devices=devices, accumulation_steps=accumulation_steps)
