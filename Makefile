@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
-CLIP := $(RUN)/clips/val/orbiting/orbiting_0033.mp4
+CLIP := $(RUN)/clips/val/orbiting/orbiting_0049.mp4
 
 # The stamp is written last, so a set-up that was interrupted is done again.
 STAMP := $(VENV)/installed

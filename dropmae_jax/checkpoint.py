@@ -53,9 +53,15 @@ class Weights:
 
 
 class Checkpoints:
-  """Writes and restores the training state of one run."""
+  """Writes and restores the training state of one run.
 
-  def __init__(self, workdir: pathlib.Path, options: CheckpointOptions) -> None:
+  `description` is stored with every checkpoint; its architecture must be that of what is there.
+  """
+
+  def __init__(
+    self, workdir: pathlib.Path, options: CheckpointOptions, description: dict[str, Any]
+  ) -> None:
+    self._description = description
     self._manager = ocp.CheckpointManager(
       (workdir / FOLDER).absolute(),
       options=ocp.CheckpointManagerOptions(
@@ -75,7 +81,7 @@ class Checkpoints:
     """Whether a checkpoint belongs at this step."""
     return step % self._every_steps == 0
 
-  def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
+  def save(self, step: int, state: TrainState) -> None:
     """Copies the state off the devices and writes it in the background; once per step."""
     if step == self.latest_step:
       return
@@ -84,11 +90,11 @@ class Checkpoints:
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
         opt_state=ocp.args.StandardSave(state.opt_state),
-        description=ocp.args.JsonSave(description),
+        description=ocp.args.JsonSave(self._description),
       ),
     )
 
-  def restore(self, abstract: TrainState, description: dict[str, Any]) -> TrainState:
+  def restore(self, abstract: TrainState) -> TrainState:
     """Reads the newest state, onto the shapes and places of `abstract`.
 
     Raises:
@@ -98,7 +104,7 @@ class Checkpoints:
     stored = self._manager.restore(
       step, args=ocp.args.Composite(description=ocp.args.JsonRestore())
     )
-    mine, its = description['architecture'], stored.description['architecture']
+    mine, its = self._description['architecture'], stored.description['architecture']
     changed = [
       f'{k} is {its.get(k)} there and {mine[k]} here' for k in mine if mine[k] != its.get(k)
     ]

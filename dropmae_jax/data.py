@@ -6,9 +6,12 @@ on at step s takes the same stream, sliced at s.
 """
 
 import dataclasses
+import os
 import pathlib
 import resource
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
@@ -181,12 +184,24 @@ class FramePair(grain.transforms.RandomMap):
 
 
 def start_worker(worker: int, num_workers: int) -> None:
-  """Prepares a loader process: one core, no Ctrl-C of its own, all the files it may open."""
+  """Prepares a loader process: one core, all the files it may open, an end when the trainer ends.
+
+  Signals are the trainer's to answer, which needs its loader until it has saved.
+  """
   del worker, num_workers
   cv2.setNumThreads(0)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  for each in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(each, signal.SIG_IGN)
+  threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
   _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _end_without(parent: int) -> None:
+  """Ends this process once its parent is gone, however that was killed."""
+  while os.getppid() == parent:
+    time.sleep(1)
+  os._exit(1)
 
 
 def pair_batches(

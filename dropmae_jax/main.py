@@ -1,11 +1,12 @@
 """Trains: python -m dropmae_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=...].
 
-Exit status: 0 when the last step is reached, 2 for bad input, 75 when a signal stopped the run
-after a checkpoint (the same command goes on from there).
+Exit status: 0 when the last step is reached, 1 when training diverged, 2 for bad input, 75 when a
+signal stopped the run after a checkpoint (the same command goes on from there).
 """
 
 import os
 import pathlib
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -63,9 +64,13 @@ def main(_: list[str]) -> int:
       f'--config cannot be read: {_last_line(error)}; configs/ has examples.'
     ) from error
   logging.set_verbosity(logging.WARNING)
-  from dropmae_jax import train  # After the checks, which then answer at once.
+  from dropmae_jax import report, train  # After the checks, which then answer at once.
 
-  return 0 if train.train(checked, pathlib.Path(_WORKDIR.value)) else STOPPED
+  try:
+    return 0 if train.train(checked, pathlib.Path(_WORKDIR.value)) else STOPPED
+  except report.NonFiniteLoss as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
 
 
 if __name__ == '__main__':

@@ -39,14 +39,14 @@ def learning_rate(
     peak: largest learning rate.
     floor: learning rate at `num_steps`.
     warmup_steps: in the schedule's own unit, which may be fractional epochs.
-    num_steps: in the same unit, warm-up included.
+    num_steps: in the same unit, warm-up included; a run that is shorter ends while warming up.
   """
   # Optax's own join lets the cosine begin at the peak's step, as the published formula does.
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=peak,
     warmup_steps=warmup_steps,
-    decay_steps=num_steps,
+    decay_steps=max(num_steps, warmup_steps + 1),
     end_value=floor,
   )
 

@@ -63,11 +63,8 @@ class Recipe:
       raise ValueError(f'seed={self.seed} is not in 0..2**32 - 1.')
     if self.dtype not in DTYPES:
       raise ValueError(f'dtype={self.dtype!r} is unknown; use one of {", ".join(DTYPES)}.')
-    if not 0 <= self.optimizer.warmup_steps < self.num_steps:
-      raise ValueError(
-        f'optimizer.warmup_steps={self.optimizer.warmup_steps} is not in'
-        f' 0..num_steps - 1 = {self.num_steps - 1}.'
-      )
+    if self.optimizer.warmup_steps < 0:
+      raise ValueError(f'optimizer.warmup_steps={self.optimizer.warmup_steps} is negative.')
 
   @property
   def peak_learning_rate(self) -> float:

@@ -36,7 +36,7 @@ PALETTE = (0, 0, 0, 200, 40, 40, 40, 200, 40, 220, 200, 40, 60, 80, 220)
 class ClipOptions:
   """What is written. The same options give the same files."""
 
-  train: int = 32
+  train: int = 48
   val: int = 4
   frames: int = 40
   height: int = 144

@@ -5,19 +5,21 @@ import dataclasses
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dropmae_jax import data, mae, optimizer, sharding
 from dropmae_jax.checkpoint import Checkpoints, describe
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.report import Report
-from dropmae_jax.train_step import init_state, train_step
+from dropmae_jax.train_step import Metrics, TrainState, init_state, train_step
 
 
 class Interruption:
@@ -41,6 +43,54 @@ class Interruption:
         signal.signal(each, handler)
 
 
+class Program(NamedTuple):
+  """What runs on the devices: fresh states, and updates of them."""
+
+  init: Callable[[jax.Array], TrainState]
+  step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+
+
+def build_program(recipe: Recipe, mesh: Mesh) -> Program:
+  """Puts model, objective and optimizer of a recipe together, jitted for a mesh.
+
+  The old state is donated to the step. Nothing is compiled before the first call.
+
+  Raises:
+    BadInput: the devices do not divide the batch.
+  """
+  try:
+    sharding.check_batch(recipe.batch_size, recipe.accumulation_steps, mesh)
+  except ValueError as error:
+    raise BadInput(f'config: {error}') from error
+  graphdef, _ = mae.abstract_model(recipe.model, dtype=jnp.dtype(recipe.dtype))
+  schedule = optimizer.learning_rate(
+    peak=recipe.peak_learning_rate,
+    floor=recipe.optimizer.min_learning_rate,
+    warmup_steps=recipe.optimizer.warmup_steps,
+    num_steps=recipe.num_steps,
+  )
+  tx = optimizer.adamw(schedule, recipe.optimizer)
+  step = partial(
+    train_step,
+    graphdef=graphdef,
+    tx=tx,
+    schedule=schedule,
+    objective=recipe.objective,
+    shared_flip=recipe.data.shared_augmentation,
+    accumulation_steps=recipe.accumulation_steps,
+  )
+  place = sharding.state_sharding(mesh)
+  return Program(
+    init=jax.jit(partial(init_state, architecture=recipe.model, tx=tx), out_shardings=place),
+    step=jax.jit(
+      step,
+      donate_argnames='state',
+      in_shardings=(place, sharding.batch_sharding(mesh), place),
+      out_shardings=place,
+    ),
+  )
+
+
 def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
   """Trains to `recipe.num_steps`, going on from the newest checkpoint of `workdir` if there is one.
 
@@ -57,62 +107,29 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
     NonFiniteLoss: training diverged.
   """
   interruption = Interruption()
-  with interruption.watched():
-    return _train(recipe, workdir, interruption)
+  with interruption.watched(), contextlib.ExitStack() as stack:
+    mesh = sharding.make_mesh()
+    program = build_program(recipe, mesh)
+    videos = data.open_dataset(recipe.data_dir, recipe.dataset, recipe.split)
+    steps_per_epoch = max(len(videos) // recipe.batch_size, 1)
+    init_key, data_seed, step_key = _seeds(recipe.seed)
 
-
-def _train(recipe: Recipe, workdir: pathlib.Path, interruption: Interruption) -> bool:
-  mesh = sharding.make_mesh()
-  try:
-    sharding.check_batch(recipe.batch_size, recipe.accumulation_steps, mesh)
-  except ValueError as error:
-    raise BadInput(f'config: {error}') from error
-  videos = data.open_dataset(recipe.data_dir, recipe.dataset, recipe.split)
-  steps_per_epoch = max(len(videos) // recipe.batch_size, 1)
-
-  graphdef, _ = mae.abstract_model(recipe.model, dtype=jnp.dtype(recipe.dtype))
-  schedule = optimizer.learning_rate(
-    peak=recipe.peak_learning_rate,
-    floor=recipe.optimizer.min_learning_rate,
-    warmup_steps=recipe.optimizer.warmup_steps,
-    num_steps=recipe.num_steps,
-  )
-  tx = optimizer.adamw(schedule, recipe.optimizer)
-  place = sharding.state_sharding(mesh)
-  init = partial(init_state, architecture=recipe.model, tx=tx)
-  init_key, data_seed, seed_key = _seeds(recipe.seed)
-  description = describe(
-    recipe.model,
-    recipe.objective,
-    frame_gap=recipe.data.frame_gap,
-    steps_per_epoch=steps_per_epoch,
-    config=dataclasses.asdict(recipe),
-  )
-  step_fn = jax.jit(
-    partial(
-      train_step,
-      graphdef=graphdef,
-      tx=tx,
-      schedule=schedule,
-      objective=recipe.objective,
-      shared_flip=recipe.data.shared_augmentation,
-      accumulation_steps=recipe.accumulation_steps,
-    ),
-    donate_argnames='state',
-    in_shardings=(place, sharding.batch_sharding(mesh), place),
-    out_shardings=place,
-  )
-
-  workdir.mkdir(parents=True, exist_ok=True)
-  with contextlib.ExitStack() as stack:
-    checkpoints = Checkpoints(workdir, recipe.checkpoint)
+    workdir.mkdir(parents=True, exist_ok=True)
+    description = describe(
+      recipe.model,
+      recipe.objective,
+      frame_gap=recipe.data.frame_gap,
+      steps_per_epoch=steps_per_epoch,
+      config=dataclasses.asdict(recipe),
+    )
+    checkpoints = Checkpoints(workdir, recipe.checkpoint, description)
     stack.callback(checkpoints.close)
     first_step = checkpoints.latest_step or 0
     if checkpoints.latest_step is None:
-      state = jax.jit(init, out_shardings=place)(init_key)
+      state = program.init(init_key)
     else:
-      abstract = sharding.abstract_on(mesh, jax.eval_shape(init, init_key))
-      state = checkpoints.restore(abstract, description)
+      shapes = jax.eval_shape(program.init, init_key)
+      state = checkpoints.restore(sharding.abstract_on(mesh, shapes))
     report = Report(
       workdir,
       first_step=first_step,
@@ -127,34 +144,29 @@ def _train(recipe: Recipe, workdir: pathlib.Path, interruption: Interruption) ->
     )
     if first_step:
       report.say(f'going on after step {first_step} of {recipe.num_steps}')
-    if first_step >= recipe.num_steps:
-      return True
-    batches = stack.enter_context(
-      contextlib.closing(
-        data.pair_batches(
-          videos,
-          recipe.data,
-          image_size=recipe.model.image_size,
-          batch_size=recipe.batch_size,
-          seed=data_seed,
-          first_step=first_step,
-          host=jax.process_index(),
-          num_hosts=jax.process_count(),
-        )
-      )
+    batches = data.pair_batches(
+      videos,
+      recipe.data,
+      image_size=recipe.model.image_size,
+      batch_size=recipe.batch_size,
+      seed=data_seed,
+      first_step=first_step,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
     )
-    seed_key = jax.device_put(seed_key, place)
+    stack.enter_context(contextlib.closing(batches))
+    step_key = jax.device_put(step_key, sharding.state_sharding(mesh))
     stack.enter_context(jax.transfer_guard('disallow'))
 
     previous = None
     for step in range(first_step + 1, recipe.num_steps + 1):
       asked = time.perf_counter()
-      batch = next(batches)
+      frames = next(batches)['frames']
       if previous is not None and previous.loss.is_ready():
         report.waited_for_data(time.perf_counter() - asked)
-      state, metrics = step_fn(state, sharding.to_devices(batch['frames'], mesh), seed_key)
+      state, metrics = program.step(state, sharding.to_devices(frames, mesh), step_key)
       # At most two steps are under way, so that memory and signals are not held up.
-      jax.block_until_ready(metrics if previous is None else previous)
+      jax.block_until_ready(previous or metrics)
       report.after_step(step, metrics)
       if previous is None:
         report.compiled(step)
@@ -162,15 +174,15 @@ def _train(recipe: Recipe, workdir: pathlib.Path, interruption: Interruption) ->
       stopped = interruption.signal_name is not None
       if checkpoints.is_due(step) or stopped or step == recipe.num_steps:
         report.check_finite()
-        checkpoints.save(step, state, description)
-      if stopped:
+        checkpoints.save(step, state)
+      if stopped and step < recipe.num_steps:
         checkpoints.close()
         report.say(
           f'{interruption.signal_name}: saved at step {step} of {recipe.num_steps};'
           ' the same command goes on from there'
         )
-        return step == recipe.num_steps
-    return True
+        return False
+  return True
 
 
 def _seeds(seed: int) -> tuple[jax.Array, int, jax.Array]:

@@ -31,10 +31,12 @@ def abstract_on(mesh):
 
 @pytest.fixture
 def saved(tmp_path):
-  checkpoints = Checkpoints(tmp_path, CheckpointOptions(every_steps=2, keep_last=2, keep_every=4))
+  checkpoints = Checkpoints(
+    tmp_path, CheckpointOptions(every_steps=2, keep_last=2, keep_every=4), DESCRIPTION
+  )
   for step in range(2, 13, 2):
     assert checkpoints.is_due(step)
-    checkpoints.save(step, state_at(step), DESCRIPTION)
+    checkpoints.save(step, state_at(step))
   checkpoints.close()
   return tmp_path
 
@@ -46,9 +48,9 @@ def test_the_last_few_and_every_kth_are_kept(saved):
 
 @pytest.mark.parametrize('devices', [1, 4])
 def test_restore_is_bit_for_bit_on_any_mesh(saved, devices):
-  checkpoints = Checkpoints(saved, CheckpointOptions())
+  checkpoints = Checkpoints(saved, CheckpointOptions(), DESCRIPTION)
   mesh = sharding.make_mesh(jax.devices()[:devices])
-  restored = checkpoints.restore(abstract_on(mesh), DESCRIPTION)
+  restored = checkpoints.restore(abstract_on(mesh))
   checkpoints.close()
   expected = state_at(12)
   assert jax.tree.structure(restored) == jax.tree.structure(expected)
@@ -69,8 +71,8 @@ def test_weights_come_with_what_they_belong_to(saved):
 
 
 def test_saving_a_step_twice_changes_nothing(saved):
-  checkpoints = Checkpoints(saved, CheckpointOptions(keep_last=9))
-  checkpoints.save(12, state_at(1), DESCRIPTION)
+  checkpoints = Checkpoints(saved, CheckpointOptions(keep_last=9), DESCRIPTION)
+  checkpoints.save(12, state_at(1))
   checkpoints.close()
   weights = checkpoint.load_weights(saved)
   np.testing.assert_array_equal(weights.params['mask_token'], state_at(12).params['mask_token'])
@@ -78,9 +80,9 @@ def test_saving_a_step_twice_changes_nothing(saved):
 
 def test_another_model_is_refused(saved):
   other = checkpoint.describe(mae.architecture_of_size('B'), Objective())
-  checkpoints = Checkpoints(saved, CheckpointOptions())
+  checkpoints = Checkpoints(saved, CheckpointOptions(), other)
   with pytest.raises(BadInput, match=r'holds another model \(image_size is 16 there and 224 here'):
-    checkpoints.restore(abstract_on(sharding.make_mesh()), other)
+    checkpoints.restore(abstract_on(sharding.make_mesh()))
   checkpoints.close()
 
 
@@ -90,9 +92,9 @@ def test_weights_alone_are_read_but_not_trained_on(tmp_path):
   assert checkpoint.load_weights(tmp_path / 'w').step == 7
   with pytest.raises(BadInput, match='is not empty; give a new folder'):
     checkpoint.save_weights(tmp_path / 'w', params, 8, DESCRIPTION)
-  checkpoints = Checkpoints(tmp_path / 'w', CheckpointOptions())
+  checkpoints = Checkpoints(tmp_path / 'w', CheckpointOptions(), DESCRIPTION)
   with pytest.raises(BadInput, match='holds weights without optimizer state'):
-    checkpoints.restore(abstract_on(sharding.make_mesh()), DESCRIPTION)
+    checkpoints.restore(abstract_on(sharding.make_mesh()))
   checkpoints.close()
 
 

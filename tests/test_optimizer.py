@@ -48,6 +48,13 @@ def test_schedule(step, expected):
   assert float(schedule(step)) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize('num_steps', [1, 10])
+def test_a_run_shorter_than_its_warm_up_just_warms_up(num_steps):
+  schedule = optimizer.learning_rate(peak=1.0, floor=0.0, warmup_steps=10, num_steps=num_steps)
+  for step in range(num_steps):
+    assert float(schedule(step)) == pytest.approx(step / 10, abs=1e-6)
+
+
 def test_learning_rate_scales_with_the_batch():
   made = recipe.Recipe(
     data_dir='', num_steps=10, batch_size=4096, model=mae.architecture_of_size('B')

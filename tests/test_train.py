@@ -1,16 +1,14 @@
 """The training step: the same on any number of devices, micro-batches and restarts."""
 
-import itertools
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dropmae_jax import mae, optimizer, sharding, train_step
+from dropmae_jax import mae, optimizer, sharding, train, train_step
 from dropmae_jax.mae import Objective
 from dropmae_jax.optimizer import OptimizerOptions
+from dropmae_jax.recipe import Recipe
 
 TINY = mae.architecture_of_size(
   'XXS', image_size=32, decoder_width=32, decoder_depth=2, decoder_num_heads=2
@@ -29,40 +27,25 @@ class Trainer:
 
   def __init__(self, *, devices=1, accumulation_steps=1, dtype='float32'):
     self.mesh = sharding.make_mesh(jax.devices()[:devices])
-    schedule = optimizer.learning_rate(peak=1e-3, floor=0.0, warmup_steps=2, num_steps=20)
-    tx = optimizer.adamw(schedule, OptimizerOptions())
-    place = sharding.state_sharding(self.mesh)
-    graphdef, _ = mae.abstract_model(TINY, dtype=jnp.dtype(dtype))
-    self.traces = itertools.count()
-
-    def counted(state, frames, key):
-      next(self.traces)
-      return train_step.train_step(
-        state,
-        frames,
-        key,
-        graphdef=graphdef,
-        tx=tx,
-        schedule=schedule,
-        objective=Objective(attention_dropout=0.2),
-        shared_flip=False,
-        accumulation_steps=accumulation_steps,
-      )
-
-    self.step = jax.jit(
-      counted,
-      donate_argnums=0,
-      in_shardings=(place, sharding.batch_sharding(self.mesh), place),
-      out_shardings=place,
+    made = Recipe(
+      data_dir='',
+      num_steps=20,
+      batch_size=BATCH,
+      accumulation_steps=accumulation_steps,
+      dtype=dtype,
+      model=TINY,
+      objective=Objective(attention_dropout=0.2),
+      optimizer=OptimizerOptions(base_learning_rate=0.032, warmup_steps=2),
     )
-    init = partial(train_step.init_state, architecture=TINY, tx=tx)
-    self.state = jax.jit(init, out_shardings=place)(jax.random.key(0))
-    self.key = jax.device_put(jax.random.key(1), place)
+    self.program = train.build_program(made, self.mesh)
+    self.state = self.program.init(jax.random.key(0))
+    self.key = jax.device_put(jax.random.key(1), sharding.state_sharding(self.mesh))
 
-  def run(self, frames):
+  def run(self, batches):
     losses = []
-    for batch in frames:
-      self.state, metrics = self.step(self.state, sharding.to_devices(batch, self.mesh), self.key)
+    for batch in batches:
+      frames = sharding.to_devices(batch, self.mesh)
+      self.state, metrics = self.program.step(self.state, frames, self.key)
       losses.append(float(metrics.loss))
     return losses
 
@@ -86,7 +69,7 @@ def test_devices_and_micro_batches_do_not_change_the_numbers(plain, devices, acc
   np.testing.assert_allclose(other.run(batches(4)), losses, rtol=1e-5)
   weights, expected = other.state.params, trainer.state.params
   assert_same_state(weights['patch_embed'], expected['patch_embed'], rtol=1e-3)
-  assert next(other.traces) == 1
+  assert other.program.step._cache_size() == 1
 
 
 def test_batches_are_really_split_over_the_devices():
@@ -96,11 +79,11 @@ def test_batches_are_really_split_over_the_devices():
   assert len({shard.device for shard in frames.addressable_shards}) == 4
 
 
-def test_one_trace_and_the_old_state_is_given_up(plain):
+def test_one_compilation_and_the_old_state_is_given_up(plain):
   trainer, _ = plain
   old = trainer.state
   trainer.run(batches(1, seed=5))
-  assert next(trainer.traces) == 1
+  assert trainer.program.step._cache_size() == 1
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
 
 
