@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
-CLIP := $(RUN)/clips/val/orbiting/orbiting_0049.mp4
+CLIP := $(RUN)/clips/val/drifting/drifting_0051.mp4
 
 # The stamp is written last, so a set-up that was interrupted is done again.
 STAMP := $(VENV)/installed
@@ -30,7 +30,7 @@ quickstart: $(STAMP)
 	$(BIN)/python -m dropmae_jax.synthetic_clips --output=$(RUN)/clips
 	$(BIN)/python -m tfds_kinetics --config=folder --videos=$(RUN)/clips --data_dir=$(RUN)/data
 	$(BIN)/python -m dropmae_jax.main --config=configs/quickstart.py --workdir=$(RUN)
-	$(BIN)/python -m dropmae_jax.figures --checkpoint=$(RUN) --video=$(CLIP) --output=$(RUN)/reconstruction.png
+	$(BIN)/python -m dropmae_jax.figures --checkpoint=$(RUN) --video=$(CLIP) --output=$(RUN)/reconstruction.png --frames 0 4
 	$(BIN)/python convert_to_torch.py --checkpoint=$(RUN) --output=$(RUN)/dropmae.pth
 	@echo
 	@echo "Done. In $(RUN):"

@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
   config.model = ConfigDict()
   config.model.size = 'B'
   config.model.image_size = 224
-  config.model.patch_size = 16
   config.model.decoder_width = 512
   config.model.decoder_depth = 8
   config.model.decoder_num_heads = 16

@@ -29,7 +29,7 @@ class Size(NamedTuple):
 
 SIZES = {
   'XXS': Size(width=64, depth=2, num_heads=2, patch_size=8),
-  'XS': Size(width=192, depth=6, num_heads=3, patch_size=8),
+  'XS': Size(width=96, depth=3, num_heads=3, patch_size=8),
   'S': Size(width=384, depth=12, num_heads=6, patch_size=16),
   'B': Size(width=768, depth=12, num_heads=12, patch_size=16),
   'L': Size(width=1024, depth=24, num_heads=16, patch_size=16),

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from dropmae_jax import mae, optimizer, recipe
+from dropmae_jax import mae, optimizer, recipe, vit
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.train_step import init_state
 
@@ -47,7 +47,7 @@ def test_the_published_recipe():
 
 def test_the_published_recipe_is_complete():
   """Its size row stands for the backbone's numbers; everything else is spelled out."""
-  backbone = {'model.width', 'model.depth', 'model.num_heads'}
+  backbone = {f'model.{field}' for field in vit.Size._fields}
   values = config('kinetics400_vit_b16')
   for name in set(recipe.known_fields()) - backbone:
     part = values
