@@ -3,7 +3,7 @@
 # make lint         ruff: format and lint
 # make venv         only the set-up, which the others do by themselves when it is missing
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart

@@ -5,6 +5,7 @@ python convert_to_torch.py --from_torch=FILE.pth --output=DIR
 """
 
 import argparse
+import dataclasses
 import pathlib
 
 from dropmae_jax import checkpoint, command_line, mae, torch_export
@@ -14,11 +15,19 @@ from dropmae_jax.command_line import BadInput
 def export(folder: pathlib.Path, output: str) -> str:
   """Writes the newest checkpoint of a run in the layout of the published files."""
   weights = checkpoint.load_weights(folder)
-  state = torch_export.to_torch(weights.params, weights.architecture)
+  params, architecture = weights.params, weights.architecture
+  lines = []
+  if architecture.patch_size in (14, 16) and architecture.image_size != 224:
+    lines.append(f'position tables: those of 224 pixels (trained at {architecture.image_size})')
+    params, architecture = torch_export.at_published_resolution(params, architecture)
+  state = torch_export.to_torch(params, architecture)
   epoch = weights.step // weights.description.get('steps_per_epoch', 1)
-  args = {**weights.description, 'step': weights.step}
+  shape = dataclasses.asdict(architecture)
+  args = {**weights.description, 'architecture': shape, 'step': weights.step}
   torch_export.write_pth(output, state, epoch=epoch, args=args)
-  return f'{output}: {len(state)} tensors of step {weights.step}, under the key "model"'
+  lines.append(torch_export.readers(architecture))
+  head = f'{output}: {len(state)} tensors of step {weights.step}, under the key "model"'
+  return '\n  '.join([head, *lines])
 
 
 def import_(path: str, output: pathlib.Path) -> str:

@@ -32,7 +32,7 @@ setup(
     'tqdm>=4.66',
   ],
   extras_require={
-    'cuda': ['jax[cuda13]>=0.10.2'],
+    'cuda': ['jax[cuda]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
     'torch': ['torch>=2.6'],
     'beam': ['apache-beam>=2.77'],

@@ -85,14 +85,14 @@ class Checkpoints:
     """Copies the state off the devices and writes it in the background; once per step."""
     if step == self.latest_step:
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        opt_state=ocp.args.StandardSave(state.opt_state),
-        description=ocp.args.JsonSave(self._description),
-      ),
+    items = ocp.args.Composite(
+      params=ocp.args.StandardSave(state.params),
+      opt_state=ocp.args.StandardSave(state.opt_state),
+      description=ocp.args.JsonSave(self._description),
     )
+    # The training loop forbids implicit transfers, which orbax's copies off the devices are.
+    with jax.transfer_guard('allow'):
+      self._manager.save(step, args=items)
 
   def restore(self, abstract: TrainState) -> TrainState:
     """Reads the newest state, onto the shapes and places of `abstract`.

@@ -6,6 +6,7 @@ on at step s takes the same stream, sliced at s.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import resource
@@ -183,8 +184,14 @@ class FramePair(grain.transforms.RandomMap):
     }
 
 
-def start_worker(worker: int, num_workers: int) -> None:
-  """Prepares a loader process: one core, all the files it may open, an end when the trainer ends.
+def allow_many_files() -> None:
+  """Raises the limit of open files as far as it goes: every shard that is read stays open."""
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def start_worker(worker: int, num_workers: int, *, trainer: int) -> None:
+  """Prepares a loader process: one core, many files, an end when the process `trainer` ends.
 
   Signals are the trainer's to answer, which needs its loader until it has saved.
   """
@@ -192,9 +199,8 @@ def start_worker(worker: int, num_workers: int) -> None:
   cv2.setNumThreads(0)
   for each in (signal.SIGINT, signal.SIGTERM):
     signal.signal(each, signal.SIG_IGN)
-  threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
-  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-  resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+  threading.Thread(target=_end_without, args=(trainer,), daemon=True).start()
+  allow_many_files()
 
 
 def _end_without(parent: int) -> None:
@@ -221,13 +227,14 @@ def pair_batches(
     videos: where frames come from.
     options: how pairs are drawn and fed.
     image_size: pixels along a side.
-    batch_size: of all hosts together; every host gets an equal, interleaved share.
+    batch_size: of all hosts together; every host gets an equal block of each.
     seed: of order, pairs and crops.
     first_step: batches to leave out.
     host: number of this process.
     num_hosts: number of processes.
   """
   cv2.setNumThreads(0)
+  allow_many_files()
   pairs = (
     grain.MapDataset.range(len(videos))
     .seed(seed)
@@ -235,7 +242,8 @@ def pair_batches(
     .repeat(EPOCHS)
     .random_map(FramePair(videos, options, image_size))
   )
-  batches = pairs[host::num_hosts].batch(batch_size // num_hosts)[first_step:]
+  # A host's share is a block of every global batch: the blocks, in turn, are the hosts'.
+  batches = pairs.batch(batch_size // num_hosts)[host::num_hosts][first_step:]
   threads = 0 if options.num_workers else options.num_threads
   stream = batches.to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -243,6 +251,6 @@ def pair_batches(
   if options.num_workers:
     stream = stream.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=options.num_workers, per_worker_buffer_size=2),
-      worker_init_fn=start_worker,
+      worker_init_fn=functools.partial(start_worker, trainer=os.getpid()),
     )
   return iter(stream)

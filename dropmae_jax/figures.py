@@ -115,10 +115,12 @@ def save_png(image: Image.Image, path: pathlib.Path) -> None:
   """Writes a picture whole or not at all.
 
   Raises:
-    BadInput: the folder is not there.
+    BadInput: the folder is not there, or the name is that of a folder.
   """
   if not path.absolute().parent.is_dir():
     raise BadInput(f'the folder of --output={path} does not exist; make it first.')
+  if path.is_dir():
+    raise BadInput(f'--output={path} is a folder; give the name of a file.')
   handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, suffix='.png')
   os.close(handle)
   image.save(temporary)

@@ -33,6 +33,9 @@ class Architecture:
   mlp_ratio: float = 4.0
 
   def __post_init__(self) -> None:
+    for name, value in dataclasses.asdict(self).items():
+      if value <= 0:
+        raise ValueError(f'{name}={value} is not positive.')
     if self.image_size < self.patch_size or self.image_size % self.patch_size:
       down = max(self.image_size // self.patch_size, 1) * self.patch_size
       raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from dropmae_jax import command_line, mae
+from dropmae_jax import command_line, mae, masking
 from dropmae_jax.checkpoint import CheckpointOptions
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
@@ -63,6 +63,7 @@ class Recipe:
       raise ValueError(f'seed={self.seed} is not in 0..2**32 - 1.')
     if self.dtype not in DTYPES:
       raise ValueError(f'dtype={self.dtype!r} is unknown; use one of {", ".join(DTYPES)}.')
+    masking.num_visible(self.model.num_tokens, self.objective.mask_ratio)
     if self.optimizer.warmup_steps < 0:
       raise ValueError(f'optimizer.warmup_steps={self.optimizer.warmup_steps} is negative.')
 

@@ -1,5 +1,6 @@
 """What a run tells: progress on the terminal, log.txt, metrics.jsonl and TensorBoard scalars."""
 
+import concurrent.futures
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ _log = logging.getLogger('dropmae_jax')
 
 
 class NonFiniteLoss(RuntimeError):
-  """The loss became infinite or not a number; the message names the step."""
+  """Loss or gradient became infinite or not a number; the message names the step."""
 
 
 class Report:
@@ -60,9 +61,11 @@ class Report:
       _log.setLevel(logging.INFO)
       _log.propagate = False  # absl would show every line a second time.
       self._metrics = _open_metrics(workdir / 'metrics.jsonl', first_step)
-      # After a restart TensorBoard itself drops the points of steps that are done anew.
+      # After a restart TensorBoard may show the steps that are done anew twice; they are equal.
       self._scalars = Writer(str(workdir / 'tensorboard'))
     self._started = time.perf_counter()
+    self._watcher = concurrent.futures.ThreadPoolExecutor(1)
+    self._finished: concurrent.futures.Future | None = None
     self._restart_clock(first_step)
 
   def _restart_clock(self, step: int) -> None:
@@ -81,30 +84,41 @@ class Report:
     self.say(f'first step, compilation included: {time.perf_counter() - self._started:.1f} s')
     self._restart_clock(step)
 
-  def waited_for_data(self, seconds: float) -> None:
-    """Adds time in which the devices had nothing to do for want of a batch."""
-    self._waited += seconds
+  def batch_arrived(self, asked: float) -> None:
+    """Counts the time since `asked` in which the devices had nothing left to do.
+
+    Args:
+      asked: time.perf_counter() when the loop asked for the batch that it has now.
+    """
+    if self._finished is not None and self._finished.done():
+      self._waited += time.perf_counter() - max(asked, self._finished.result())
 
   def after_step(self, step: int, metrics: Metrics) -> None:
     """Takes a step's metrics, which stay on the device until a line is due."""
     self._window.append((step, metrics))
+    self._finished = self._watcher.submit(_time_when_ready, metrics)
     self._show.update()
     if step % self._log_every == 0 or step == self._num_steps:
       self._write_line(step)
 
   def check_finite(self) -> None:
-    """Stops the run if a step since the last check had no finite loss.
+    """Stops the run if a step since the last check had no finite loss or gradient.
+
+    The gradient counts because a step's loss is from before its update: parameters that a bad
+    gradient has ruined must not be saved.
 
     Raises:
       NonFiniteLoss: names the first such step.
     """
-    losses = jax.device_get([metrics.loss for _, metrics in self._window])
-    for (step, _), loss in zip(self._window, losses, strict=True):
-      if not np.isfinite(loss):
-        raise NonFiniteLoss(
-          f'the loss of step {step} is {loss}; the last checkpoint is from before it. Lower'
-          ' config.optimizer.base_learning_rate or look at the data.'
-        )
+    fetched = jax.device_get([metrics for _, metrics in self._window])
+    for (step, _), metrics in zip(self._window, fetched, strict=True):
+      for name in ('loss', 'gradient_norm'):
+        value = getattr(metrics, name)
+        if not np.isfinite(value):
+          raise NonFiniteLoss(
+            f'the {name} of step {step} is {value}; the last checkpoint is from before it. Lower'
+            ' config.optimizer.base_learning_rate or look at the data.'
+          )
     self._window.clear()
 
   def _write_line(self, step: int) -> None:
@@ -131,6 +145,7 @@ class Report:
 
   def close(self) -> None:
     """Writes out and closes everything."""
+    self._watcher.shutdown()
     self._show.close()
     if self._writes:
       self._metrics.close()
@@ -138,6 +153,11 @@ class Report:
       for handler in self._handlers:
         _log.removeHandler(handler)
         handler.close()
+
+
+def _time_when_ready(metrics: Metrics) -> float:
+  jax.block_until_ready(metrics)
+  return time.perf_counter()
 
 
 def _open_metrics(path: pathlib.Path, first_step: int) -> TextIO:

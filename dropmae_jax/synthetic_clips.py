@@ -176,7 +176,7 @@ def write_clips(output: pathlib.Path, options: ClipOptions) -> int:
   """
   described = json.dumps(dataclasses.asdict(options))
   description = output / 'clips.json'
-  if output.exists():
+  if output.exists() and not (output.is_dir() and not any(output.iterdir())):
     if not description.exists() or description.read_text() != described:
       raise BadInput(
         f'--output={output} holds something other than these clips;'
@@ -218,9 +218,12 @@ def main() -> None:
   arguments = vars(parser.parse_args())
   output = arguments.pop('output')
   options = ClipOptions(**arguments)
-  for name in ('frames', 'train'):
-    if getattr(options, name) < 1:
-      raise BadInput(f'--{name}={getattr(options, name)} is not positive; give at least 1.')
+  for name, least in (('frames', 1), ('train', 1), ('val', 0), ('objects', 0), ('seed', 0)):
+    if getattr(options, name) < least:
+      raise BadInput(f'--{name}={getattr(options, name)} is too small; give at least {least}.')
+  for name in ('height', 'width'):
+    if getattr(options, name) < 16 or getattr(options, name) % 2:
+      raise BadInput(f'--{name}={getattr(options, name)} must be even, as h264 needs, and >= 16.')
   new = write_clips(output, options)
   total = options.train + options.val
   print(f'{output}: {new} clips written' if new else f'{output}: {total} clips are there already')

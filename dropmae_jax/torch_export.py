@@ -6,19 +6,20 @@ our attribute paths, linear weights are (out, in), the patch projection is a con
 """
 
 import argparse
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
-from dropmae_jax import mae, vit
+from dropmae_jax import mae, position, vit
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import Architecture
 
+PUBLISHED_IMAGE_SIZE = 224
 POSITION_TABLES = ('pos_embed', 'decoder_pos_embed')
 _TOP_LEVEL = (
   'pos_embed',
@@ -54,7 +55,9 @@ def to_torch(params: dict, architecture: Architecture) -> dict[str, np.ndarray]:
     params: the model's pure parameter dict.
     architecture: what it belongs to.
   """
-  leaves = {'.'.join(map(str, path)): leaf for path, leaf in _flatten(params).items()}
+  leaves = {
+    '.'.join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(params).items()
+  }
   state = {}
   for name in tensor_names(architecture):
     module, _, leaf = name.rpartition('.')
@@ -75,7 +78,10 @@ def from_torch(state: Mapping[str, np.ndarray], architecture: Architecture) -> d
     BadInput: tensors are missing, left over or of another shape; names the first three.
   """
   _, abstract = mae.abstract_model(architecture)
-  wanted = {'.'.join(map(str, path)): (path, leaf) for path, leaf in _flatten(abstract).items()}
+  wanted = {
+    '.'.join(map(str, path)): (path, leaf)
+    for path, leaf in traverse_util.flatten_dict(abstract).items()
+  }
   arrays, problems = {}, []
   for key, (path, leaf) in wanted.items():
     module, _, kind = key.rpartition('.')
@@ -99,10 +105,6 @@ def from_torch(state: Mapping[str, np.ndarray], architecture: Architecture) -> d
   return traverse_util.unflatten_dict(arrays)
 
 
-def _flatten(params: dict) -> dict[tuple, Any]:
-  return traverse_util.flatten_dict(params)
-
-
 def _weight_to_torch(module: str, kernel: np.ndarray, architecture: Architecture) -> np.ndarray:
   """(in, out) to (out, in); the patch projection's input is unfolded to colour, row, column."""
   if module != 'patch_embed.proj':
@@ -117,13 +119,11 @@ def _weight_from_torch(module: str, weight: np.ndarray) -> np.ndarray:
   return weight.T
 
 
-def infer_architecture(
-  state: Mapping[str, np.ndarray], *, num_heads: int | None = None, decoder_heads: int | None = None
-) -> Architecture:
+def infer_architecture(state: Mapping[str, np.ndarray]) -> Architecture:
   """Reads the architecture off the shapes of a state dict.
 
-  The head counts leave no trace in the shapes: they are the given ones, or those of the size
-  table's row of that width, and 16 in the decoder, as published.
+  The head counts leave no trace in the shapes: they are those of the size table's row of that
+  width, and 16 in the decoder, as published.
 
   Raises:
     BadInput: a tensor that says it is not there, or the width is in no row of the size table.
@@ -133,30 +133,52 @@ def infer_architecture(
     decoder_width = state['decoder_embed.weight'].shape[0]
     grid = round((state['pos_embed'].shape[1] - 1) ** 0.5)
     hidden = state['blocks.0.mlp.fc1.weight'].shape[0]
-  except (KeyError, ValueError) as error:
+  except (KeyError, ValueError, IndexError) as error:
     raise BadInput(
       f'the file holds no DropMAE model with its decoder ({error} is missing or misshapen);'
       ' files of the encoder alone cannot be read yet.'
     ) from error
-  if num_heads is None:
-    by_width = {size.width: size.num_heads for size in vit.SIZES.values()}
-    if width not in by_width:
-      raise BadInput(
-        f'{width=} is not in the size table ({", ".join(map(str, by_width))}), so the number of'
-        ' heads is unknown; the file must say it under args["architecture"].'
-      )
-    num_heads = by_width[width]
+  by_width = {size.width: size.num_heads for size in vit.SIZES.values()}
+  if width not in by_width:
+    raise BadInput(
+      f'{width=} is not in the size table ({", ".join(map(str, by_width))}), so the number of'
+      ' heads is unknown; the file must say it under args["architecture"].'
+    )
   return Architecture(
     image_size=grid * patch_size,
     patch_size=patch_size,
     width=width,
     depth=_depth(state, 'blocks.'),
-    num_heads=num_heads,
+    num_heads=by_width[width],
     decoder_width=decoder_width,
     decoder_depth=_depth(state, 'decoder_blocks.'),
-    decoder_num_heads=decoder_heads or 16,
+    decoder_num_heads=16,
     mlp_ratio=hidden / width,
   )
+
+
+def at_published_resolution(params: dict, architecture: Architecture) -> tuple[dict, Architecture]:
+  """Gives a model of another resolution the position tables of 224 pixels.
+
+  Every file in the field holds those, and clients resample them to their own resolution; a table
+  of another grid would make their loaders fail. Nothing else depends on the resolution.
+  """
+  published = dataclasses.replace(architecture, image_size=PUBLISHED_IMAGE_SIZE)
+  tables = {
+    'pos_embed': position.sincos_table(published.grid, published.width),
+    'decoder_pos_embed': position.sincos_table(published.grid, published.decoder_width),
+  }
+  return params | tables, published
+
+
+def readers(architecture: Architecture) -> str:
+  """Says which programs of the field take a file of this architecture."""
+  shape = (architecture.width, architecture.depth, architecture.patch_size)
+  if architecture.image_size == PUBLISHED_IMAGE_SIZE and shape == (768, 12, 16):
+    return 'DropTrack, OSTrack and DropSeg load it as a pre-trained ViT-B/16.'
+  if architecture.image_size == PUBLISHED_IMAGE_SIZE and shape == (1024, 24, 16):
+    return 'OSTrack loads it as a pre-trained ViT-L/16; DropTrack and DropSeg take ViT-B/16 only.'
+  return 'It has the layout of the published files, but no tracker has a model of this size.'
 
 
 def _depth(state: Mapping[str, np.ndarray], prefix: str) -> int:
@@ -227,6 +249,9 @@ def read_pth(path: str) -> tuple[dict[str, np.ndarray], dict]:
   model = content.get('model') if isinstance(content, dict) else None
   if not isinstance(model, dict):
     raise BadInput(f"--from_torch={path} has no 'model' entry, so it is no DropMAE checkpoint.")
+  odd = [str(name) for name, value in model.items() if not isinstance(value, torch.Tensor)]
+  if odd:
+    raise BadInput(f"--from_torch={path} has under 'model' what is no tensor: {odd[0]}.")
   args = content.get('args') or {}
   args = vars(args) if isinstance(args, argparse.Namespace) else dict(args)
   return {name: tensor.float().numpy() for name, tensor in model.items()}, args

@@ -114,7 +114,10 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
     steps_per_epoch = max(len(videos) // recipe.batch_size, 1)
     init_key, data_seed, step_key = _seeds(recipe.seed)
 
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise BadInput(f'--workdir={workdir} cannot be made: {error.strerror}.') from error
     description = describe(
       recipe.model,
       recipe.objective,
@@ -162,8 +165,7 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
     for step in range(first_step + 1, recipe.num_steps + 1):
       asked = time.perf_counter()
       frames = next(batches)['frames']
-      if previous is not None and previous.loss.is_ready():
-        report.waited_for_data(time.perf_counter() - asked)
+      report.batch_arrived(asked)
       state, metrics = program.step(state, sharding.to_devices(frames, mesh), step_key)
       # At most two steps are under way, so that memory and signals are not held up.
       jax.block_until_ready(previous or metrics)

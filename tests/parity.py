@@ -104,8 +104,11 @@ def main() -> None:
   arguments = parser.parse_args()
   if not os.path.isfile(arguments.case):
     raise BadInput(f'--case={arguments.case} is not a file; give a recorded .npz.')
-  with np.load(arguments.case) as case:
-    result = run_case(dict(case))
+  try:
+    with np.load(arguments.case) as case:
+      result = run_case(dict(case))
+  except (ValueError, KeyError, OSError) as error:
+    raise BadInput(f'--case={arguments.case} is not a whole recorded case: {error}') from error
   partial_name = f'{arguments.output}.partial.npz'
   np.savez(partial_name, **result)
   os.replace(partial_name, arguments.output)

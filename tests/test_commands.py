@@ -5,23 +5,27 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_python, train_arguments
+from flax import traverse_util
 from PIL import Image
 
-from dropmae_jax import checkpoint
+from dropmae_jax import checkpoint, report
+from dropmae_jax.train_step import Metrics
 
 
-def metrics(workdir):
+def metrics_of(workdir):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   return [json.loads(line) for line in lines]
 
 
 def losses(workdir):
-  return [(row['step'], row['loss']) for row in metrics(workdir)]
+  return [(row['step'], row['loss']) for row in metrics_of(workdir)]
 
 
 def assert_same_weights(first, second):
@@ -34,7 +38,7 @@ def assert_same_weights(first, second):
 
 
 def test_a_run_reports_every_step(trained):
-  rows = metrics(trained)
+  rows = metrics_of(trained)
   assert [row['step'] for row in rows] == list(range(1, 9))
   assert set(rows[0]) == {
     'step', 'loss', 'learning_rate', 'gradient_norm', 'pairs_per_second', 'data_wait',
@@ -81,7 +85,7 @@ def test_resuming_is_exact(trained, data_dir, tmp_path):
   )
   done = run_python('-c', KILLED, *arguments[2:])
   assert done.returncode == -signal.SIGKILL, done.stderr
-  assert [row['step'] for row in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+  assert [row['step'] for row in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
   done = run_python(*arguments)
   assert done.returncode == 0, done.stderr
   assert 'going on after step 3 of 8' in done.stdout
@@ -114,12 +118,12 @@ def test_a_signal_saves_and_the_next_start_goes_on(data_dir, tmp_path, number, w
   (told,) = [line for line in output.splitlines() if name in line]
   assert 'the same command goes on from there' in told
   step = int(told.split('saved at step ')[1].split()[0])
-  assert [row['step'] for row in metrics(tmp_path)] == list(range(1, step + 1))
+  assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 1))
   again = train_arguments(data_dir, tmp_path, f'--config.num_steps={step + 2}')
   done = run_python(*again)
   assert done.returncode == 0, done.stderr
   assert f'going on after step {step} of {step + 2}' in done.stdout
-  assert [row['step'] for row in metrics(tmp_path)] == list(range(1, step + 3))
+  assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 3))
 
 
 def test_loader_processes_and_training_end_cleanly(trained, data_dir, tmp_path):
@@ -145,7 +149,37 @@ def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_pa
   assert 'error: the loss of step' in done.stderr
   assert 'Traceback' not in done.stderr
   weights = checkpoint.load_weights(tmp_path)
-  assert all(np.isfinite(leaf).all() for leaf in [weights.params['mask_token']])
+  leaves = traverse_util.flatten_dict(weights.params).values()
+  assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize('bad', ['loss', 'gradient_norm'])
+def test_a_bad_gradient_is_seen_before_its_parameters_are_saved(tmp_path, bad):
+  numbers = {'loss': 1.0, 'learning_rate': 0.1, 'gradient_norm': 1.0}
+  told = report.Report(tmp_path, first_step=0, num_steps=9, batch_size=1, log_every=100)
+  for step, value in ((1, 1.0), (2, np.nan), (3, 1.0)):
+    metrics = Metrics(**{k: jnp.float32(v) for k, v in (numbers | {bad: value}).items()})
+    told.after_step(step, metrics)
+    if step == 1:
+      told.check_finite()
+  with pytest.raises(report.NonFiniteLoss, match=f'the {bad} of step 2 is nan'):
+    told.check_finite()
+  told.close()
+
+
+def test_waiting_for_data_counts_only_while_nothing_is_computed(tmp_path):
+  told = report.Report(tmp_path, first_step=0, num_steps=9, batch_size=1, log_every=1)
+  metrics = Metrics(jnp.float32(1), jnp.float32(1), jnp.float32(1))
+  asked = time.perf_counter()
+  told.batch_arrived(asked)  # Nothing was ever queued: the first batch is start-up.
+  told.after_step(1, metrics)
+  time.sleep(0.2)
+  told.batch_arrived(asked)  # Done at once, so the sleep was a wait, but not what came before it.
+  told.after_step(2, metrics)
+  told.close()
+  first, second = metrics_of(tmp_path)
+  assert first['data_wait'] == 0
+  assert 0.5 < second['data_wait'] <= 1
 
 
 def test_the_figure_shows_three_panels_for_both_frames(trained, clips, tmp_path):
@@ -211,6 +245,8 @@ def assert_one_sentence(done, message):
     ('--config.model.depth=3', "the config file does not set 'model.depth'; add it there"),
     ('--config.seed=abc', 'flag --config.seed=abc: invalid literal'),
     ('--config.objective.mask_ratio=1.0', 'mask_ratio=1.0 is not between 0 and 1'),
+    ('--config.objective.mask_ratio=0.99', 'leaves 0 of 32 tokens visible'),
+    ('--config.model.decoder_num_heads=0', 'decoder_num_heads=0 is not positive'),
     ('--config.model.image_size=30', 'image_size=30 is not a multiple of patch_size=8'),
     ('--config.batch_size=6 --config.accumulation_steps=4', 'batch_size=6 is not divisible by'),
     ('--config.data_dir=/none', 'build it with: python -m tfds_kinetics --config=folder'),
@@ -254,9 +290,12 @@ def test_a_workdir_of_another_model(trained, data_dir):
     ('-m dropmae_jax.figures --checkpoint={run} --video={tmp}/v --output=o', 'is not a file'),
     ('-m dropmae_jax.figures --checkpoint={run} --video=README.md --output=o', 'cannot be decoded'),
     ('-m dropmae_jax.figures --checkpoint={run} --video=v --output=o --frames 5 2', '--frames='),
+    ('-m dropmae_jax.figures --checkpoint={run} --video={video} --output={tmp}', 'is a folder'),
+    ('tests/parity.py --case=README.md --output=o', 'is not a whole recorded case'),
     ('tests/parity.py --case={tmp}/none.npz --output=o', 'is not a file; give a recorded .npz'),
   ],
 )
-def test_bad_input_of_the_other_commands(trained, tmp_path, command, message):
-  done = run_python(*command.format(tmp=tmp_path, run=trained).split())
+def test_bad_input_of_the_other_commands(trained, clips, tmp_path, command, message):
+  video = next(clips.glob('val/*/*.mp4'))
+  done = run_python(*command.format(tmp=tmp_path, run=trained, video=video).split())
   assert_one_sentence(done, message)

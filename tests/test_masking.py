@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings('error')
 
 
 @pytest.mark.parametrize('scheme', masking.MASKING_SCHEMES.values(), ids=masking.MASKING_SCHEMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 20), st.floats(0.05, 0.95))
 def test_schemes_partition_the_tokens(scheme, seed, half, ratio):
   length = 2 * half

@@ -30,7 +30,7 @@ def test_fixed_tables_never_move_and_the_mask_token_decays():
   architecture = mae.architecture_of_size(
     'XXS', image_size=16, decoder_width=32, decoder_depth=1, decoder_num_heads=2
   )
-  params = mae.init_params(jax.random.key(0), architecture)
+  params = jax.jit(mae.init_params, static_argnums=1)(jax.random.key(0), architecture)
   tx = optimizer.adamw(lambda _: 0.1, OptimizerOptions(weight_decay=0.5))
   zero = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zero, tx.init(params), params)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dropmae_jax import patches, position
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 1000))
 def test_unpatchify_undoes_patchify(grid, size, seed):
   frames = jax.random.normal(jax.random.key(seed), (2, 2, grid * size, grid * size, 3))

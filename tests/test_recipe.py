@@ -98,6 +98,12 @@ def test_a_missing_field_is_named():
     recipe.from_config(ConfigDict(values))
 
 
+def test_a_size_brings_its_patch_size():
+  values = config('kinetics400_vit_b16').to_dict()
+  values['model']['size'] = 'H'
+  assert recipe.from_config(ConfigDict(values)).model.patch_size == 14
+
+
 def test_numbers_of_the_backbone_can_be_set():
   values = config().to_dict()
   values['model'] |= {'width': 96, 'depth': 1}

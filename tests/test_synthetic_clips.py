@@ -90,8 +90,11 @@ def test_existing_clips_are_reused_and_others_not_overwritten(tmp_path):
   assert files(output) == before
 
 
-@pytest.mark.parametrize('field', ['--frames=0', '--train=0'])
-def test_impossible_numbers_are_refused(tmp_path, field):
+@pytest.mark.parametrize(
+  ('field', 'message'), [('--frames=0', 'is too small; give at least 1'), ('--height=47', 'even')]
+)
+def test_impossible_numbers_are_refused(tmp_path, field, message):
   done = run_python('-m', 'dropmae_jax.synthetic_clips', f'--output={tmp_path}/x', field)
   assert done.returncode == 2
-  assert f'{field} is not positive' in done.stderr
+  assert field in done.stderr
+  assert message in done.stderr

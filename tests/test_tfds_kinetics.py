@@ -17,6 +17,7 @@ from conftest import ROOT, run_python
 
 from tfds_kinetics import build, shards
 from tfds_kinetics.configs import COLLECTIONS
+from tfds_kinetics.messages import BadInput
 from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs, stored_size
 
 DATASET = pathlib.Path('kinetics_frames/folder/1.0.0')
@@ -107,7 +108,7 @@ def test_a_build_that_was_stopped_goes_on(data_dir, clips, tmp_path, number):
   _, errors = process.communicate(timeout=60)
   assert not (tmp_path / DATASET).exists()
   if number != signal.SIGKILL:
-    assert process.returncode == 130, errors
+    assert process.returncode == 75, errors
     assert 'the same command goes on from there' in errors
     assert 'Traceback' not in errors
   done = run_python(*command(clips, tmp_path))
@@ -175,6 +176,93 @@ def test_short_side(size, expected):
   assert stored_size(*size, 256) == expected
 
 
+# A video that kills the process which reads it, as a decoder's own crash would.
+KILLER = """
+import os, signal, sys
+from tfds_kinetics import __main__ as command, shards
+real = shards.read_jpegs
+def read_jpegs(path, options):
+  if 'swaying' in path:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return real(path, options)
+read_jpegs.__module__, read_jpegs.__qualname__ = 'tfds_kinetics.shards', 'read_jpegs'
+shards.read_jpegs = read_jpegs
+if __name__ == '__main__':
+  sys.exit(command.main())
+"""
+
+
+def test_a_video_that_kills_its_reader_is_listed_like_any_other(clips, tmp_path):
+  script = tmp_path / 'killer.py'
+  script.write_text(KILLER)
+  done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2')
+  assert done.returncode == 0, done.stderr
+  report = json.loads((tmp_path / DATASET / 'build_report.json').read_text())
+  reasons = {row['path'].split('/')[-1]: row['reason'] for row in report['skipped']}
+  killers = {p.name for p in clips.glob('*/swaying/*.mp4')}
+  assert killers
+  assert set(reasons) == killers | {'broken.mp4'}
+  assert all(reasons[name] == 'the process that read it was killed' for name in killers)
+  assert report['totals']['videos'] == 8 - len(killers)
+
+
+def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
+  process = subprocess.Popen([sys.executable, *command(clips, tmp_path, '--workers=2')], cwd=ROOT)
+  partial = tmp_path / DATASET.with_name('1.0.0.partial')
+  deadline = time.monotonic() + 60
+  while not list(partial.glob('*.current')) and time.monotonic() < deadline:
+    time.sleep(0.002)
+  children = pathlib.Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+  assert children
+  process.kill()
+  process.wait()
+  deadline = time.monotonic() + 30
+  while any(pathlib.Path(f'/proc/{pid}').exists() for pid in children):
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+
+
+def test_long_videos_are_spread_over_files(clips, tmp_path, monkeypatch):
+  monkeypatch.setattr(shards, 'RECORDS_PER_FILE', 5)
+  videos, _ = shards.find_videos(clips)
+  (job, *_) = shards.shard_jobs(clips, 'val', videos['val'], FrameOptions())
+  table = shards.write_shard(job, tmp_path, lambda: False, frozenset())
+  assert [row['records'] for row in table['files']] == [5, 3]
+  assert shards.finished_table(job, tmp_path) == table
+  (tmp_path / table['files'][1]['name']).write_bytes(b'')
+  assert shards.finished_table(job, tmp_path) is None
+
+
+# A disk that is full after a few shards.
+FULL = """
+import errno, sys
+from tfds_kinetics import __main__ as command, shards
+real = shards.FrameFiles.close
+def close(self):
+  if self._name in ('train-00003', 'train-00004'):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+  return real(self)
+shards.FrameFiles.close = close
+if __name__ == '__main__':
+  sys.exit(command.main())
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(data_dir, clips, tmp_path):
+  script = tmp_path / 'full.py'
+  script.write_text(FULL)
+  done = run_python(script, *command(clips, tmp_path)[2:], '--workers=1')
+  assert done.returncode == 2
+  assert 'cannot be written: [Errno 28] No space left on device; what is finished is kept' in (
+    done.stderr
+  )
+  assert 'Traceback' not in done.stderr
+  done = run_python(*command(clips, tmp_path))
+  assert done.returncode == 0, done.stderr
+  assert 'going on: 3 of 9 shards are there' in done.stderr
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+
+
 def test_splits_and_classes(tmp_path):
   def touch(name):
     path = tmp_path / name
@@ -183,7 +271,7 @@ def test_splits_and_classes(tmp_path):
 
   for name in ('a/1.MP4', 'a/deep/2.mkv', '3.webm', 'a/notes.txt', 'test/4.mp4'):
     touch(name)
-  found = shards.find_videos(tmp_path)
+  found, outside = shards.find_videos(tmp_path)
   assert {v.path: v.label for v in found.pop('train')} == {
     'a/1.MP4': 'a',
     'a/deep/2.mkv': 'a',
@@ -191,14 +279,18 @@ def test_splits_and_classes(tmp_path):
     'test/4.mp4': 'test',
   }
   assert not found
-  for name in ('train/b/5.mp4', 'validate/b/6.mp4'):
+  assert not outside
+  for name in ('train/b/5.mp4', 'validate/b/6.mp4', 'val/b/7.mp4'):
     touch(name)
-  found = shards.find_videos(tmp_path)
+  (tmp_path / 'train' / 'linked').symlink_to(tmp_path / 'a' / 'deep')
+  (tmp_path / 'train' / 'loop').symlink_to(tmp_path / 'train')
+  found, outside = shards.find_videos(tmp_path)
   assert {split: [v.path for v in videos] for split, videos in found.items()} == {
     'test': ['test/4.mp4'],
-    'train': ['train/b/5.mp4'],
-    'val': ['validate/b/6.mp4'],
+    'train': ['train/b/5.mp4', 'train/linked/2.mkv'],
+    'val': ['val/b/7.mp4', 'validate/b/6.mp4'],
   }
+  assert outside == 2
 
 
 def test_shards_deal_out_all_videos_and_stay_small():
@@ -214,7 +306,7 @@ def test_shards_deal_out_all_videos_and_stay_small():
 
 
 def test_kinetics_needs_its_layout_and_counts_its_classes(clips, tmp_path):
-  with pytest.raises(build.BadInput, match='has no train folder, which --config=kinetics400 needs'):
+  with pytest.raises(BadInput, match='has no train folder, which --config=kinetics400 needs'):
     build.plan(COLLECTIONS['kinetics400'], clips / 'train', FrameOptions())
   done = run_python(
     '-m', 'tfds_kinetics', '--config=kinetics400', f'--videos={clips}', f'--data_dir={tmp_path}'
@@ -227,10 +319,11 @@ def test_kinetics_needs_its_layout_and_counts_its_classes(clips, tmp_path):
 
 
 def test_options_reach_the_frames(clips, tmp_path):
-  done = run_python(*command(clips, tmp_path, '--short_side=32', '--jpeg_quality=40'))
+  done = run_python(*command(clips, tmp_path, '--short_side=32', '--frame_stride=3'))
   assert done.returncode == 0, done.stderr
   source = tfds.data_source('kinetics_frames/folder', split='train', data_dir=tmp_path)
   assert source[0]['jpeg'].shape == (32, 43, 3)
+  assert len(source) == 6 * 3
 
 
 @pytest.mark.parametrize(

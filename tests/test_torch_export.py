@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN, run_python
 
-from dropmae_jax import mae, torch_export
+from dropmae_jax import mae, position, torch_export
 from dropmae_jax.command_line import BadInput
 
 TINY = mae.architecture_of_size(
@@ -109,6 +109,25 @@ def test_architectures_are_read_off_the_shapes():
     architecture = mae.architecture_of_size(size, decoder_depth=2)
     state = {k: np.broadcast_to(np.float32(0), s) for k, s in shapes(architecture).items()}
     assert torch_export.infer_architecture(state) == architecture
+
+
+def test_another_resolution_is_written_with_the_published_tables():
+  trained = mae.architecture_of_size('S', image_size=256, depth=1, decoder_depth=1)
+  published = mae.architecture_of_size('S', depth=1, decoder_depth=1)
+  params = jax.jit(mae.init_params, static_argnums=1)(jax.random.key(0), trained)
+  changed, architecture = torch_export.at_published_resolution(params, trained)
+  assert architecture == published
+  state = torch_export.to_torch(changed, architecture)
+  assert {k: v.shape for k, v in state.items()} == shapes(published)
+  np.testing.assert_array_equal(state['pos_embed'], position.sincos_table(14, 384))
+  np.testing.assert_array_equal(state['norm.weight'], params['norm']['scale'])
+
+
+def test_a_file_says_who_can_read_it():
+  assert 'DropTrack, OSTrack and DropSeg' in torch_export.readers(mae.architecture_of_size('B'))
+  assert 'OSTrack loads it' in torch_export.readers(mae.architecture_of_size('L'))
+  for other in ('S', 'H'):
+    assert 'no tracker' in torch_export.readers(mae.architecture_of_size(other))
 
 
 def test_another_architecture_is_refused_with_the_first_mismatches():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dropmae_jax import mae, optimizer, sharding, train, train_step
+from dropmae_jax.data import DataOptions
 from dropmae_jax.mae import Objective
 from dropmae_jax.optimizer import OptimizerOptions
 from dropmae_jax.recipe import Recipe
@@ -25,7 +26,7 @@ def batches(count, seed=0):
 class Trainer:
   """A jitted step on some devices, as train.py puts it together."""
 
-  def __init__(self, *, devices=1, accumulation_steps=1, dtype='float32'):
+  def __init__(self, *, devices=1, accumulation_steps=1, dtype='float32', shared=False):
     self.mesh = sharding.make_mesh(jax.devices()[:devices])
     made = Recipe(
       data_dir='',
@@ -34,6 +35,7 @@ class Trainer:
       accumulation_steps=accumulation_steps,
       dtype=dtype,
       model=TINY,
+      data=DataOptions(shared_augmentation=shared),
       objective=Objective(attention_dropout=0.2),
       optimizer=OptimizerOptions(base_learning_rate=0.032, warmup_steps=2),
     )
@@ -109,6 +111,12 @@ def test_bfloat16_trains_close_to_float32(plain):
   low = Trainer(dtype='bfloat16')
   np.testing.assert_allclose(low.run(batches(4)), losses, rtol=2e-2)
   assert {leaf.dtype for leaf in jax.tree.leaves(low.state.params)} == {jnp.dtype('float32')}
+
+
+def test_shared_augmentation_reaches_the_flips(plain):
+  """Equal frames stay equal under a shared flip, so the two losses differ."""
+  _, losses = plain
+  assert Trainer(shared=True).run(batches(1))[0] != losses[0]
 
 
 def test_keys_differ_between_steps_samples_and_streams():

@@ -1,6 +1,7 @@
 """Builds a dataset: python -m tfds_kinetics --config=NAME --videos=ROOT --data_dir=OUT."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import pathlib
@@ -9,7 +10,10 @@ import sys
 
 from tfds_kinetics import build
 from tfds_kinetics.configs import COLLECTIONS
+from tfds_kinetics.messages import BadInput, Stopped, log
 from tfds_kinetics.video import FrameOptions
+
+STOPPED = os.EX_TEMPFAIL
 
 
 def _arguments() -> argparse.Namespace:
@@ -31,6 +35,9 @@ def _arguments() -> argparse.Namespace:
     '--jpeg_quality', type=int, default=defaults.jpeg_quality, help='(%(default)s)'
   )
   parser.add_argument(
+    '--frame_stride', type=int, default=defaults.frame_stride, help='store every n-th (%(default)s)'
+  )
+  parser.add_argument(
     '--max_damage',
     type=float,
     default=defaults.max_damage,
@@ -41,6 +48,7 @@ def _arguments() -> argparse.Namespace:
     ('workers', 1, 4096),
     ('short_side', 16, 4096),
     ('jpeg_quality', 1, 100),
+    ('frame_stride', 1, 1000),
     ('max_damage', 0, 1),
   ):
     if not low <= getattr(arguments, name) <= high:
@@ -55,12 +63,12 @@ def _interrupt(*_: object) -> None:
 def main() -> int:
   """Runs the command and returns its exit status."""
   arguments = _arguments()
-  log = logging.getLogger('tfds_kinetics')
   log.setLevel(logging.INFO)
   if not sys.stderr.isatty():
     log.addHandler(logging.StreamHandler())
   signal.signal(signal.SIGTERM, _interrupt)
-  options = FrameOptions(arguments.short_side, arguments.jpeg_quality, arguments.max_damage)
+  fields = (field.name for field in dataclasses.fields(FrameOptions))
+  options = FrameOptions(**{name: getattr(arguments, name) for name in fields})
   try:
     target = build.build(
       COLLECTIONS[arguments.config],
@@ -69,12 +77,12 @@ def main() -> int:
       options=options,
       workers=arguments.workers,
     )
-  except build.BadInput as error:
+  except BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  except build.Stopped as stopped:
-    print(stopped, file=sys.stderr)
-    return 130
+  except (Stopped, KeyboardInterrupt) as stopped:
+    print(str(stopped) or 'stopped', file=sys.stderr)
+    return STOPPED
   print(build.summary(target))
   return 0
 

@@ -1,54 +1,30 @@
-"""Third stop: shards, an index and TFDS metadata, put in place as one dataset at the end.
+"""Last stop: shards, an index and TFDS metadata, put in place as one dataset at the end.
 
 What is finished lies in `<version>.partial` until then, so a build that was stopped goes on.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-import tqdm
 
 from tfds_kinetics import shards
 from tfds_kinetics.configs import VideoCollection
+from tfds_kinetics.messages import BadInput, log, say
 from tfds_kinetics.shards import ShardJob
 from tfds_kinetics.video import FrameOptions
+from tfds_kinetics.workers import write_shards
 
 DATASET = 'kinetics_frames'
 VERSION = '1.0.0'
 REPORT = 'build_report.json'
-
-_log = logging.getLogger('tfds_kinetics')
-_stop_event: Any = None
-
-
-class BadInput(ValueError):
-  """Input that the user can mend; the message names the value and the remedy."""
-
-
-class Stopped(Exception):
-  """The build was interrupted; what is finished is kept."""
-
-
-def _start_worker(event: Any) -> None:
-  """Leaves Ctrl-C to the parent, which tells the workers through `event`."""
-  global _stop_event
-  _stop_event = event
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _work(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None:
-  return shards.write_shard(job, folder, _stop_event.is_set)
 
 
 def plan(collection: VideoCollection, root: pathlib.Path, options: FrameOptions) -> list[ShardJob]:
@@ -64,7 +40,9 @@ def plan(collection: VideoCollection, root: pathlib.Path, options: FrameOptions)
       f'--videos={root} has no train folder, which --config={collection.name} needs'
       ' (train/<class>/<video>); for any other layout use --config=folder.'
     )
-  videos = shards.find_videos(root)
+  videos, outside = shards.find_videos(root)
+  if outside:
+    say(f'note: {outside} videos outside of the folders {", ".join(videos)} are left out')
   if not any(videos.values()):
     raise BadInput(
       f'--videos={root} holds no video; files that end in .mp4, .mkv, .avi, .webm and the like'
@@ -104,11 +82,11 @@ def build(
   folder = target.with_name(f'{VERSION}.partial')
   folder.mkdir(parents=True, exist_ok=True)
   log_to(folder / 'build.log')
-  tables = _write_shards(jobs, folder, workers)
+  tables = write_shards(jobs, folder, workers)
   report = _report(collection, jobs, tables, options, fingerprint)
   shards.write_json(folder / REPORT, report)
   for row in report['skipped']:
-    _log.info('skipped %s: %s', row['path'], row['reason'])
+    log.info('skipped %s: %s', row['path'], row['reason'])
   if not report['totals']['videos']:
     raise BadInput(
       f'none of the {report["totals"]["skipped"]} videos in --videos={root} could be read;'
@@ -122,7 +100,7 @@ def log_to(path: pathlib.Path) -> None:
   """Adds plain, dated lines in a file to what the log shows."""
   handler = logging.FileHandler(path)
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
-  _log.addHandler(handler)
+  log.addHandler(handler)
 
 
 def _reuse(target: pathlib.Path, fingerprint: str) -> pathlib.Path:
@@ -133,51 +111,8 @@ def _reuse(target: pathlib.Path, fingerprint: str) -> pathlib.Path:
       f'{target} holds a dataset of other videos or options; remove that folder to build it anew,'
       ' or give another --data_dir.'
     )
-  _log.info('%s is built already from these videos; nothing to do', target)
+  say(f'{target} is built already from these videos; nothing to do')
   return target
-
-
-def _write_shards(jobs: list[ShardJob], folder: pathlib.Path, workers: int) -> list[dict[str, Any]]:
-  """Writes the shards that are not there yet, all processes at work."""
-  tables = {job: table for job in jobs if (table := shards.finished_table(job, folder))}
-  left = [job for job in jobs if job not in tables]
-  if tables:
-    _log.info('going on: %d of %d shards are there', len(tables), len(jobs))
-  context = multiprocessing.get_context('spawn')
-  stop = context.Event()
-  bar = tqdm.tqdm(
-    total=sum(len(job.videos) for job in jobs),
-    initial=sum(len(job.videos) for job in tables),
-    unit='video',
-    disable=None,
-  )
-  pool = concurrent.futures.ProcessPoolExecutor(
-    max(1, min(workers, len(left))), context, initializer=_start_worker, initargs=(stop,)
-  )
-  with pool, bar:
-    running = {pool.submit(_work, job, folder): job for job in left}
-    try:
-      for future in concurrent.futures.as_completed(running):
-        job, table = running[future], future.result()
-        tables[job] = table
-        bar.update(len(job.videos))
-        _log.info(
-          'shard %d of %d: %s-%05d, %d videos, %d skipped',
-          len(tables),
-          len(jobs),
-          job.split,
-          job.number,
-          len(table['videos']),
-          len(table['skipped']),
-        )
-    except KeyboardInterrupt:
-      stop.set()
-      pool.shutdown(cancel_futures=True)
-      raise Stopped(
-        f'stopped; {len(tables)} of {len(jobs)} shards are kept, and the same command goes on'
-        ' from there'
-      ) from None
-  return [tables[job] for job in jobs]
 
 
 def _report(
@@ -197,7 +132,7 @@ def _report(
       'videos': len(videos),
       'skipped': len(skipped),
       'frames': sum(video['frames'] for video in videos),
-      'bytes': sum(table['bytes'] for table in tables),
+      'bytes': sum(row['bytes'] for table in tables for row in table['files']),
       'classes': len({video['label'] for video in videos} - {''}),
       'classes_expected': collection.num_classes,
     },
@@ -224,16 +159,17 @@ def _put_in_place(
     template = tfds.core.ShardedFileTemplate(
       data_dir=staging, dataset_name=DATASET, split=split, filetype_suffix='array_record'
     )
-    for number, (job, _) in enumerate(kept):
-      name = template.sharded_filepath(shard_index=number, num_shards=len(kept))
-      _link(job.paths(folder)[0], pathlib.Path(name))
+    files = [row for _, table in kept for row in table['files']]
+    for number, row in enumerate(files):
+      name = template.sharded_filepath(shard_index=number, num_shards=len(files))
+      _link(folder / row['name'], pathlib.Path(name))
     rows = [video for _, table in kept for video in table['videos']]
     _write_index(staging / f'index-{split}.npz', rows)
     splits.append(
       tfds.core.SplitInfo(
         name=split,
-        shard_lengths=[sum(v['frames'] for v in table['videos']) for _, table in kept],
-        num_bytes=sum(table['bytes'] for _, table in kept),
+        shard_lengths=[row['records'] for row in files],
+        num_bytes=sum(row['bytes'] for row in files),
         filename_template=template,
       )
     )

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -16,8 +16,9 @@ from tensorflow_datasets.core import example_serializer
 from tfds_kinetics.configs import SPLITS, VIDEO_SUFFIXES
 from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
 
-# One record per frame: reading is linear in a shard's records, so about 7,000 are right.
 VIDEOS_PER_SHARD = 24
+# One record per frame, and the time to read one is linear in the records of its file.
+RECORDS_PER_FILE = 8192
 # Small collections are split further, so that all processes have work.
 LEAST_SHARDS = 16
 
@@ -47,10 +48,10 @@ class ShardJob:
     content = dataclasses.asdict(self) | {'root': None}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-  def paths(self, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Where the records and their table are written."""
-    stem = f'{self.split}-{self.number:05d}'
-    return folder / f'{stem}.array_record', folder / f'{stem}.json'
+  @property
+  def name(self) -> str:
+    """What all files of the shard begin with."""
+    return f'{self.split}-{self.number:05d}'
 
 
 def frame_features() -> tfds.features.FeaturesDict:
@@ -66,28 +67,43 @@ def frame_serializer() -> Callable[[bytes], bytes]:
   return lambda jpeg: serializer.serialize_example(features.encode_example({'jpeg': jpeg}))
 
 
-def find_videos(root: pathlib.Path) -> dict[str, list[Video]]:
-  """Lists the videos of every split, sorted by path.
+def find_videos(root: pathlib.Path) -> tuple[dict[str, list[Video]], int]:
+  """Lists the videos of every split, sorted by path, and counts those that are in none.
 
   Folders named as splits directly below `root` are splits; without a `train` among them all
-  videos are training data. The first folder below that is a video's class.
+  videos are training data. The first folder below that is a video's class. Links are followed.
   """
-  folders = {SPLITS[child.name]: child for child in root.iterdir() if child.name in SPLITS}
+  folders: dict[str, list[pathlib.Path]] = {}
+  for child in sorted(root.iterdir()):
+    if child.name in SPLITS and child.is_dir():
+      folders.setdefault(SPLITS[child.name], []).append(child)
   if 'train' not in folders:
-    folders = {'train': root}
-  return {split: _videos_below(root, folder) for split, folder in sorted(folders.items())}
+    folders = {'train': [root]}
+  videos = {
+    split: sorted(
+      (video for folder in places for video in _videos_below(root, folder)),
+      key=lambda video: video.path,
+    )
+    for split, places in sorted(folders.items())
+  }
+  everywhere = sum(1 for _ in _videos_below(root, root))
+  return videos, everywhere - sum(map(len, videos.values()))
 
 
-def _videos_below(root: pathlib.Path, folder: pathlib.Path) -> list[Video]:
-  videos = []
-  for place, _, names in os.walk(folder):
+def _videos_below(root: pathlib.Path, folder: pathlib.Path) -> Iterator[Video]:
+  visited = set()
+  for place, folders, names in os.walk(folder, followlinks=True):
+    real = os.path.realpath(place)
+    if real in visited:  # A link that leads back up.
+      folders.clear()
+      continue
+    visited.add(real)
     for name in names:
       if pathlib.PurePath(name).suffix.lower() in VIDEO_SUFFIXES:
         path = pathlib.Path(place, name)
         classes = path.relative_to(folder).parts[:-1]
         size = path.stat().st_size if path.exists() else 0
-        videos.append(Video(path.relative_to(root).as_posix(), classes[0] if classes else '', size))
-  return sorted(videos, key=lambda video: video.path)
+        yield Video(path.relative_to(root).as_posix(), classes[0] if classes else '', size)
 
 
 def shard_jobs(
@@ -102,60 +118,105 @@ def shard_jobs(
   ]
 
 
+class FrameFiles:
+  """Writes records to files of a limited length, under temporary names until `close`."""
+
+  def __init__(self, folder: pathlib.Path, name: str) -> None:
+    self._folder, self._name = folder, name
+    self._serialize = frame_serializer()
+    self._temporary: list[pathlib.Path] = []
+    self._records: list[int] = []
+    self._writer = None
+
+  def write(self, jpeg: bytes) -> None:
+    """Appends one frame."""
+    if self._writer is None or self._records[-1] == RECORDS_PER_FILE:
+      self._finish_file()
+      path = self._folder / f'{self._name}-{len(self._records)}.{os.getpid()}.partial'
+      self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+      self._temporary.append(path)
+      self._records.append(0)
+    self._writer.write(self._serialize(jpeg))
+    self._records[-1] += 1
+
+  def _finish_file(self) -> None:
+    if self._writer is not None:
+      self._writer.close()
+      self._writer = None
+
+  def close(self) -> list[dict[str, Any]]:
+    """Gives the files their names; returns `name`, `records` and `bytes` of each."""
+    self._finish_file()
+    rows = []
+    for number, (path, records) in enumerate(zip(self._temporary, self._records, strict=True)):
+      final = self._folder / f'{self._name}-{number}.array_record'
+      os.replace(path, final)
+      rows.append({'name': final.name, 'records': records, 'bytes': final.stat().st_size})
+    return rows
+
+  def discard(self) -> None:
+    """Removes what was written."""
+    self._finish_file()
+    for path in self._temporary:
+      path.unlink()
+
+
 def write_shard(
-  job: ShardJob, folder: pathlib.Path, stopped: Callable[[], bool]
+  job: ShardJob, folder: pathlib.Path, stopped: Callable[[], bool], crashed: frozenset[str]
 ) -> dict[str, Any] | None:
   """Writes a shard and its table, unless they are there; returns the table.
 
-  The table: {'fingerprint', 'bytes', 'videos': [{'path', 'label', 'frames'}], 'skipped':
-  [{'path', 'reason'}]}. The records of a video follow one another in the order of 'videos'.
+  The table: {'fingerprint', 'files': see `FrameFiles.close`, 'videos': [{'path', 'label',
+  'frames'}], 'skipped': [{'path', 'reason'}]}. The records of a video follow one another in the
+  order of 'videos'. While a video is read its path stands in `<name>.current`, so that the
+  builder can tell which one killed a process.
 
   Args:
     job: what to write.
     folder: where to.
     stopped: asked before every video; once it is true the shard is given up and None returned.
+    crashed: paths of videos that are known to kill the process that reads them.
   """
-  records, table_path = job.paths(folder)
   table = finished_table(job, folder)
   if table is not None:
     return table
-  temporary = records.with_suffix(f'.{os.getpid()}.partial')
-  writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
-  serialize = frame_serializer()
+  files = FrameFiles(folder, job.name)
+  current = folder / f'{job.name}.current'
   videos, skipped = [], []
   for video in job.videos:
     if stopped():
-      writer.close()
-      temporary.unlink()
+      files.discard()
       return None
+    current.write_text(video.path)
     try:
+      if video.path in crashed:
+        raise UnusableVideo('the process that read it was killed')
       jpegs = read_jpegs(os.path.join(job.root, video.path), job.options)
     except UnusableVideo as reason:
       skipped.append({'path': video.path, 'reason': str(reason)})
+      continue
     except Exception as error:  # No video may stop a build.
       skipped.append({'path': video.path, 'reason': f'{type(error).__name__}: {error}'})
-    else:
-      for jpeg in jpegs:
-        writer.write(serialize(jpeg))
-      videos.append({'path': video.path, 'label': video.label, 'frames': len(jpegs)})
-  writer.close()
-  os.replace(temporary, records)
+      continue
+    for jpeg in jpegs:
+      files.write(jpeg)
+    videos.append({'path': video.path, 'label': video.label, 'frames': len(jpegs)})
   table = {
     'fingerprint': job.fingerprint,
-    'bytes': records.stat().st_size,
+    'files': files.close(),
     'videos': videos,
     'skipped': skipped,
   }
-  write_json(table_path, table)
+  write_json(folder / f'{job.name}.json', table)
+  current.unlink()
   return table
 
 
 def finished_table(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None:
   """Returns the table of a shard that an earlier run finished from the same videos."""
-  records, table_path = job.paths(folder)
   try:
-    table = json.loads(table_path.read_text())
-    whole = records.stat().st_size == table['bytes']
+    table = json.loads((folder / f'{job.name}.json').read_text())
+    whole = all((folder / row['name']).stat().st_size == row['bytes'] for row in table['files'])
   except (OSError, ValueError, KeyError):
     return None
   return table if whole and table['fingerprint'] == job.fingerprint else None

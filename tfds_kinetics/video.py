@@ -23,11 +23,13 @@ class FrameOptions:
     short_side: frames whose shorter side is longer are scaled down to it (bicubic); none is
       scaled up.
     jpeg_quality: 1 to 100; chroma is stored at half resolution.
+    frame_stride: every how many frames one is stored, from the first on.
     max_damage: the share of a video's packets that may fail to decode before it is left out.
   """
 
   short_side: int = 256
   jpeg_quality: int = 90
+  frame_stride: int = 1
   max_damage: float = 0.0
 
 
@@ -61,7 +63,7 @@ def read_jpegs(path: str, options: FrameOptions) -> list[bytes]:
   """
   jpegs: list[bytes] = []
   failures: list[str] = []
-  packets = 0
+  packets = number = 0
   try:
     with av.open(path) as container:
       if not container.streams.video:
@@ -80,8 +82,12 @@ def read_jpegs(path: str, options: FrameOptions) -> list[bytes]:
           # A failed demuxer is at its end, so the next round stops.
           failures.append(error.strerror)
           continue
-        failures += ['a corrupt frame' for frame in frames if frame.is_corrupt]
-        jpegs += [_encode(frame, options) for frame in frames if not frame.is_corrupt]
+        for frame in frames:
+          if frame.is_corrupt:
+            failures.append('a corrupt frame')
+          elif number % options.frame_stride == 0:
+            jpegs.append(_encode(frame, options))
+          number += 1
   except (av.error.FFmpegError, OSError) as error:
     raise UnusableVideo(f'it cannot be opened: {error.strerror}') from error
   if not jpegs:
