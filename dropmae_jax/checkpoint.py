@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from dropmae_jax import mae
 from dropmae_jax.command_line import BadInput
@@ -127,6 +128,18 @@ class Checkpoints:
     )
     count = jax.device_put(np.int32(step), abstract.step.sharding)
     return TrainState(step=count, params=restored.params, opt_state=restored.opt_state)
+
+  def changed_fields(self) -> list[str]:
+    """Lists the config fields that differ from those of the newest checkpoint, old and new."""
+    items = ocp.args.Composite(description=ocp.args.JsonRestore())
+    stored = self._manager.restore(self.latest_step, args=items).description
+    old, new = (
+      traverse_util.flatten_dict(description.get('config', {}), sep='.')
+      for description in (stored, self._description)
+    )
+    return [
+      f'{name}: {old[name]} -> {new[name]}' for name in new if old.get(name, new[name]) != new[name]
+    ]
 
   def close(self) -> None:
     """Waits until everything is on disk."""

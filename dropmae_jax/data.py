@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import resource
 import signal
 import threading
@@ -27,13 +28,14 @@ from tensorflow_datasets.proto import tf_example_pb2
 from dropmae_jax import augment
 from dropmae_jax.command_line import BadInput
 
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 # More than any run takes; grain's own endless repeat overflows for one video and one host.
 EPOCHS = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-  """How pairs are drawn and fed; the defaults are the published recipe.
+  """How pairs are drawn and fed; the defaults are the published recipe, but for the fast resize.
 
   Attributes:
     frame_gap: the frames of a pair are 1 to frame_gap - 1 apart.
@@ -121,8 +123,12 @@ def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> TfdsVideo
     [root]
     if (root / 'dataset_info.json').exists()
     else sorted(
-      (info.parent for info in (root / dataset).glob('*/dataset_info.json')),
-      key=lambda folder: [int(part) for part in folder.name.split('.') if part.isdigit()],
+      (
+        info.parent
+        for info in (root / dataset).glob('*/dataset_info.json')
+        if re.fullmatch(r'\d+\.\d+\.\d+', info.parent.name)
+      ),
+      key=lambda folder: [int(part) for part in folder.name.split('.')],
     )
   )
   if not versions:
@@ -197,8 +203,9 @@ def start_worker(worker: int, num_workers: int, *, trainer: int) -> None:
   """
   del worker, num_workers
   cv2.setNumThreads(0)
-  for each in (signal.SIGINT, signal.SIGTERM):
+  for each in STOP_SIGNALS:
     signal.signal(each, signal.SIG_IGN)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
   threading.Thread(target=_end_without, args=(trainer,), daemon=True).start()
   allow_many_files()
 
@@ -253,4 +260,12 @@ def pair_batches(
       grain.MultiprocessingOptions(num_workers=options.num_workers, per_worker_buffer_size=2),
       worker_init_fn=functools.partial(start_worker, trainer=os.getpid()),
     )
-  return iter(stream)
+  iterator = iter(stream)
+  # The loader's processes start at once and inherit the mask: no signal that goes to all processes
+  # can end them before they have said that they ignore it.
+  signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+  try:
+    iterator.start_prefetch()
+  finally:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+  return iterator

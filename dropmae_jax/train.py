@@ -108,6 +108,11 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
   """
   interruption = Interruption()
   with interruption.watched(), contextlib.ExitStack() as stack:
+    if jax.process_count() > 1:
+      raise BadInput(
+        f'{jax.process_count()} processes are joined; training runs in one process so far, on all'
+        ' of its devices.'
+      )
     mesh = sharding.make_mesh()
     program = build_program(recipe, mesh)
     videos = data.open_dataset(recipe.data_dir, recipe.dataset, recipe.split)
@@ -147,6 +152,8 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
     )
     if first_step:
       report.say(f'going on after step {first_step} of {recipe.num_steps}')
+      for change in checkpoints.changed_fields():
+        report.say(f'changed since that checkpoint: {change}')
     batches = data.pair_batches(
       videos,
       recipe.data,

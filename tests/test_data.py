@@ -168,6 +168,19 @@ def test_a_dataset_is_found_by_its_root_or_its_own_folder(data_dir):
   np.testing.assert_array_equal(by_root.frame(3, 2), by_folder.frame(3, 2))
 
 
+def test_only_whole_versions_are_opened(data_dir, tmp_path):
+  real = data_dir / 'kinetics_frames' / 'folder' / '1.0.0'
+  for name in ('1.0.0', '0.9.12', '1.0.0.staging', '1.0.0.bak'):
+    folder = tmp_path / 'kinetics_frames' / 'folder' / name
+    folder.mkdir(parents=True)
+    if name == '1.0.0':
+      folder.rmdir()
+      folder.symlink_to(real)
+    else:
+      (folder / 'dataset_info.json').write_text('broken')
+  assert len(data.open_dataset(str(tmp_path), 'kinetics_frames/folder')) == 6
+
+
 def test_a_dataset_that_is_not_there_names_its_builder(tmp_path, data_dir):
   command = 'python -m tfds_kinetics --config=kinetics400 --videos=VIDEOS --data_dir='
   with pytest.raises(BadInput, match=re.escape(command)):

@@ -1,5 +1,6 @@
 """Building a dataset: what is in it, what is left out and why, stopping and going on."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from conftest import ROOT, run_python
 
-from tfds_kinetics import build, shards
+from tfds_kinetics import build, shards, workers
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput
 from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs, stored_size
@@ -263,6 +264,44 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(data_dir, clips, tm
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
+def test_videos_that_go_away_stop_the_build_and_are_not_listed_as_broken(clips, tmp_path):
+  videos, _ = shards.find_videos(clips)
+  planned = [shards.Video(v.path, v.label, v.size + 1) for v in videos['val']]
+  (job, *_) = shards.shard_jobs(clips, 'val', planned, FrameOptions())
+  with pytest.raises(shards.SourceChanged, match='bytes when the build began'):
+    shards.write_shard(job, tmp_path, lambda: False, frozenset())
+  (job, *_) = shards.shard_jobs(tmp_path / 'gone', 'val', videos['val'], FrameOptions())
+  with pytest.raises(BadInput, match='is gone now; leave the videos alone'):
+    workers.write_shards([job], tmp_path, 1)
+  assert not list(tmp_path.glob('*.array_record'))
+
+
+def test_names_that_are_no_text_and_links_to_nowhere_are_listed(clips, tmp_path):
+  root = tmp_path / 'videos'
+  shutil.copytree(clips / 'val', root)
+  (root / 'nowhere.mp4').symlink_to(root / 'none')
+  with open(os.fsencode(root) + b'/odd\xff.mp4', 'wb') as file:
+    file.write(next(clips.glob('val/*/*.mp4')).read_bytes())
+  done = run_python(*command(root, tmp_path))
+  assert done.returncode == 0, done.stderr
+  report = json.loads((tmp_path / DATASET / 'build_report.json').read_text())
+  reasons = {row['path']: row['reason'] for row in report['skipped']}
+  assert set(reasons) == {'nowhere.mp4', 'odd\\xff.mp4'}
+  assert 'not valid UTF-8' in reasons['odd\\xff.mp4']
+  assert 'cannot be opened' in reasons['nowhere.mp4']
+
+
+def test_two_builders_do_not_meet(clips, tmp_path):
+  lock = tmp_path / DATASET.with_name('1.0.0.lock')
+  lock.parent.mkdir(parents=True)
+  with lock.open('w') as held:
+    fcntl.flock(held, fcntl.LOCK_EX)
+    done = run_python(*command(clips, tmp_path))
+    assert done.returncode == 2
+    assert 'another build is writing' in done.stderr
+  assert run_python(*command(clips, tmp_path)).returncode == 0
+
+
 def test_splits_and_classes(tmp_path):
   def touch(name):
     path = tmp_path / name
@@ -290,7 +329,7 @@ def test_splits_and_classes(tmp_path):
     'train': ['train/b/5.mp4', 'train/linked/2.mkv'],
     'val': ['val/b/7.mp4', 'validate/b/6.mp4'],
   }
-  assert outside == 2
+  assert outside == 3
 
 
 def test_shards_deal_out_all_videos_and_stay_small():
@@ -332,6 +371,7 @@ def test_options_reach_the_frames(clips, tmp_path):
     (['--videos={tmp}/none'], 'none is not a folder; give the root of the video tree'),
     (['--videos={tmp}/empty'], 'empty holds no video; files that end in .mp4'),
     (['--videos={tmp}/junk'], 'none of the 1 videos in --videos='),
+    (['--videos={tmp}/junk', '--data_dir={tmp}/junk/a.mp4'], 'Not a directory'),
     (['--videos={tmp}', '--short_side=0'], '--short_side=0 is not in 16..4096'),
     (['--videos={tmp}', '--config=kinetics500'], "invalid choice: 'kinetics500'"),
   ],

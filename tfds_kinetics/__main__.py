@@ -80,6 +80,9 @@ def main() -> int:
   except BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except OSError as error:
+    print(f'error: {error}; mend that and give the command again.', file=sys.stderr)
+    return 2
   except (Stopped, KeyboardInterrupt) as stopped:
     print(str(stopped) or 'stopped', file=sys.stderr)
     return STOPPED

@@ -3,13 +3,16 @@
 What is finished lies in `<version>.partial` until then, so a build that was stopped goes on.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -77,23 +80,36 @@ def build(
   jobs = plan(collection, root, options)
   target = data_dir / DATASET / collection.name / VERSION
   fingerprint = hashlib.sha256(''.join(job.fingerprint for job in jobs).encode()).hexdigest()
-  if target.exists():
-    return _reuse(target, fingerprint)
   folder = target.with_name(f'{VERSION}.partial')
-  folder.mkdir(parents=True, exist_ok=True)
-  log_to(folder / 'build.log')
-  tables = write_shards(jobs, folder, workers)
-  report = _report(collection, jobs, tables, options, fingerprint)
-  shards.write_json(folder / REPORT, report)
-  for row in report['skipped']:
-    log.info('skipped %s: %s', row['path'], row['reason'])
-  if not report['totals']['videos']:
-    raise BadInput(
-      f'none of the {report["totals"]["skipped"]} videos in --videos={root} could be read;'
-      f' the reasons are in {folder / REPORT}.'
-    )
-  _put_in_place(collection, jobs, tables, folder, target)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with _only_builder(target):
+    if target.exists():
+      return _reuse(target, fingerprint)
+    folder.mkdir(exist_ok=True)
+    log_to(folder / 'build.log')
+    tables = write_shards(jobs, folder, workers)
+    report = _report(collection, jobs, tables, options, fingerprint)
+    shards.write_json(folder / REPORT, report)
+    for row in report['skipped']:
+      log.info('skipped %s: %s', row['path'], row['reason'])
+    if not report['totals']['videos']:
+      raise BadInput(
+        f'none of the {report["totals"]["skipped"]} videos in --videos={root} could be read;'
+        f' the reasons are in {folder / REPORT}.'
+      )
+    _put_in_place(collection, jobs, tables, folder, target)
   return target
+
+
+@contextlib.contextmanager
+def _only_builder(target: pathlib.Path) -> Iterator[None]:
+  """Holds a lock on a dataset while it is built; it goes with the process, however that ends."""
+  with target.with_name(f'{VERSION}.lock').open('w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise BadInput(f'another build is writing {target}; wait for it, or stop it.') from error
+    yield
 
 
 def log_to(path: pathlib.Path) -> None:
@@ -105,12 +121,17 @@ def log_to(path: pathlib.Path) -> None:
 
 def _reuse(target: pathlib.Path, fingerprint: str) -> pathlib.Path:
   """Keeps a dataset that is there; refuses if it was built from something else."""
-  report = target / REPORT
-  if not report.exists() or json.loads(report.read_text())['fingerprint'] != fingerprint:
+  try:
+    same = json.loads((target / REPORT).read_text())['fingerprint'] == fingerprint
+  except (OSError, ValueError, KeyError):
+    same = False
+  if not same:
     raise BadInput(
       f'{target} holds a dataset of other videos or options; remove that folder to build it anew,'
       ' or give another --data_dir.'
     )
+  for left_over in ('partial', 'staging'):
+    shutil.rmtree(target.with_name(f'{VERSION}.{left_over}'), ignore_errors=True)
   say(f'{target} is built already from these videos; nothing to do')
   return target
 

@@ -3,7 +3,10 @@
 import dataclasses
 
 VIDEO_SUFFIXES = frozenset(
-  '.3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv'.split()
+  (
+    '.3g2 .3gp .asf .avi .f4v .flv .m2ts .m4v .mkv .mov .mp4 .mpe .mpeg .mpg .mts .mxf'
+    ' .ogv .ts .vob .webm .wmv'
+  ).split()
 )
 SPLITS = {'train': 'train', 'val': 'val', 'validate': 'val', 'validation': 'val', 'test': 'test'}
 

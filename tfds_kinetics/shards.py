@@ -23,9 +23,16 @@ RECORDS_PER_FILE = 8192
 LEAST_SHARDS = 16
 
 
+class SourceChanged(OSError):
+  """A video is no longer what it was when the build was planned."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Video:
-  """A video of the collection: its path below the root, its class and its size in bytes."""
+  """A video of the collection: its path below the root, its class and its size in bytes.
+
+  The size is -1 where there is none to be had: a link that leads nowhere.
+  """
 
   path: str
   label: str
@@ -44,7 +51,7 @@ class ShardJob:
 
   @property
   def fingerprint(self) -> str:
-    """Changes when the videos or the options do; the place of the root does not matter."""
+    """Changes with the options and the videos' names and sizes, not with where the root is."""
     content = dataclasses.asdict(self) | {'root': None}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -86,8 +93,15 @@ def find_videos(root: pathlib.Path) -> tuple[dict[str, list[Video]], int]:
     )
     for split, places in sorted(folders.items())
   }
-  everywhere = sum(1 for _ in _videos_below(root, root))
-  return videos, everywhere - sum(map(len, videos.values()))
+  if folders['train'] == [root]:
+    return videos, 0
+  others = [child for child in root.iterdir() if child.name not in SPLITS]
+  outside = sum(1 for child in others if child.is_dir() for _ in _videos_below(root, child))
+  return videos, outside + sum(_is_video(child.name) for child in others if child.is_file())
+
+
+def _is_video(name: str) -> bool:
+  return pathlib.PurePath(name).suffix.lower() in VIDEO_SUFFIXES
 
 
 def _videos_below(root: pathlib.Path, folder: pathlib.Path) -> Iterator[Video]:
@@ -99,10 +113,10 @@ def _videos_below(root: pathlib.Path, folder: pathlib.Path) -> Iterator[Video]:
       continue
     visited.add(real)
     for name in names:
-      if pathlib.PurePath(name).suffix.lower() in VIDEO_SUFFIXES:
+      if _is_video(name):
         path = pathlib.Path(place, name)
         classes = path.relative_to(folder).parts[:-1]
-        size = path.stat().st_size if path.exists() else 0
+        size = path.stat().st_size if path.exists() else -1
         yield Video(path.relative_to(root).as_posix(), classes[0] if classes else '', size)
 
 
@@ -187,16 +201,20 @@ def write_shard(
     if stopped():
       files.discard()
       return None
-    current.write_text(video.path)
     try:
+      _check_name(video.path)
+      current.write_text(video.path)
       if video.path in crashed:
         raise UnusableVideo('the process that read it was killed')
-      jpegs = read_jpegs(os.path.join(job.root, video.path), job.options)
+      jpegs = _read(job, video)
+    except SourceChanged:
+      files.discard()
+      raise
     except UnusableVideo as reason:
-      skipped.append({'path': video.path, 'reason': str(reason)})
+      skipped.append({'path': _printable(video.path), 'reason': str(reason)})
       continue
     except Exception as error:  # No video may stop a build.
-      skipped.append({'path': video.path, 'reason': f'{type(error).__name__}: {error}'})
+      skipped.append({'path': _printable(video.path), 'reason': f'{type(error).__name__}: {error}'})
       continue
     for jpeg in jpegs:
       files.write(jpeg)
@@ -208,8 +226,32 @@ def write_shard(
     'skipped': skipped,
   }
   write_json(folder / f'{job.name}.json', table)
-  current.unlink()
+  current.unlink(missing_ok=True)
   return table
+
+
+def _printable(path: str) -> str:
+  return os.fsencode(path).decode('utf-8', 'backslashreplace')
+
+
+def _check_name(path: str) -> None:
+  if _printable(path) != path:
+    raise UnusableVideo('its name is not valid UTF-8; rename it')
+
+
+def _read(job: ShardJob, video: Video) -> list[bytes]:
+  """Reads a video; one that was moved or replaced meanwhile is no verdict on it, but an error."""
+  path = os.path.join(job.root, video.path)
+  try:
+    size = os.stat(path).st_size
+  except OSError:
+    size = -1
+  if size != video.size:
+    raise SourceChanged(
+      f'{path} was {video.size} bytes when the build began and is '
+      + (f'{size} bytes now' if size >= 0 else 'gone now')
+    )
+  return read_jpegs(path, job.options)
 
 
 def finished_table(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None:

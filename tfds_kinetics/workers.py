@@ -17,6 +17,7 @@ from tfds_kinetics import shards
 from tfds_kinetics.messages import BadInput, Stopped, log, say
 from tfds_kinetics.shards import ShardJob
 
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _stop_event: Any = None
 
 
@@ -64,7 +65,7 @@ def write_shards(jobs: list[ShardJob], folder: pathlib.Path, workers: int) -> li
           ' from there'
         ) from None
       except BrokenProcessPool:
-        culprits = _culprits(left, folder)
+        culprits = _culprits(left, folder) - crashed
         say(f'a process was killed; videos to blame: {", ".join(culprits) or "none by itself"}')
         crashed |= culprits
         unexplained += not culprits
@@ -73,6 +74,10 @@ def write_shards(jobs: list[ShardJob], folder: pathlib.Path, workers: int) -> li
             'the processes of this build are killed again and again, by no single video; free'
             f' memory or use fewer than --workers={workers}. What is finished is kept.'
           ) from None
+      except shards.SourceChanged as error:
+        raise BadInput(
+          f'{error}; leave the videos alone while they are read, and give the command again.'
+        ) from error
       except (OSError, RuntimeError) as error:
         raise BadInput(
           f'{folder} cannot be written: {error}; what is finished is kept, and the same command'
@@ -97,7 +102,13 @@ def _completed(
   stop = multiprocessing.get_context('spawn').Event()
   with _pool(max(1, min(workers, len(jobs))), stop) as pool:
     try:
-      running = {pool.submit(_work, job, folder, crashed): job for job in jobs}
+      # Processes start at the first submit and inherit the mask: they cannot be interrupted
+      # before they have said that they will not be.
+      signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+      try:
+        running = {pool.submit(_work, job, folder, crashed): job for job in jobs}
+      finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
       for future in concurrent.futures.as_completed(running):
         yield running[future], future.result()
     except BaseException:
@@ -108,7 +119,13 @@ def _completed(
 
 def _culprits(jobs: list[ShardJob], folder: pathlib.Path) -> frozenset[str]:
   """Reads again, each in a process of its own, the videos that were open when one was killed."""
-  suspects = {marker.read_text() for marker in folder.glob('*.current')}
+  suspects = set()
+  for marker in folder.glob('*.current'):
+    suspects.add(marker.read_text())
+    marker.unlink()
+  with _pool(1, None) as pool:
+    if pool.submit(os.getpid).exception():
+      return frozenset()  # No process lives at all, so it is no video's doing.
   killers = set()
   for job in jobs:
     for video in job.videos:
@@ -126,6 +143,7 @@ def _start_worker(event: Any, builder: int) -> None:
   global _stop_event
   _stop_event = event
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
   threading.Thread(target=_end_without, args=(builder,), daemon=True).start()
 
 
