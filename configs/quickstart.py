@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
   config = kinetics400_vit_b16.get_config()
   config.data_dir = 'runs/quickstart/data'
   config.dataset = 'kinetics_frames/folder'
-  config.num_steps = 2000
+  config.num_steps = 2800
   config.batch_size = 8
   config.dtype = 'float32'
   config.log_every = 50
