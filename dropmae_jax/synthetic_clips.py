@@ -144,12 +144,16 @@ def make_clip(
 
 
 def write_mp4(path: pathlib.Path, frames: UInt8[np.ndarray, 't h w c']) -> None:
-  """Encodes frames as h264, in one thread so that the bytes are always the same."""
+  """Encodes frames as h264 so that the bytes are always the same.
+
+  One thread, and a constant quantiser: with a constant rate factor the encoder's decisions changed
+  from one call to the next (PyAV 18.1.0, November 2026).
+  """
   with av.open(str(path), 'w') as container:
     stream = container.add_stream('libx264', rate=FRAMES_PER_SECOND)
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = 'yuv420p'
-    stream.options = {'crf': '16', 'threads': '1'}
+    stream.options = {'qp': '18', 'threads': '1'}
     for frame in frames:
       container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, 'rgb24')))
     container.mux(stream.encode())

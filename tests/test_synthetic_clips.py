@@ -30,6 +30,17 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(tmp_path):
   assert one['train/bouncing/bouncing_0000.mp4'] != three['train/bouncing/bouncing_0000.mp4']
 
 
+def test_encoding_has_no_memory(tmp_path):
+  """At full size, where the encoder has enough to decide that it once decided differently."""
+  frames, _ = synthetic_clips.make_clip(np.random.default_rng(1), 'orbiting', ClipOptions())
+  written = set()
+  for number in range(4):
+    path = tmp_path / f'{number}.mp4'
+    synthetic_clips.write_mp4(path, frames)
+    written.add(path.read_bytes())
+  assert len(written) == 1
+
+
 def test_layout(clips):
   names = {p.stem for p in clips.glob('train/*/*_*.mp4')}
   lists = clips / 'davis' / 'ImageSets' / '2017'
