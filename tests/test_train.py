@@ -114,7 +114,7 @@ def test_bfloat16_trains_close_to_float32(plain):
 
 
 def test_shared_augmentation_reaches_the_flips(plain):
-  """Equal frames stay equal under a shared flip, so the two losses differ."""
+  """Shared and single flips mirror different frames, so the losses differ."""
   _, losses = plain
   assert Trainer(shared=True).run(batches(1))[0] != losses[0]
 
