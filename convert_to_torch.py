@@ -1,66 +1,80 @@
-"""Checkpoints to PyTorch files and back.
+"""Checkpoints to PyTorch files and back; see docs/convert.md.
 
-python convert_to_torch.py --checkpoint=WORKDIR --output=FILE.pth
-python convert_to_torch.py --from_torch=FILE.pth --output=DIR
+python convert_to_torch.py --checkpoint=WORKDIR --output=FILE.pth [--layout=encoder] [--step=N]
+python convert_to_torch.py --from_torch=FILE.pth --output=DIR [--model=B]
+python convert_to_torch.py --list=FILE_OR_DIR
+python convert_to_torch.py --compare FILE_OR_DIR FILE_OR_DIR
 """
 
 import argparse
-import dataclasses
 import pathlib
 
-from dropmae_jax import checkpoint, command_line, mae, torch_export
+from dropmae_jax import command_line, convert, torch_export, torch_files, torch_inspect, vit
 from dropmae_jax.command_line import BadInput
 
-
-def export(folder: pathlib.Path, output: str) -> str:
-  """Writes the newest checkpoint of a run in the layout of the published files."""
-  weights = checkpoint.load_weights(folder)
-  params, architecture = weights.params, weights.architecture
-  lines = []
-  if architecture.patch_size in (14, 16) and architecture.image_size != 224:
-    lines.append(f'position tables: those of 224 pixels (trained at {architecture.image_size})')
-    params, architecture = torch_export.at_published_resolution(params, architecture)
-  state = torch_export.to_torch(params, architecture)
-  epoch = weights.step // weights.description.get('steps_per_epoch', 1)
-  shape = dataclasses.asdict(architecture)
-  args = {**weights.description, 'architecture': shape, 'step': weights.step}
-  torch_export.write_pth(output, state, epoch=epoch, args=args)
-  lines.append(torch_export.readers(architecture))
-  head = f'{output}: {len(state)} tensors of step {weights.step}, under the key "model"'
-  return '\n  '.join([head, *lines])
+# Which options go with which job; what is given beside them is refused.
+OPTIONS = {
+  'checkpoint': {'output', 'step', 'layout', 'format', 'with_optimizer', 'verify', 'image_size'},
+  'from_torch': {'output', 'model', 'with_optimizer', 'verify', 'image_size'},
+  'list': {'step'},
+  'compare': set(),
+}
 
 
-def import_(path: str, output: pathlib.Path) -> str:
-  """Makes a checkpoint of ours from a .pth with its decoder."""
-  state, args = torch_export.read_pth(path)
-  if 'architecture' in args:
-    architecture = mae.Architecture(**args['architecture'])
+def parse() -> argparse.Namespace:
+  """Reads the command line; an option that was not given is None."""
+  parser = command_line.Parser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  job = parser.add_mutually_exclusive_group(required=True)
+  path = pathlib.Path
+  job.add_argument('--checkpoint', type=path, metavar='DIR', help='a training workdir to export')
+  job.add_argument('--from_torch', type=path, metavar='FILE', help='a .pth or .safetensors to read')
+  job.add_argument('--list', type=path, metavar='PATH', help='tensors of a file or checkpoint')
+  job.add_argument('--compare', type=path, nargs=2, metavar='PATH', help='two of them, per tensor')
+  add = parser.add_argument
+  add('--output', type=path, metavar='PATH', help='the file (or the folder) to write')
+  add('--step', type=int, metavar='N', help='of the checkpoint; default: the newest')
+  add('--layout', choices=torch_export.LAYOUTS, help='who will load it; default: full')
+  add('--format', choices=torch_files.FORMATS, help="default: by the output's ending")
+  add(
+    '--model', metavar='SIZE', help=f'of the file, where it does not tell: {", ".join(vit.SIZES)}'
+  )
+  add('--with_optimizer', action='store_true', default=None, help="AdamW's moments too")
+  add(
+    '--verify', action=argparse.BooleanOptionalAction, help='run both networks and compare; default'
+  )
+  add('--image_size', type=int, metavar='PIXELS', help='resample the position tables (bicubic)')
+  return parser.parse_args()
+
+
+def main() -> int:
+  """The command line; `--compare` ends with status 1 where the two differ."""
+  given = {name: value for name, value in vars(parse()).items() if value is not None}
+  job = next(name for name in OPTIONS if name in given)
+  source = given.pop(job)
+  unfit = set(given) - OPTIONS[job]
+  if unfit:
+    raise BadInput(f'--{min(unfit)} does not go with --{job}; leave it out.')
+  if 'output' in OPTIONS[job] and 'output' not in given:
+    raise BadInput(f'--{job} needs --output, the path to write to.')
+  same = True
+  if job == 'checkpoint':
+    output, step = given.pop('output'), given.pop('step', None)
+    if 'format' in given:
+      given['file_format'] = given.pop('format')
+    lines = convert.export(source, output, convert.ExportOptions(**given), step=step)
+  elif job == 'from_torch':
+    lines = convert.import_(
+      source, size=given.pop('model', None), folder=given.pop('output'), **given
+    )
+  elif job == 'list':
+    lines = torch_inspect.table(source, **given)
   else:
-    architecture = torch_export.infer_architecture(state)
-  params = torch_export.from_torch(state, architecture)
-  objective = mae.Objective(**args.get('objective', {}))
-  step = int(args.get('step', 0))
-  known = {name: args[name] for name in ('frame_gap', 'steps_per_epoch', 'config') if name in args}
-  description = checkpoint.describe(architecture, objective, **known)
-  checkpoint.save_weights(output, params, step, description)
-  return f'{output}: {len(state)} tensors, {architecture}'
-
-
-def main() -> None:
-  """The command line."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument('--checkpoint', type=pathlib.Path, help='a training workdir to export')
-  source.add_argument('--from_torch', help='a .pth to import')
-  parser.add_argument('--output', required=True, help='the .pth, or the folder, to write')
-  arguments = parser.parse_args()
-  if arguments.checkpoint is not None:
-    print(export(arguments.checkpoint, arguments.output))
-  else:
-    try:
-      print(import_(arguments.from_torch, pathlib.Path(arguments.output)))
-    except (TypeError, ValueError) as error:
-      raise BadInput(f'--from_torch={arguments.from_torch}: {error}') from error
+    lines, same = torch_inspect.comparison(*source)
+  for line in lines:
+    print(line, flush=True)
+  return 0 if same else 1
 
 
 if __name__ == '__main__':

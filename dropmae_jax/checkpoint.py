@@ -7,6 +7,7 @@ the whole `config`. Orbax writes to a temporary name and renames, so what is lis
 
 import dataclasses
 import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from dropmae_jax import mae
+from dropmae_jax import mae, optimizer
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import Architecture, Objective
+from dropmae_jax.optimizer import Moments
 from dropmae_jax.train_step import TrainState
 
 FOLDER = 'checkpoints'
@@ -44,13 +46,14 @@ class CheckpointOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """A trained model, as its consumers need it; `params` are numpy arrays."""
+  """A trained model, as its consumers need it; all arrays are numpy's."""
 
   params: dict
   step: int
   architecture: Architecture
   objective: Objective
   description: dict[str, Any]
+  moments: Moments | None = None
 
 
 class Checkpoints:
@@ -156,13 +159,48 @@ def describe(architecture: Architecture, objective: Objective, **other: Any) -> 
   }
 
 
-def load_weights(folder: pathlib.Path) -> Weights:
-  """Reads the newest parameters of a run's workdir (or of its checkpoints folder).
+def load_weights(
+  folder: pathlib.Path, *, step: int | None = None, with_moments: bool = False
+) -> Weights:
+  """Reads the parameters of a run.
+
+  Args:
+    folder: a run's workdir, its checkpoints folder, or the folder of one step.
+    step: which checkpoint; the newest by default.
+    with_moments: read the optimizer's moments too.
 
   Raises:
-    BadInput: there is no checkpoint.
+    BadInput: there is no checkpoint, not this one, none with moments, or it cannot be read.
   """
+  root, steps = _stored_steps(folder)
+  if step is None and folder.name.isdigit() and root == folder.parent:
+    step = int(folder.name)
+  step = max(steps) if step is None else step
+  if step not in steps:
+    raise BadInput(
+      f'--checkpoint={folder} has no step {step}; it has {", ".join(map(str, sorted(steps)))}.'
+    )
+  if with_moments and not (root / str(step) / 'opt_state').is_dir():
+    raise BadInput(
+      f'step {step} of --checkpoint={folder} holds weights without optimizer state; leave'
+      ' --with_optimizer out.'
+    )
+  try:
+    with ocp.CheckpointManager(root.absolute()) as manager:
+      return _restore_weights(manager, step, with_moments)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    reason = next(iter(str(error).splitlines()), '') or type(error).__name__
+    raise BadInput(
+      f'step {step} of --checkpoint={folder} cannot be read ({reason}); give --step with another'
+      f' one of {", ".join(map(str, sorted(steps)))}.'
+    ) from error
+
+
+def _stored_steps(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
+  """Returns the folder that holds a run's checkpoints, and the steps in it."""
   root = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+  if root.name.isdigit() and (root / 'params').is_dir():
+    root = root.parent
   steps = [int(p.name) for p in root.glob('*') if p.name.isdigit()] if root.is_dir() else []
   steps = [step for step in steps if (root / str(step) / 'params').is_dir()]
   if not steps:
@@ -170,43 +208,64 @@ def load_weights(folder: pathlib.Path) -> Weights:
       f'--checkpoint={folder} holds no checkpoint; give the --workdir of a training run that has'
       ' saved one.'
     )
-  step = max(steps)
-  with ocp.CheckpointManager(root.absolute()) as manager:
-    stored = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
-    architecture = Architecture(**stored.description['architecture'])
-    _, abstract = mae.abstract_model(architecture)
-    # Consumers run on one device, whatever the mesh that wrote the file.
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract
-    )
-    restored = manager.restore(
-      step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-    )
+  return root, steps
+
+
+def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bool) -> Weights:
+  stored = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
+  architecture = Architecture(**stored.description['architecture'])
+  _, abstract = mae.abstract_model(architecture)
+  items = {'params': abstract}
+  if with_moments:
+    items['opt_state'] = optimizer.abstract_state(abstract)
+  # Consumers run on one device, whatever the mesh that wrote the file.
+  place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  items = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), items)
+  restored = manager.restore(
+    step,
+    args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in items.items()}),
+  )
+  arrays = jax.tree.map(np.asarray, {name: restored[name] for name in items})
   return Weights(
-    params=jax.tree.map(np.asarray, restored.params),
+    params=arrays['params'],
     step=step,
     architecture=architecture,
     objective=Objective(**stored.description['objective']),
     description=stored.description,
+    moments=optimizer.moments_of(arrays['opt_state']) if with_moments else None,
   )
 
 
 def save_weights(
-  folder: pathlib.Path, params: dict, step: int, description: dict[str, Any]
+  folder: pathlib.Path,
+  params: dict,
+  step: int,
+  description: dict[str, Any],
+  *,
+  moments: Moments | None = None,
 ) -> None:
-  """Writes parameters alone as a checkpoint that `load_weights` reads.
+  """Writes a checkpoint that `load_weights` reads and, if it has moments, training goes on from.
+
+  Written under a temporary name first: on failure nothing is there.
 
   Raises:
     BadInput: the folder holds something already.
   """
-  if folder.exists() and any(folder.iterdir()):
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise BadInput(f'--output={folder} is not empty; give a new folder.')
-  with ocp.CheckpointManager((folder / FOLDER).absolute()) as manager:
-    manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(params), description=ocp.args.JsonSave(description)
-      ),
-    )
-    manager.wait_until_finished()
+  folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+  items = {'params': ocp.args.StandardSave(params), 'description': ocp.args.JsonSave(description)}
+  if moments is not None:
+    items['opt_state'] = ocp.args.StandardSave(optimizer.state_of(moments))
+  try:
+    with tempfile.TemporaryDirectory(
+      prefix=f'.{folder.name}.', dir=folder.absolute().parent, ignore_cleanup_errors=True
+    ) as temporary:
+      staged = pathlib.Path(temporary).absolute() / FOLDER
+      with ocp.CheckpointManager(staged) as manager:
+        manager.save(step, args=ocp.args.Composite(**items))
+        manager.wait_until_finished()
+      folder.mkdir(exist_ok=True)
+      staged.replace(folder / FOLDER)
+  except OSError as error:
+    raise BadInput(f'--output={folder} cannot be written ({error.strerror}).') from error

@@ -1,5 +1,6 @@
 """How every command line of the package answers bad input: one sentence, exit status 2."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable
@@ -8,6 +9,14 @@ from typing import NoReturn
 
 class BadInput(ValueError):
   """Input that the user can mend; the message names the value and the remedy in one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+  """An argument parser that answers bad input as everything else here does."""
+
+  def error(self, message: str) -> NoReturn:
+    """Refuses the command line."""
+    raise BadInput(f'{message}; --help lists what there is.')
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -7,6 +7,7 @@ on at step s takes the same stream, sliced at s.
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import re
@@ -84,7 +85,11 @@ class VideoSource(Protocol):
 
 
 class TfdsVideos:
-  """Random access to the frames of a dataset built by tfds_kinetics; reads only what is asked."""
+  """Random access to the frames of a dataset built by tfds_kinetics; reads only what is asked.
+
+  Attributes:
+    fingerprint: of the videos and options that it was built from.
+  """
 
   def __init__(self, folder: pathlib.Path, split: str) -> None:
     builder = tfds.builder_from_directory(folder)
@@ -92,6 +97,8 @@ class TfdsVideos:
     self._records = builder.as_data_source(split, deserialize_method=raw)
     with np.load(folder / f'index-{split}.npz') as index:
       self._first, self._frames = index['first'], index['frames']
+    report = json.loads((folder / 'build_report.json').read_text())
+    self.fingerprint: str = report['fingerprint']
 
   def __len__(self) -> int:
     return len(self._frames)

@@ -5,7 +5,6 @@
 shows a pair of frames (a row each) as input, as masked input, and as reconstruction.
 """
 
-import argparse
 import os
 import pathlib
 import tempfile
@@ -147,7 +146,7 @@ def reconstruction_figure(
 
 def main() -> None:
   """The command line."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = command_line.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--checkpoint', required=True, type=pathlib.Path, help='a training workdir')
   parser.add_argument('--video', required=True, type=pathlib.Path, help='any video file')
   parser.add_argument('--output', required=True, type=pathlib.Path, help='the PNG to write')

@@ -1,8 +1,10 @@
 """AdamW as published: what decays, and the learning rate of every update."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 # Position tables get no gradient and must not decay; AdamW then never moves them.
@@ -71,3 +73,36 @@ def adamw(schedule: optax.Schedule, options: OptimizerOptions) -> optax.Gradient
     weight_decay=options.weight_decay,
     mask=is_decayed,
   )
+
+
+class Moments(NamedTuple):
+  """What AdamW remembers, apart from how optax nests it.
+
+  Attributes:
+    count: updates taken.
+    mean: of the gradients (Adam's first moment), shaped like the parameters.
+    square: of the squared gradients (the second moment), likewise.
+  """
+
+  count: int
+  mean: dict
+  square: dict
+
+
+def moments_of(opt_state: Any) -> Moments:
+  """Reads the moments off a state of `adamw`."""
+  adam = opt_state[0]
+  return Moments(count=int(adam.count), mean=adam.mu, square=adam.nu)
+
+
+def state_of(moments: Moments) -> Any:
+  """Returns the state of `adamw` that has these moments."""
+  fresh = abstract_state(moments.mean)
+  count = np.asarray(moments.count, np.int32)
+  return optax.tree.set(fresh, count=count, mu=moments.mean, nu=moments.square)
+
+
+def abstract_state(params: dict) -> Any:
+  """Returns the shapes of the state of `adamw`, which no option of it changes."""
+  tx = adamw(optax.constant_schedule(0.0), OptimizerOptions())
+  return jax.eval_shape(tx.init, params)

@@ -10,7 +10,6 @@ class is a kind of motion. The same seed gives the same clips. Below DIR:
   0 is background), davis/ImageSets/2017/{train,val}.txt
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -215,7 +214,7 @@ def write_clips(output: pathlib.Path, options: ClipOptions) -> int:
 
 def main() -> None:
   """The command line."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = command_line.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--output', required=True, type=pathlib.Path, help='folder to make')
   for field in dataclasses.fields(ClipOptions):
     parser.add_argument(f'--{field.name}', type=int, default=field.default, help='(%(default)s)')

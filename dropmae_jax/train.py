@@ -128,6 +128,7 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
       recipe.objective,
       frame_gap=recipe.data.frame_gap,
       steps_per_epoch=steps_per_epoch,
+      data_fingerprint=videos.fingerprint,
       config=dataclasses.asdict(recipe),
     )
     checkpoints = Checkpoints(workdir, recipe.checkpoint, description)

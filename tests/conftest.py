@@ -1,15 +1,18 @@
 """Fixtures that are expensive and shared: clips, their dataset, a trained run, the goldens."""
 
+import importlib
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+import torch
 from absl import flags
 
 # Shapes in signatures are checked in tests only, and several devices are there to shard over.
@@ -54,6 +57,23 @@ def golden():
       return dict(arrays)
 
   return load
+
+
+@pytest.fixture(scope='session')
+def timm() -> types.ModuleType:
+  """The library; its import needs torchvision, whose operators only CUDA builds on PyPI have."""
+  library = None
+  try:
+    importlib.import_module('torchvision')
+  except RuntimeError:
+    # Nothing here computes boxes; naming the two operators is all that the import asks for.
+    library = torch.library.Library('torchvision', 'FRAGMENT')
+    for operator in ('nms', 'qnms'):
+      library.define(f'{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+  import timm
+
+  timm.torchvision_operators = library
+  return timm
 
 
 def run_python(*arguments, timeout: int = 300) -> subprocess.CompletedProcess:

@@ -1,8 +1,9 @@
 """Runs one recorded case through this package, for comparison with any other implementation.
 
-    python tests/parity.py --case=IN.npz --output=OUT.npz
+    python tests/parity.py --case=IN.npz --output=OUT.npz [--checkpoint=DIR]
 
-IN.npz holds a PyTorch-named state dict (`state/<name>`), normalised frames `frames_x` (earlier)
+IN.npz holds a PyTorch-named state dict (`state/<name>`; or --checkpoint gives one of ours, such
+as `convert_to_torch.py --from_torch` makes), normalised frames `frames_x` (earlier)
 and `frames_z` (later) [b, 3, h, w] float32, `mask_noise` [b, l], one boolean `drop_mask/<block>`
 [b, heads, l, l] per decoder block (query, key; True = dropped), and as json under `config`:
 img_size, patch_size, embed_dim, depth, num_heads, decoder_embed_dim, decoder_depth,
@@ -12,9 +13,9 @@ OUT.npz holds `loss`, `pred` [b, l, p], `mask` [b, l] (1 = removed) and `grad/<n
 trained tensor, in PyTorch's names and layout. All in float32.
 """
 
-import argparse
 import json
 import os
+import pathlib
 from functools import partial
 
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dropmae_jax import asad, command_line, mae, masking, patches, torch_export
+from dropmae_jax import asad, checkpoint, command_line, mae, masking, patches, torch_export
 from dropmae_jax.command_line import BadInput
 
 
@@ -69,12 +70,17 @@ def recorded_loss(params, case, *, graphdef, objective):
   return loss, {'pred': reconstruction, 'mask': is_masked.astype(jnp.float32)}
 
 
-def run_case(case) -> dict[str, np.ndarray]:
+def run_case(case, weights: checkpoint.Weights | None = None) -> dict[str, np.ndarray]:
   """Runs one case; takes and returns what the module's docstring says."""
   config = json.loads(case['config'].item())
   architecture = architecture_of(config)
-  state = {k.removeprefix('state/'): v for k, v in case.items() if k.startswith('state/')}
-  params = torch_export.from_torch(state, architecture)
+  if weights is None:
+    state = {k.removeprefix('state/'): v for k, v in case.items() if k.startswith('state/')}
+    params = torch_export.from_torch(state, architecture)
+  elif weights.architecture != architecture:
+    raise BadInput(f'--checkpoint is of {weights.architecture}, and the case of {architecture}.')
+  else:
+    params = weights.params
   recorded = {
     'frames_x': case['frames_x'],
     'frames_z': case['frames_z'],
@@ -98,15 +104,19 @@ def run_case(case) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = command_line.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--case', required=True)
   parser.add_argument('--output', required=True)
+  parser.add_argument('--checkpoint', type=pathlib.Path)
   arguments = parser.parse_args()
   if not os.path.isfile(arguments.case):
     raise BadInput(f'--case={arguments.case} is not a file; give a recorded .npz.')
+  weights = checkpoint.load_weights(arguments.checkpoint) if arguments.checkpoint else None
   try:
     with np.load(arguments.case) as case:
-      result = run_case(dict(case))
+      result = run_case(dict(case), weights)
+  except BadInput:
+    raise
   except (ValueError, KeyError, OSError) as error:
     raise BadInput(f'--case={arguments.case} is not a whole recorded case: {error}') from error
   partial_name = f'{arguments.output}.partial.npz'

@@ -10,7 +10,6 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, run_python, train_arguments
 from flax import traverse_util
 from PIL import Image
@@ -212,26 +211,6 @@ def test_the_figure_shows_three_panels_for_both_frames(trained, clips, tmp_path)
   assert output.read_bytes() == before
 
 
-def test_export_and_import(trained, tmp_path):
-  path = tmp_path / 'dropmae.pth'
-  done = run_python('convert_to_torch.py', f'--checkpoint={trained}', f'--output={path}')
-  assert done.returncode == 0, done.stderr
-  content = torch.load(path, weights_only=True)
-  # 6 steps are too few for an epoch of 6 videos in batches of 4: one step each.
-  assert content['epoch'] == 8
-  assert content['args']['objective']['mask_ratio'] == 0.75
-  assert content['args']['config']['num_steps'] == 8
-  done = run_python('convert_to_torch.py', f'--from_torch={path}', f'--output={tmp_path}/back')
-  assert done.returncode == 0, done.stderr
-  assert_same_weights(tmp_path / 'back', trained)
-  again = tmp_path / 'again.pth'
-  run_python('convert_to_torch.py', f'--checkpoint={tmp_path}/back', f'--output={again}')
-  second = torch.load(again, weights_only=True)
-  assert content['args'] == second['args']
-  for name, tensor in content['model'].items():
-    assert torch.equal(tensor, second['model'][name])
-
-
 def assert_one_sentence(done, message):
   assert done.returncode == 2, done.stdout + done.stderr
   assert message in done.stderr
@@ -285,10 +264,6 @@ def test_a_workdir_of_another_model(trained, data_dir):
 @pytest.mark.parametrize(
   ('command', 'message'),
   [
-    ('convert_to_torch.py --checkpoint={tmp} --output={tmp}/o.pth', 'holds no checkpoint'),
-    ('convert_to_torch.py --checkpoint={run} --output={tmp}/no/o.pth', 'does not exist; make it'),
-    ('convert_to_torch.py --checkpoint={run} --output={tmp}', 'is a folder; give the name'),
-    ('convert_to_torch.py --from_torch={tmp}/none.pth --output={tmp}/x', 'is not a file'),
     ('-m dropmae_jax.figures --checkpoint={tmp} --video=v --output=o', 'holds no checkpoint'),
     ('-m dropmae_jax.figures --checkpoint={run} --video={tmp}/v --output=o', 'is not a file'),
     ('-m dropmae_jax.figures --checkpoint={run} --video=README.md --output=o', 'cannot be decoded'),

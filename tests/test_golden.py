@@ -1,5 +1,6 @@
 """Against numbers recorded from the published method's own code (tests/golden)."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -9,6 +10,7 @@ import numpy as np
 import parity
 import pytest
 import scipy.stats
+import torch
 from conftest import run_python
 
 from dropmae_jax import asad, augment, mae, optimizer, patches, position, torch_export
@@ -44,12 +46,29 @@ def relative(actual, expected):
   return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
+@pytest.fixture(scope='module')
+def imported(state, tmp_path_factory):
+  """The recorded state dict as a .pth, read in by the command line: a checkpoint of ours."""
+  folder = tmp_path_factory.mktemp('imported')
+  tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+  args = {'architecture': dataclasses.asdict(ARCHITECTURE)}
+  torch.save({'model': tensors, 'args': args}, folder / 'recorded.pth')
+  done = run_python(
+    'convert_to_torch.py', f'--from_torch={folder}/recorded.pth', f'--output={folder}/run'
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'verified: ' in done.stdout
+  return folder / 'run'
+
+
+@pytest.mark.parametrize('through_checkpoint', [False, True])
 @pytest.mark.parametrize('name', ['fwd_p02_normpix', 'fwd_p04_raw'])
-def test_forward_and_gradients(golden, state, tmp_path, name):
+def test_forward_and_gradients(golden, state, imported, tmp_path, name, through_checkpoint):
   recorded = golden(name)
   config = CONFIG | {'P': float(recorded['P']), 'norm_pix_loss': bool(recorded['norm_pix'])}
+  source = [f'--checkpoint={imported}'] if through_checkpoint else []
   case = {
-    **{f'state/{k}': v for k, v in state.items()},
+    **({} if source else {f'state/{k}': v for k, v in state.items()}),
     'frames_x': recorded['frames_x'],
     'frames_z': recorded['frames_z'],
     'mask_noise': recorded['noise'],
@@ -58,7 +77,9 @@ def test_forward_and_gradients(golden, state, tmp_path, name):
     'config': json.dumps(config),
   }
   np.savez(tmp_path / 'case.npz', **case)
-  done = run_python('tests/parity.py', f'--case={tmp_path}/case.npz', f'--output={tmp_path}/o.npz')
+  done = run_python(
+    'tests/parity.py', f'--case={tmp_path}/case.npz', f'--output={tmp_path}/o.npz', *source
+  )
   assert done.returncode == 0, done.stderr
   result = np.load(tmp_path / 'o.npz')
 

@@ -1,0 +1,246 @@
+"""Files of weights: what every PyTorch can read, and what must not be read or lost."""
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import pathlib
+import pickletools
+import sys
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import run_python
+
+from dropmae_jax import torch_files
+from dropmae_jax.command_line import BadInput
+
+TENSORS = {
+  'a.weight': np.arange(6, dtype=np.float32).reshape(2, 3),
+  'a.bias': np.ones(2, np.float32),
+}
+
+
+def write(path, **entries):
+  with torch_files.staged(path, num_bytes=1) as partial:
+    torch_files.write(partial, TENSORS, file_format=torch_files.format_of(path), entries=entries)
+    torch_files.write_card(partial, {'step': 3})
+
+
+def assert_same(found, expected=TENSORS):
+  assert list(found) == list(expected)
+  for name, array in expected.items():
+    np.testing.assert_array_equal(np.asarray(found[name]), array)
+
+
+def test_a_pth_holds_plain_tensors_in_storages_of_their_own(tmp_path):
+  path = tmp_path / 'out.pth'
+  write(path, epoch=3, args={'a': {'b': None}, 'c': 1.5})
+  content = torch.load(path, weights_only=True)
+  assert list(content) == ['model', 'epoch', 'args']
+  assert content['args'] == {'a': {'b': None}, 'c': 1.5}
+  assert_same(content['model'])
+  for tensor in content['model'].values():
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    assert tensor.untyped_storage().nbytes() == 4 * tensor.numel()
+
+
+def test_a_pth_asks_for_nothing_that_torch_1_9_does_not_know(tmp_path):
+  """All that its pickle names, and its protocol, are those of PyTorch since 1.6."""
+  path = tmp_path / 'out.pth'
+  write(path, epoch=3)
+  with zipfile.ZipFile(path) as archive:
+    pickled = archive.read('out/data.pkl' if 'out/data.pkl' in archive.namelist() else next(
+      name for name in archive.namelist() if name.endswith('data.pkl')
+    ))  # fmt: skip
+  operations = list(pickletools.genops(pickled))
+  named = {argument for code, argument, _ in operations if code.name == 'GLOBAL'}
+  assert named == {
+    'torch._utils _rebuild_tensor_v2',
+    'torch FloatStorage',
+    'collections OrderedDict',
+  }
+  assert max(code.proto for code, _, _ in operations) <= 2
+
+
+def test_safetensors_keep_metadata_as_json(tmp_path):
+  path = tmp_path / 'out.safetensors'
+  write(path, args={'step': 7}, layout='encoder')
+  assert_same(dict(sorted(safetensors.torch.load_file(path).items(), reverse=True)))
+  read = torch_files.read(path)
+  assert read.entries == {'format': 'pt', 'args': {'step': 7}, 'layout': 'encoder'}
+  assert read.tensors.keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize('name', ['out.pth', 'out.safetensors'])
+def test_card_and_checksum_lie_beside_the_file(tmp_path, name):
+  write(tmp_path / name)
+  digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+  assert (tmp_path / f'{name}.sha256').read_text() == f'{digest}  {name}\n'
+  card = json.loads((tmp_path / f'{name}.json').read_text())
+  assert card == {'file': name, 'sha256': digest, 'step': 3}
+  assert {p.name for p in tmp_path.iterdir()} == {name, f'{name}.sha256', f'{name}.json'}
+
+
+@pytest.mark.parametrize(
+  ('wrap', 'key'),
+  [
+    (lambda tensors: {'model': tensors, 'epoch': 1}, 'model'),
+    (lambda tensors: {'net': collections.OrderedDict(tensors), 'epoch': 1}, 'net'),
+    (lambda tensors: {'state_dict': tensors}, 'state_dict'),
+    (lambda tensors: tensors, ''),
+  ],
+)
+def test_tensors_are_found_where_the_field_puts_them(tmp_path, wrap, key):
+  tensors = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
+  torch.save(wrap(tensors), tmp_path / 'in.pth')
+  read = torch_files.read(tmp_path / 'in.pth')
+  assert read.key == key
+  assert_same(read.tensors)
+  assert read.entries.get('epoch') == (1 if key in ('model', 'net') else None)
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_published_files_with_a_namespace_are_read(tmp_path, legacy):
+  """Their `args` is a pickled argparse.Namespace, which torch >= 2.6 refuses by default."""
+  tensors = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
+  content = {'model': tensors, 'args': argparse.Namespace(blr=1.5e-4, betas=(0.9, 0.95))}
+  path = tmp_path / 'published.pth'
+  torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+  read = torch_files.read(path)
+  assert read.entries == {'args': {'blr': 1.5e-4, 'betas': (0.9, 0.95)}}
+  assert_same(read.tensors)
+
+
+def test_other_dtypes_are_kept(tmp_path):
+  half = {'h': torch.ones(2, dtype=torch.float16), 'b': torch.ones(2, dtype=torch.bfloat16)}
+  torch.save({'model': half}, tmp_path / 'half.pth')
+  safetensors.torch.save_file(half, tmp_path / 'half.safetensors')
+  for name in ('half.pth', 'half.safetensors'):
+    read = torch_files.read(tmp_path / name).tensors
+    assert read['h'].dtype == np.float16
+    assert read['b'].dtype == jnp.bfloat16
+    assert read['b'].astype(np.float32).tolist() == [1, 1]
+
+
+class Evil:
+  def __init__(self, function):
+    self.function = function
+
+  def __reduce__(self):
+    return (self.function, ('echo ran code',))
+
+
+class Settings:
+  """As trackers pickle theirs beside the weights."""
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize(
+  ('what', 'name'),
+  [
+    (Evil(print), 'print'),
+    (Evil(os.system), 'posix.system'),
+    (Settings(), 'test_torch_files.Settings'),
+  ],
+)
+def test_code_in_a_file_is_refused_by_its_name_and_not_run(tmp_path, capfd, what, name, legacy):
+  path = tmp_path / 'evil.pth'
+  torch.save({'net': {}, 'settings': what}, path, _use_new_zipfile_serialization=not legacy)
+  with pytest.raises(BadInput) as caught:
+    torch_files.read(path)
+  assert f'holds the Python object {name}, which is code and is not run' in str(caught.value)
+  assert 'ran code' not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['bad.pth', 'bad.safetensors'])
+@pytest.mark.parametrize('share', [0, 0.3, 0.9])
+def test_truncated_files_are_refused(tmp_path, name, share):
+  path = tmp_path / name
+  write(path)
+  whole = path.read_bytes()
+  path.write_bytes(whole[: int(share * len(whole))])
+  with pytest.raises(BadInput, match=rf'{name} cannot be read as .*; give a whole file'):
+    torch_files.read(path)
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ([1, 2], 'holds a list, and not a dict of tensors'),
+    ({'epoch': 3}, 'none of the entries model, net, state_dict what is no tensor: epoch'),
+    ({'model': {'a': 'text'}}, "under 'model' what is no tensor: a"),
+    ({'model': {}}, "under 'model' what is no tensor: nothing"),
+  ],
+)
+def test_files_of_other_things_are_refused(tmp_path, content, message):
+  torch.save(content, tmp_path / 'odd.pth')
+  with pytest.raises(BadInput) as caught:
+    torch_files.read(tmp_path / 'odd.pth')
+  assert message in str(caught.value)
+  with pytest.raises(BadInput, match=r'none.pth is not a file'):
+    torch_files.read(tmp_path / 'none.pth')
+
+
+FILE_LIMIT = """
+import pathlib, resource, signal, sys
+import numpy as np
+from dropmae_jax import command_line, torch_files
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, resource.RLIM_INFINITY))
+path = pathlib.Path(sys.argv[1])
+
+def main():
+  with torch_files.staged(path, num_bytes=1) as partial:
+    tensors = {name: np.zeros(10**6, np.float32) for name in 'ab'}
+    torch_files.write(partial, tensors, file_format=torch_files.format_of(path))
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize('name', ['out.pth', 'out.safetensors'])
+def test_a_write_that_the_system_refuses_keeps_the_old_file(tmp_path, name):
+  """A limit on file sizes stands for the full disk: the same call fails at the same place."""
+  path = tmp_path / name
+  path.write_bytes(b'old')
+  done = run_python('-c', FILE_LIMIT, path)
+  assert done.returncode == 2, done.stderr
+  assert done.stderr.startswith(f'error: --output={path} cannot be written (')
+  assert done.stderr.count('\n') == 1
+  assert path.read_bytes() == b'old'
+  assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_what_cannot_fit_is_refused_before_writing(tmp_path):
+  path = tmp_path / 'out.pth'
+  path.write_bytes(b'old')
+  with (
+    pytest.raises(BadInput, match=r'needs 1000000000000 MB and \d+ MB are free'),
+    torch_files.staged(path, num_bytes=10**18),
+  ):
+    raise AssertionError
+  assert path.read_bytes() == b'old'
+
+
+def test_an_error_while_writing_leaves_nothing_behind(tmp_path):
+  with pytest.raises(ZeroDivisionError), torch_files.staged(tmp_path / 'o', num_bytes=1) as partial:
+    pathlib.Path(partial).write_bytes(b'half')
+    raise ZeroDivisionError
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_without_torch_safetensors_work_and_pth_says_what_to_install(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  write(tmp_path / 'out.safetensors')
+  assert_same(dict(sorted(torch_files.read(tmp_path / 'out.safetensors').tensors.items())[::-1]))
+  with pytest.raises(BadInput, match=r"pip install 'dropmae_jax\[torch\]', or use .safetensors"):
+    write(tmp_path / 'out.pth')
+  assert not (tmp_path / 'out.pth').exists()

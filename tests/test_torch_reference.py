@@ -1,0 +1,197 @@
+"""The plain PyTorch network equals the JAX one, and planted faults do not pass it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from test_torch_export import TINY
+
+from dropmae_jax import checkpoint, convert, mae, torch_export, torch_reference, vit
+from dropmae_jax.command_line import BadInput
+
+
+@pytest.fixture(scope='module')
+def params():
+  drawn = jax.jit(mae.init_params, static_argnums=1)(jax.random.key(0), TINY)
+  return jax.tree.map(np.asarray, drawn)
+
+
+@pytest.mark.parametrize('layout', torch_export.LAYOUTS)
+def test_the_two_networks_agree(params, layout):
+  state = torch_export.in_layout(torch_export.to_torch(params, TINY), layout)
+  difference = torch_reference.largest_difference(state, params, TINY, layout)
+  assert 0 < difference < torch_reference.TOLERANCE / 4
+
+
+def test_the_images_are_fixed_and_differ():
+  first, second = torch_reference.fixed_images(32), torch_reference.fixed_images(32)
+  np.testing.assert_array_equal(first, second)
+  assert first.shape == (2, 32, 32, 3)
+  assert np.abs(first[0] - first[1]).mean() > 0.3
+  assert 0.5 < first.std() < 2
+
+
+def reorder_qkv(state):
+  for name in state:
+    if 'attn.qkv' in name:
+      query, key, value = np.split(state[name], 3)
+      state[name] = np.concatenate([key, query, value])
+
+
+def interleave_heads(state):
+  """[q | k | v] inside each head rather than heads inside q, k and v."""
+  for name in state:
+    if name.startswith('blocks') and 'attn.qkv' in name:
+      array = state[name]
+      split = array.reshape(3, TINY.num_heads, -1, *array.shape[1:])
+      state[name] = np.ascontiguousarray(split.swapaxes(0, 1)).reshape(array.shape)
+
+
+def transpose_square(state):
+  for name in ('blocks.0.attn.proj.weight', 'decoder_blocks.0.attn.proj.weight'):
+    state[name] = np.ascontiguousarray(state[name].T)
+
+
+def transpose_square_of_decoder(state):
+  name = 'decoder_blocks.0.attn.proj.weight'
+  state[name] = np.ascontiguousarray(state[name].T)
+
+
+def swap_frames(state):
+  x, z = 'temporal_pos_embed_x', 'temporal_pos_embed_z'
+  state[x], state[z] = state[z], state[x]
+
+
+def swap_frames_of_decoder(state):
+  x, z = 'decoder_temporal_pos_embed_x', 'decoder_temporal_pos_embed_z'
+  state[x], state[z] = state[z], state[x]
+
+
+def swap_colours(state):
+  name = 'patch_embed.proj.weight'
+  state[name] = np.ascontiguousarray(state[name][:, ::-1])
+
+
+def shift_positions(state):
+  state['pos_embed'] = np.roll(state['pos_embed'], 1, axis=1)
+
+
+def lose_decoder(state):
+  for name in list(state):
+    if torch_export.is_of_decoder(name):
+      del state[name]
+
+
+def lose_mask_token(state):
+  state['mask_token'] = np.zeros_like(state['mask_token'])
+
+
+FAULTS = {
+  reorder_qkv: 'differ by',
+  interleave_heads: 'differ by',
+  transpose_square: 'differ by',
+  transpose_square_of_decoder: 'differ by',
+  swap_frames: 'differ by',
+  swap_frames_of_decoder: 'differ by',
+  swap_colours: 'differ by',
+  shift_positions: 'differ by',
+  lose_mask_token: 'differ by',
+  lose_decoder: 'mask_token is missing',
+}
+
+
+@pytest.fixture(scope='module')
+def run(params, tmp_path_factory):
+  """The parameters as a checkpoint, 32 pixels and all."""
+  folder = tmp_path_factory.mktemp('run') / 'run'
+  checkpoint.save_weights(folder, params, 1, checkpoint.describe(TINY, mae.Objective()))
+  return folder
+
+
+# Rounding grows with depth.
+DEEP = dataclasses.replace(TINY, depth=12, decoder_depth=4)
+
+
+def normal_weights():
+  """Such as no training makes: they amplify the rounding of float32 a thousand times."""
+  rng = np.random.default_rng(0)
+  shapes = torch_export.tensor_shapes(DEEP)
+  state = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+  return state, torch_export.from_torch(state, DEEP)
+
+
+def test_weights_that_amplify_rounding_are_no_fault(tmp_path):
+  state, params = normal_weights()
+  difference = torch_reference.largest_difference(state, params, DEEP, 'full')
+  rounding = torch_reference.rounding(state, DEEP)
+  assert torch_reference.TOLERANCE < rounding < 1e-2
+  assert rounding / 10 < difference < 4 * rounding
+  checkpoint.save_weights(tmp_path / 'run', params, 1, checkpoint.describe(DEEP, mae.Objective()))
+  path = tmp_path / 'out.pth'
+  lines = list(convert.export(tmp_path / 'run', path, convert.ExportOptions()))
+  assert 'rounding alone makes' in lines[0]
+  assert path.exists()
+
+
+@pytest.mark.parametrize('fault', [f for f, message in FAULTS.items() if message == 'differ by'])
+def test_faults_differ_by_more_than_any_rounding(fault):
+  state, params = normal_weights()
+  fault(state)
+  difference = torch_reference.largest_difference(state, params, DEEP, 'full')
+  assert difference > torch_reference.LARGEST_TOLERANCE
+
+
+@pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: fault.__name__)
+def test_an_export_with_a_fault_is_not_put_in_place(run, tmp_path, monkeypatch, fault):
+  path = tmp_path / 'out.pth'
+  path.write_bytes(b'old')
+  in_layout = torch_export.in_layout
+
+  def faulty(state, layout):
+    state = in_layout(state, layout)
+    # The expected list is made of shapes alone, and stays what it is.
+    if any(array.strides != (0,) * array.ndim for array in state.values()):
+      fault(state)
+    return state
+
+  monkeypatch.setattr(torch_export, 'in_layout', faulty)
+  with pytest.raises(BadInput) as caught:
+    list(convert.export(run, path, convert.ExportOptions()))
+  assert FAULTS[fault] in str(caught.value)
+  assert path.read_bytes() == b'old'
+  assert [p.name for p in tmp_path.iterdir()] == ['out.pth']
+
+
+def test_a_tanh_gelu_is_caught(run, tmp_path, monkeypatch):
+  gelu = torch.nn.functional.gelu
+  monkeypatch.setattr(torch_reference.functional, 'gelu', lambda x: gelu(x, approximate='tanh'))
+  with pytest.raises(BadInput, match='differ by'):
+    list(convert.export(run, tmp_path / 'out.pth', convert.ExportOptions()))
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tanh_gelu_of_ours_is_caught(run, tmp_path, monkeypatch):
+  gelu = jax.nn.gelu
+  monkeypatch.setattr(vit.jax.nn, 'gelu', lambda x, approximate: gelu(x, approximate=True))
+  with pytest.raises(BadInput, match='differ by'):
+    list(convert.export(run, tmp_path / 'out.pth', convert.ExportOptions()))
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_finite_never_passes(params):
+  state = torch_export.to_torch(params, TINY)
+  state['norm.bias'][0] = np.nan
+  difference = torch_reference.largest_difference(state, params, TINY, 'full')
+  assert not difference <= torch_reference.TOLERANCE
+
+
+def test_the_reference_takes_other_resolutions(params):
+  state = torch_export.to_torch(params, TINY)
+  state, other = torch_export.at_resolution(state, TINY, 48)
+  assert other == dataclasses.replace(TINY, image_size=48)
+  resampled = params | {name: jnp.asarray(state[name]) for name in torch_export.POSITION_TABLES}
+  difference = torch_reference.largest_difference(state, resampled, other, 'full')
+  assert difference < torch_reference.TOLERANCE
