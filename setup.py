@@ -26,6 +26,7 @@ setup(
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
     'pillow>=10',
+    'safetensors>=0.5',
     'simplejpeg>=1.8',
     'tensorboard>=2.19',
     'tensorflow-datasets>=4.9.10',
@@ -42,6 +43,7 @@ setup(
       'pytest>=8',
       'ruff>=0.9',
       'scipy>=1.13',
+      'timm>=1.0',
     ],
   },
 )

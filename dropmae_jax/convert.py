@@ -257,7 +257,7 @@ def _verified(
   tolerance, reason = torch_reference.TOLERANCE, ''
   if difference > tolerance:
     rounding = torch_reference.rounding(tensors, architecture)
-    tolerance = min(max(tolerance, 4 * rounding), torch_reference.LARGEST_TOLERANCE)
+    tolerance = torch_reference.tolerance_of(rounding)
     reason = f'; rounding alone makes {rounding:.1e} of these weights'
   if not difference <= tolerance:
     raise BadInput(

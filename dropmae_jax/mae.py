@@ -5,6 +5,7 @@ handed in, so recorded ones can be. `pretraining_loss` draws them from keys.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -241,12 +242,14 @@ def pretraining_loss(
   )
 
 
+@functools.lru_cache(maxsize=16)
 def abstract_model(
   architecture: Architecture, *, dtype: DTypeLike = jnp.float32
 ) -> tuple[nnx.GraphDef, dict]:
   """Returns the graph and the shapes of the parameters, without making any.
 
-  `nnx.merge(graphdef, params)` is a model; `params` is a pure dict of arrays.
+  `nnx.merge(graphdef, params)` is a model; `params` is a pure dict of arrays. Tracing takes a
+  second for a ViT-B, so the result is remembered: do not change it.
   """
   model = nnx.eval_shape(
     lambda: MaskedAutoencoder(architecture, rngs=nnx.Rngs(params=0), dtype=dtype)

@@ -20,8 +20,8 @@ from dropmae_jax.masking import Masking
 
 # Well above what float32 leaves; a tanh GELU instead of the exact one makes 1e-4.
 TOLERANCE = 2e-5
-# Never allowed to differ by more, however much the weights amplify rounding: tests plant wrong
-# orders, transpositions and losses into such weights, and all differ by more.
+# Never allowed to differ by more, however much the weights amplify rounding: outputs that have
+# nothing to do with one another differ by about 1.
 LARGEST_TOLERANCE = 0.25
 _FRAMES = ('x', 'z')
 
@@ -180,6 +180,11 @@ def rounding(tensors: Mapping[str, np.ndarray], architecture: Architecture) -> f
   double = {name: array.astype(np.float64) for name, array in tensors.items()}
   exact = torch_outputs(double, images.astype(np.float64), architecture)
   return _relative(torch_outputs(tensors, images, architecture), exact)
+
+
+def tolerance_of(rounding: float) -> float:
+  """Returns what may differ where rounding alone makes this much."""
+  return min(max(TOLERANCE, 4 * rounding), LARGEST_TOLERANCE)
 
 
 def _relative(outputs: list[np.ndarray], expected: list[np.ndarray]) -> float:
