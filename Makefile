@@ -38,7 +38,7 @@ quickstart: $(STAMP)
 	@echo "  data/                 their frames as a TFDS dataset"
 	@echo "  checkpoints/          the trained model; metrics.jsonl, log.txt, tensorboard/: its curves"
 	@echo "  reconstruction.png    what it makes of masked frames it has not been trained on"
-	@echo "  dropmae.pth           its weights for PyTorch"
+	@echo "  dropmae.pth           its weights for PyTorch; beside it a sha256 and a card (.json)"
 	@echo "Next, with your own videos (see README.md):"
 	@echo "  source $(BIN)/activate"
 	@echo "  python -m tfds_kinetics --config=folder --videos=VIDEOS --data_dir=data"

@@ -7,7 +7,7 @@ The road that data takes, and the file of each stop:
     --patches.py, masking.py-->    visible patches of both frames
     --mae.py (vit.py, asad.py)-->  reconstruction of the masked patches
     --train_step.py-->             loss, gradients, the next parameters
-    --checkpoint.py-->             torch_export.py, figures.py
+    --checkpoint.py-->             figures.py, or convert.py --torch_files.py--> PyTorch files
 
 Shape letters, the same in every signature:
   b batch            f frames in a sample (2: the earlier one, then the later one)
