@@ -253,11 +253,11 @@ def save_weights(
   """
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise BadInput(f'--output={folder} is not empty; give a new folder.')
-  folder.absolute().parent.mkdir(parents=True, exist_ok=True)
   items = {'params': ocp.args.StandardSave(params), 'description': ocp.args.JsonSave(description)}
   if moments is not None:
     items['opt_state'] = ocp.args.StandardSave(optimizer.state_of(moments))
   try:
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
       prefix=f'.{folder.name}.', dir=folder.absolute().parent, ignore_cleanup_errors=True
     ) as temporary:
@@ -267,5 +267,9 @@ def save_weights(
         manager.wait_until_finished()
       folder.mkdir(exist_ok=True)
       staged.replace(folder / FOLDER)
-  except OSError as error:
-    raise BadInput(f'--output={folder} cannot be written ({error.strerror}).') from error
+  except (OSError, ValueError) as error:
+    # Orbax reports what the system refuses as a ValueError of many lines.
+    reason = getattr(error, 'strerror', None) or str(error).strip().splitlines()[0]
+    raise BadInput(
+      f'--output={folder} cannot be written ({reason}); give another folder.'
+    ) from error

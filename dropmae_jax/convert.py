@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -125,17 +124,21 @@ def import_(
     yield f'position tables: resampled from {architecture.image_size} to {image_size} pixels'
     state, architecture = _at_resolution(state, architecture, image_size)
   arguments = torch_import.arguments_of(file)
-  known = {name: arguments[name] for name in _KEPT if name in arguments}
-  step, adamw = int(arguments.get('step', 0)), None
+  # Other programs' arguments of these names mean other things.
+  ours = arguments if 'architecture' in arguments else {}
+  known = {name: ours[name] for name in _KEPT if name in ours}
+  step, adamw = ours.get('step', 0), None
+  if not isinstance(step, int):
+    raise BadInput(f'{path} says that it is of step {step!r}, which is no number.')
   if with_optimizer:
     if 'optimizer' not in file.entries:
       raise BadInput(f'{path} holds no optimizer state; leave --with_optimizer out.')
     adamw = torch_adamw.from_torch(file.entries['optimizer'], architecture)
     step = adamw.moments.count
     known['optimizer_groups'] = adamw.groups
-  if model.fresh or 'architecture' not in arguments:
+  if model.fresh or not ours:
     known['source'] = {'file': path.name, 'fresh': model.fresh}
-  if 'architecture' not in arguments and isinstance(file.entries.get('epoch'), int):
+  if not ours and isinstance(file.entries.get('epoch'), int):
     known['epoch'] = file.entries['epoch']
   objective = torch_import.objective_of(arguments)
   description = checkpoint.describe(architecture, objective, **known)
@@ -232,7 +235,7 @@ def _card(
 
 def _versions() -> dict[str, str]:
   names = ('dropmae_jax', 'jax', 'flax', 'numpy', 'safetensors', 'torch')
-  installed = {name for name in names if importlib.util.find_spec(name)}
+  installed = {each.metadata['Name'] for each in importlib.metadata.distributions()}
   return {name: importlib.metadata.version(name) for name in names if name in installed}
 
 

@@ -25,6 +25,7 @@ import safetensors.numpy
 from dropmae_jax.command_line import BadInput
 
 FORMATS = ('pth', 'safetensors')
+_BESIDE = ('.sha256', '.json')
 # Where files of the field keep their tensors: DropMAE and MAE, trained trackers, timm.
 TENSOR_KEYS = ('model', 'net', 'state_dict')
 
@@ -81,8 +82,10 @@ def _read_safetensors(path: pathlib.Path) -> WeightFile:
     with safetensors.safe_open(path, framework='numpy') as file:
       tensors = {name: file.get_tensor(name) for name in list(file.keys())}
       metadata = file.metadata() or {}
-  except (safetensors.SafetensorError, OSError) as error:
+  except (safetensors.SafetensorError, OSError, AttributeError, TypeError) as error:
     raise BadInput(f'{path} cannot be read as safetensors ({error}); give a whole file.') from error
+  if not tensors:
+    raise BadInput(f'{path} holds no tensors; give a file of weights.')
   entries = {}
   for name, text in metadata.items():
     try:
@@ -125,17 +128,27 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
       return type(value)(plain(each) for each in value)
     return value
 
-  content = plain(content)
+  try:
+    content = plain(content)
+  except (RuntimeError, TypeError) as error:
+    raise BadInput(
+      f'{path} holds a tensor that numpy has no form for ({str(error).splitlines()[0]}); save it as'
+      ' a dense one of float32.'
+    ) from error
   if not isinstance(content, dict):
     raise BadInput(f'{path} holds a {type(content).__name__}, and not a dict of tensors.')
   key = next((key for key in TENSOR_KEYS if isinstance(content.get(key), dict)), '')
   found = content[key] if key else content
-  odd = [str(name) for name, value in found.items() if not isinstance(value, np.ndarray)]
+  odd = [
+    str(name)
+    for name, value in found.items()
+    if not isinstance(value, np.ndarray) or not isinstance(name, str)
+  ]
   if odd or not found:
     where = f'under {key!r}' if key else 'and none of the entries ' + ', '.join(TENSOR_KEYS)
     raise BadInput(
-      f'{path} has {where} what is no tensor: {", ".join(odd[:3]) or "nothing"}; give a file of'
-      ' weights.'
+      f'{path} has {where} what is no named tensor: {", ".join(odd[:3]) or "nothing"}; give a'
+      ' file of weights.'
     )
   return WeightFile(key, found, {k: v for k, v in content.items() if k != key} if key else {})
 
@@ -156,8 +169,9 @@ def staged(path: pathlib.Path, *, num_bytes: int) -> Iterator[pathlib.Path]:
   folder = path.absolute().parent
   if not folder.is_dir():
     raise BadInput(f'the folder of --output={path} does not exist; make it first.')
-  if path.is_dir():
-    raise BadInput(f'--output={path} is a folder; give the name of a file.')
+  for each in (path, *(path.with_name(f'{path.name}{ending}') for ending in _BESIDE)):
+    if each.is_dir():
+      raise BadInput(f'--output={path}: {each} is a folder; give the name of a file.')
   free = shutil.disk_usage(folder).free
   if free < num_bytes:
     raise BadInput(

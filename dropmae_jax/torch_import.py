@@ -18,6 +18,8 @@ from dropmae_jax.mae import Architecture, Objective
 from dropmae_jax.torch_files import WeightFile
 
 TRACKER_PREFIX = 'backbone.'
+# Tensors that a vision transformer of another kind computes with: dropping them would be silent.
+FOREIGN = ('blocks.', 'decoder_blocks.', 'norm_pre.', 'reg_token', 'patch_embed.')
 # Of the published code's arguments, those that say what the model was trained to do.
 PUBLISHED_OBJECTIVE = {
   'mask_ratio': 'mask_ratio',
@@ -71,9 +73,11 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
     fresh = [name for name in shapes if name in decoder or name in fresh]
 
   taken = {name: array for name, array in tensors.items() if name in shapes and name not in fresh}
-  dropped += [name for name in tensors if name not in taken]
+  left = {name: array for name, array in tensors.items() if name not in taken}
+  foreign = {name: array for name, array in left.items() if name.startswith(FOREIGN)}
+  dropped += list(left)
   wanted = {name: shape for name, shape in shapes.items() if name not in fresh}
-  torch_export.check_shapes(taken, wanted, architecture)
+  torch_export.check_shapes(taken | foreign, wanted, architecture)
   drawn = _fresh_tensors(architecture, fresh)
   state = {
     name: drawn[name] if name in drawn else np.asarray(taken[name], dtype=np.float32)
@@ -98,13 +102,18 @@ def arguments_of(file: WeightFile) -> dict[str, Any]:
 
 
 def objective_of(arguments: Mapping[str, Any]) -> Objective:
-  """Reads the objective off our own arguments, or off those of the published code."""
-  if 'objective' in arguments:
-    return Objective(**arguments['objective'])
+  """Reads the objective off our own arguments, or off those of the published code.
+
+  Raises:
+    BadInput: they are no objective.
+  """
   known = {
     ours: arguments[theirs] for theirs, ours in PUBLISHED_OBJECTIVE.items() if theirs in arguments
   }
-  return Objective(**known)
+  try:
+    return Objective(**arguments.get('objective', known))
+  except (TypeError, ValueError) as error:
+    raise BadInput(f'the arguments in the file are no objective of ours: {error}') from error
 
 
 def _without_prefix(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -145,6 +154,10 @@ def _architecture(
     width, _, patch_size, _ = tensors['patch_embed.proj.weight'].shape
     hidden = tensors['blocks.0.mlp.fc1.weight'].shape[0]
     tokens = tensors['pos_embed'].shape[1] - 1
+    decoder = {}
+    if 'decoder_embed.weight' in tensors:
+      decoder['decoder_width'] = tensors['decoder_embed.weight'].shape[0]
+      decoder['decoder_depth'] = _depth(tensors, 'decoder_blocks.')
   except (KeyError, ValueError, IndexError) as error:
     raise BadInput(
       f'the file holds no vision transformer ({error} is missing or misshapen); its tensors are'
@@ -163,10 +176,6 @@ def _architecture(
   else:
     row = vit.SIZES[size]._asdict()
   grid = round(tokens**0.5)
-  decoder = {}
-  if 'decoder_embed.weight' in tensors:
-    decoder['decoder_width'] = tensors['decoder_embed.weight'].shape[0]
-    decoder['decoder_depth'] = _depth(tensors, 'decoder_blocks.')
   try:
     return Architecture(**row, image_size=grid * row['patch_size'], **decoder)
   except ValueError as error:

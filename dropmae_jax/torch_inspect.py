@@ -6,11 +6,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from dropmae_jax import checkpoint, torch_export, torch_files
+from dropmae_jax.command_line import BadInput
 
 
 def tensors_of(path: pathlib.Path, *, step: int | None = None) -> torch_files.WeightFile:
   """Reads a file of weights, or one of our checkpoints as if it were one."""
   if not path.is_dir():
+    if step is not None:
+      raise BadInput(f'--step={step} goes with a checkpoint, and {path} is a file; leave it out.')
     return torch_files.read(path)
   weights = checkpoint.load_weights(path, step=step)
   tensors = torch_export.to_torch(weights.params, weights.architecture)
@@ -43,7 +46,7 @@ def comparison(first: pathlib.Path, second: pathlib.Path) -> tuple[list[str], bo
   """
   one, other = tensors_of(first).tensors, tensors_of(second).tensors
   lines, differences = [], {}
-  for name in one.keys() & other.keys():
+  for name in sorted(one.keys() & other.keys()):
     a, b = one[name], other[name]
     if a.shape != b.shape:
       lines.append(f'{name}: {a.shape} in {first}, {b.shape} in {second}')

@@ -295,6 +295,11 @@ def inputs(tmp_path_factory):
   odd = random_state(dataclasses.replace(SMALL, width=72, num_heads=2))
   torch_files.write(folder / 'odd.pth', odd, file_format='pth')
   (folder / 'empty').mkdir()
+  (folder / 'taken.json').mkdir()
+  args = {'architecture': dataclasses.asdict(SMALL), 'step': 'x'}
+  torch_files.write(folder / 'step.pth', state, file_format='pth', entries={'args': args})
+  args = {'mask_ratio': 0.0}
+  torch_files.write(folder / 'aim.pth', state, file_format='pth', entries={'args': args})
   (folder / 'old.pth').write_bytes(b'old')
   save(folder / 'damaged', SMALL)
   for file in (folder / 'damaged' / 'checkpoints' / '5' / 'params').rglob('*'):
@@ -327,6 +332,11 @@ def inputs(tmp_path_factory):
     ('--from_torch={in}/good.pth --output={in}/new --with_optimizer', 'holds no optimizer state'),
     ('--from_torch={in}/good.pth --output={in}/run', 'is not empty; give a new folder'),
     ('--from_torch={in}/good.pth --output={in}/new --step=3', '--step does not go with'),
+    ('--from_torch={in}/good.pth --output={in}/old.pth/new', 'cannot be written (File exists)'),
+    ('--from_torch={in}/step.pth --output={in}/new', "of step 'x', which is no number"),
+    ('--from_torch={in}/aim.pth --output={in}/new', 'are no objective of ours: mask_ratio=0.0'),
+    ('--checkpoint={in}/run --output={in}/taken', 'taken.json is a folder'),
+    ('--list={in}/good.pth --step=3', '--step=3 goes with a checkpoint'),
     ('--list={in}/none', 'is not a file'),
     ('--compare {in}/run', 'expected 2 arguments'),
     ('', 'one of the arguments --checkpoint --from_torch --list --compare is required'),

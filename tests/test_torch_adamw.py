@@ -138,6 +138,20 @@ def test_round_trip_is_bit_identical(runs):
       np.testing.assert_array_equal(array, second['state'][identity][name])
 
 
+@pytest.mark.parametrize('size', ['S', 'B'])
+def test_published_sizes_come_back_bit_for_bit(size):
+  architecture = mae.architecture_of_size(size)
+  trees = [
+    torch_export.from_torch(random_state(architecture, seed), architecture) for seed in (1, 2)
+  ]
+  first = torch_adamw.to_torch(TorchAdamW(optimizer.Moments(9, *trees), GROUPS), architecture)
+  second = torch_adamw.to_torch(torch_adamw.from_torch(first, architecture), architecture)
+  assert first['param_groups'] == second['param_groups']
+  for identity, state in first['state'].items():
+    for name, array in state.items():
+      np.testing.assert_array_equal(array, second['state'][identity][name])
+
+
 def planted(fault):
   """A whole state of zeros, with a fault in it."""
   shapes = torch_export.tensor_shapes(TINY)

@@ -174,9 +174,12 @@ def test_truncated_files_are_refused(tmp_path, name, share):
   ('content', 'message'),
   [
     ([1, 2], 'holds a list, and not a dict of tensors'),
-    ({'epoch': 3}, 'none of the entries model, net, state_dict what is no tensor: epoch'),
-    ({'model': {'a': 'text'}}, "under 'model' what is no tensor: a"),
-    ({'model': {}}, "under 'model' what is no tensor: nothing"),
+    ({'epoch': 3}, 'none of the entries model, net, state_dict what is no named tensor: epoch'),
+    ({'model': {'a': 'text'}}, "under 'model' what is no named tensor: a"),
+    ({'model': {}}, "under 'model' what is no named tensor: nothing"),
+    ({0: torch.ones(2)}, 'what is no named tensor: 0'),
+    ({'model': {'a': torch.eye(2).to_sparse()}}, 'holds a tensor that numpy has no form for'),
+    ({'model': {'a': torch.ones(2).to(torch.float8_e5m2)}}, 'numpy has no form for'),
   ],
 )
 def test_files_of_other_things_are_refused(tmp_path, content, message):

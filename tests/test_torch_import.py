@@ -135,6 +135,14 @@ def test_objectives_are_read_off_published_arguments():
   [
     (without(FULL, ['norm.bias']), None, 'norm.bias is missing'),
     (without(FULL, ['decoder_norm.bias']), None, 'decoder_norm.bias is missing'),
+    (FULL | {'blocks.0.ls1.gamma': np.ones(64)}, None, 'blocks.0.ls1.gamma is not part of this'),
+    (FULL | {'norm_pre.weight': np.ones(64)}, None, 'norm_pre.weight is not part of this model'),
+    (
+      {name.replace('blocks.1.', 'blocks.2.'): array for name, array in FULL.items()} | FULL,
+      'XXS',
+      'blocks.2.norm1.weight is not part of this model',
+    ),
+    (FULL | {'decoder_embed.weight': np.zeros(())}, None, 'is missing or misshapen'),
     (FULL, 'Q', '--model=Q is not in the size table; choose one of XXS, XS, S, B, L, H'),
     (FULL, 'XS', 'temporal_pos_embed_x is (1, 1, 64) and not (1, 1, 96)'),
     (without(FULL, ['pos_embed']), None, "holds no vision transformer ('pos_embed' is missing"),
