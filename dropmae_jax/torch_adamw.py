@@ -55,12 +55,13 @@ def to_torch(adamw: TorchAdamW, architecture: Architecture) -> dict[str, Any]:
     key: torch_export.to_torch(getattr(adamw.moments, field), architecture)
     for key, field in MOMENTS.items()
   }
-  step = np.array(adamw.moments.count, np.float32)
   states, param_groups = {}, []
   for names, options in zip(groups, adamw.groups, strict=True):
     ids = range(len(states), len(states) + len(names))
     param_groups.append({**options, 'betas': tuple(options['betas']), 'params': list(ids)})
     for identity, name in zip(ids, names, strict=True):
+      # One array each: PyTorch counts in place, and a shared one would count once per tensor.
+      step = np.array(adamw.moments.count, np.float32)
       states[identity] = {'step': step, **{key: arrays[name] for key, arrays in named.items()}}
   return {'state': states, 'param_groups': param_groups}
 

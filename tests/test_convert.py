@@ -115,6 +115,7 @@ def test_training_goes_on_from_what_came_through_pytorch(run, data_dir, tmp_path
   content = torch.load(path, weights_only=True)
   states, groups = content['optimizer']['state'], content['optimizer']['param_groups']
   assert [state['step'].item() for state in states.values()] == [4] * len(states)
+  assert len({state['step'].data_ptr() for state in states.values()}) == len(states)
   assert [group['weight_decay'] for group in groups] == [0.0, 0.05]
   assert groups[0]['betas'] == (0.9, 0.95)
   status, out, _ = command(f'--from_torch={path}', '--with_optimizer', f'--output={back}')
