@@ -61,7 +61,7 @@ def golden():
 
 @pytest.fixture(scope='session')
 def timm() -> types.ModuleType:
-  """The library; its import needs torchvision, whose operators only CUDA builds on PyPI have."""
+  """The library; it imports torchvision, whose operators fail to load beside a CPU torch."""
   library = None
   try:
     importlib.import_module('torchvision')
