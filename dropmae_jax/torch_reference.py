@@ -173,7 +173,7 @@ def largest_difference(
 def rounding(tensors: Mapping[str, np.ndarray], architecture: Architecture) -> float:
   """Returns by how much float32 and float64 differ in PyTorch, as `largest_difference` counts.
 
-  About 1e-6 for trained or freshly drawn weights. Weights that no training makes, such as normal
+  A few 1e-6 for trained or freshly drawn weights. Others that no training makes, such as normal
   ones of deviation 1, amplify rounding to 1e-2 and more, and so must be allowed to differ by it.
   """
   images = fixed_images(architecture.image_size)
