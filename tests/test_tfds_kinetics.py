@@ -19,9 +19,11 @@ from conftest import ROOT, run_python
 from tfds_kinetics import build, shards, workers
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput
+from tfds_kinetics.tree import Video, list_videos
 from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs, stored_size
 
-DATASET = pathlib.Path('kinetics_frames/folder/1.0.0')
+DATASET = pathlib.Path('kinetics_frames/folder', shards.VERSION)
+PARTIAL = DATASET.with_name(f'{shards.VERSION}.partial')
 
 
 def command(videos, data_dir, *more):
@@ -30,10 +32,30 @@ def command(videos, data_dir, *more):
 
 
 def contents(folder):
-  """Everything of a dataset that may not depend on how it was built."""
-  return {
-    path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != '.log'
-  }
+  """Everything of a dataset that may not depend on how it was built, so not the times it took."""
+  files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+  files = {name: content for name, content in files.items() if not name.endswith(('.log', '.txt'))}
+  report = json.loads(files['build_report.json'])
+  report['totals'].pop('seconds')
+  for row in report['videos']:
+    row.pop('seconds')
+  return files | {'build_report.json': report}
+
+
+def skipped_of(data_dir):
+  """Why each video was left out, by its path."""
+  report = json.loads((data_dir / DATASET / 'build_report.json').read_text())
+  return {row['path']: row['reason'] for row in report['videos'] if row['outcome'] == 'skipped'}
+
+
+def job_of(root, split, videos=None):
+  """The first shard of a split."""
+  videos = videos or list_videos(COLLECTIONS['folder'], root).videos[split]
+  return shards.shard_jobs(root, split, videos, FrameOptions())[0]
+
+
+def write(job, folder):
+  return shards.write_shard(job, folder, verdicts={}, before_video=lambda video: None)
 
 
 def test_every_readable_video_is_in_and_the_broken_one_is_listed(data_dir, clips):
@@ -41,9 +63,17 @@ def test_every_readable_video_is_in_and_the_broken_one_is_listed(data_dir, clips
   assert report['totals']['videos'] == 8
   assert report['totals']['frames'] == 64
   assert report['totals']['skipped'] == 1
-  (skipped,) = report['skipped']
-  assert skipped['path'] == 'train/bouncing/broken.mp4'
-  assert 'cannot be opened' in skipped['reason']
+  skipped = skipped_of(data_dir)
+  assert list(skipped) == ['train/bouncing/broken.mp4']
+  assert 'cannot be opened' in skipped['train/bouncing/broken.mp4']
+  for row in report['videos']:
+    assert (row['frames'] == 8) == (row['outcome'] == 'kept')
+    assert (row['bytes'] > 1000) == (row['outcome'] == 'kept')
+    assert 0 < row['seconds'] < 60
+  table = (data_dir / DATASET / 'build_report.txt').read_text()
+  assert table.startswith('8 videos, 64 frames, ')
+  assert table.count('\nkept') == 8
+  assert 'train/bouncing/broken.mp4: it cannot be opened' in table
   with np.load(data_dir / DATASET / 'index-train.npz') as index:
     expected = {p.relative_to(clips).as_posix() for p in clips.glob('train/*/*_*.mp4')}
     assert set(index['path']) == expected
@@ -98,7 +128,7 @@ def test_a_build_that_was_stopped_goes_on(data_dir, clips, tmp_path, number):
     text=True,
     start_new_session=True,
   )
-  partial = tmp_path / DATASET.with_name('1.0.0.partial')
+  partial = tmp_path / PARTIAL
   deadline = time.monotonic() + 60
   while not list(partial.glob('train-*.json')) and time.monotonic() < deadline:
     time.sleep(0.002)
@@ -137,7 +167,7 @@ def test_damaged_videos(clips, tmp_path):
   def reason(content):
     path.write_bytes(content)
     with pytest.raises(UnusableVideo) as caught:
-      read_jpegs(str(path), options)
+      list(read_jpegs(str(path), options))
     return str(caught.value)
 
   assert 'cannot be opened' in reason(b'')
@@ -147,21 +177,8 @@ def test_damaged_videos(clips, tmp_path):
   assert 'packets are damaged' in reason(torn)
   suggested = float(reason(torn).rsplit('=')[1].split()[0])
   path.write_bytes(torn)
-  kept = read_jpegs(str(path), FrameOptions(max_damage=suggested))
+  kept = list(read_jpegs(str(path), FrameOptions(max_damage=suggested)))
   assert 0 < len(kept) <= 8
-  folder = tmp_path / 'folder.mp4'
-  folder.mkdir()
-  with pytest.raises(UnusableVideo, match='cannot be opened'):
-    read_jpegs(str(folder), options)
-
-
-def test_one_frame_is_enough(tmp_path):
-  from dropmae_jax import synthetic_clips
-
-  path = tmp_path / 'one.mp4'
-  synthetic_clips.write_mp4(path, np.full((1, 48, 64, 3), 90, np.uint8))
-  (jpeg,) = read_jpegs(str(path), FrameOptions())
-  assert simplejpeg.decode_jpeg(jpeg).shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize(
@@ -198,18 +215,17 @@ def test_a_video_that_kills_its_reader_is_listed_like_any_other(clips, tmp_path)
   script.write_text(KILLER)
   done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2')
   assert done.returncode == 0, done.stderr
-  report = json.loads((tmp_path / DATASET / 'build_report.json').read_text())
-  reasons = {row['path'].split('/')[-1]: row['reason'] for row in report['skipped']}
+  reasons = {path.split('/')[-1]: reason for path, reason in skipped_of(tmp_path).items()}
   killers = {p.name for p in clips.glob('*/swaying/*.mp4')}
   assert killers
   assert set(reasons) == killers | {'broken.mp4'}
-  assert all(reasons[name] == 'the process that read it was killed' for name in killers)
-  assert report['totals']['videos'] == 8 - len(killers)
+  assert all(reasons[name] == 'the process that read it was killed, twice' for name in killers)
+  assert (tmp_path / DATASET / 'build_report.txt').read_text().count('\nkept') == 8 - len(killers)
 
 
 def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
   process = subprocess.Popen([sys.executable, *command(clips, tmp_path, '--workers=2')], cwd=ROOT)
-  partial = tmp_path / DATASET.with_name('1.0.0.partial')
+  partial = tmp_path / PARTIAL
   deadline = time.monotonic() + 60
   while not list(partial.glob('*.current')) and time.monotonic() < deadline:
     time.sleep(0.002)
@@ -225,9 +241,8 @@ def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
 
 def test_long_videos_are_spread_over_files(clips, tmp_path, monkeypatch):
   monkeypatch.setattr(shards, 'RECORDS_PER_FILE', 5)
-  videos, _ = shards.find_videos(clips)
-  (job, *_) = shards.shard_jobs(clips, 'val', videos['val'], FrameOptions())
-  table = shards.write_shard(job, tmp_path, lambda: False, frozenset())
+  job = job_of(clips, 'val')
+  table = write(job, tmp_path)
   assert [row['records'] for row in table['files']] == [5, 3]
   assert shards.finished_table(job, tmp_path) == table
   (tmp_path / table['files'][1]['name']).write_bytes(b'')
@@ -265,12 +280,11 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(data_dir, clips, tm
 
 
 def test_videos_that_go_away_stop_the_build_and_are_not_listed_as_broken(clips, tmp_path):
-  videos, _ = shards.find_videos(clips)
-  planned = [shards.Video(v.path, v.label, v.size + 1) for v in videos['val']]
-  (job, *_) = shards.shard_jobs(clips, 'val', planned, FrameOptions())
+  videos = list_videos(COLLECTIONS['folder'], clips).videos['val']
+  planned = [Video(v.path, v.label, v.size + 1) for v in videos]
   with pytest.raises(shards.SourceChanged, match='bytes when the build began'):
-    shards.write_shard(job, tmp_path, lambda: False, frozenset())
-  (job, *_) = shards.shard_jobs(tmp_path / 'gone', 'val', videos['val'], FrameOptions())
+    write(job_of(clips, 'val', planned), tmp_path)
+  job = job_of(tmp_path / 'gone', 'val', videos)
   with pytest.raises(BadInput, match='is gone now; leave the videos alone'):
     workers.write_shards([job], tmp_path, 1)
   assert not list(tmp_path.glob('*.array_record'))
@@ -284,15 +298,14 @@ def test_names_that_are_no_text_and_links_to_nowhere_are_listed(clips, tmp_path)
     file.write(next(clips.glob('val/*/*.mp4')).read_bytes())
   done = run_python(*command(root, tmp_path))
   assert done.returncode == 0, done.stderr
-  report = json.loads((tmp_path / DATASET / 'build_report.json').read_text())
-  reasons = {row['path']: row['reason'] for row in report['skipped']}
+  reasons = skipped_of(tmp_path)
   assert set(reasons) == {'nowhere.mp4', 'odd\\xff.mp4'}
   assert 'not valid UTF-8' in reasons['odd\\xff.mp4']
   assert 'cannot be opened' in reasons['nowhere.mp4']
 
 
 def test_two_builders_do_not_meet(clips, tmp_path):
-  lock = tmp_path / DATASET.with_name('1.0.0.lock')
+  lock = tmp_path / DATASET.with_name(f'{shards.VERSION}.lock')
   lock.parent.mkdir(parents=True)
   with lock.open('w') as held:
     fcntl.flock(held, fcntl.LOCK_EX)
@@ -302,38 +315,8 @@ def test_two_builders_do_not_meet(clips, tmp_path):
   assert run_python(*command(clips, tmp_path)).returncode == 0
 
 
-def test_splits_and_classes(tmp_path):
-  def touch(name):
-    path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b'x')
-
-  for name in ('a/1.MP4', 'a/deep/2.mkv', '3.webm', 'a/notes.txt', 'test/4.mp4'):
-    touch(name)
-  found, outside = shards.find_videos(tmp_path)
-  assert {v.path: v.label for v in found.pop('train')} == {
-    'a/1.MP4': 'a',
-    'a/deep/2.mkv': 'a',
-    '3.webm': '',
-    'test/4.mp4': 'test',
-  }
-  assert not found
-  assert not outside
-  for name in ('train/b/5.mp4', 'validate/b/6.mp4', 'val/b/7.mp4'):
-    touch(name)
-  (tmp_path / 'train' / 'linked').symlink_to(tmp_path / 'a' / 'deep')
-  (tmp_path / 'train' / 'loop').symlink_to(tmp_path / 'train')
-  found, outside = shards.find_videos(tmp_path)
-  assert {split: [v.path for v in videos] for split, videos in found.items()} == {
-    'test': ['test/4.mp4'],
-    'train': ['train/b/5.mp4', 'train/linked/2.mkv'],
-    'val': ['val/b/7.mp4', 'validate/b/6.mp4'],
-  }
-  assert outside == 3
-
-
 def test_shards_deal_out_all_videos_and_stay_small():
-  videos = [shards.Video(f'{i}.mp4', '', i) for i in range(1000)]
+  videos = [Video(f'{i}.mp4', '', i) for i in range(1000)]
   jobs = shards.shard_jobs(pathlib.Path('/x'), 'train', videos, FrameOptions())
   assert max(len(job.videos) for job in jobs) <= shards.VIDEOS_PER_SHARD
   dealt = [video.path for job in jobs for video in job.videos]
@@ -346,23 +329,26 @@ def test_shards_deal_out_all_videos_and_stay_small():
 
 def test_kinetics_needs_its_layout_and_counts_its_classes(clips, tmp_path):
   with pytest.raises(BadInput, match='has no train folder, which --config=kinetics400 needs'):
-    build.plan(COLLECTIONS['kinetics400'], clips / 'train', FrameOptions())
+    build.plan(COLLECTIONS['kinetics400'], clips / 'train', tmp_path, FrameOptions())
   done = run_python(
     '-m', 'tfds_kinetics', '--config=kinetics400', f'--videos={clips}', f'--data_dir={tmp_path}'
   )
   assert done.returncode == 0, done.stderr
   assert 'a complete copy has 400 classes' in done.stdout
-  assert (tmp_path / 'kinetics_frames/kinetics400/1.0.0/index-val.npz').exists()
-  log = (tmp_path / 'kinetics_frames/kinetics400/1.0.0/build.log').read_text()
+  assert (tmp_path / 'kinetics_frames/kinetics400/2.0.0/index-val.npz').exists()
+  log = (tmp_path / 'kinetics_frames/kinetics400/2.0.0/build.log').read_text()
   assert 'broken.mp4: it cannot be opened' in log
 
 
 def test_options_reach_the_frames(clips, tmp_path):
-  done = run_python(*command(clips, tmp_path, '--short_side=32', '--frame_stride=3'))
+  options = ['--short_side=32', '--frame_stride=3', '--max_frames=2', '--jpeg_quality=40']
+  done = run_python(*command(clips, tmp_path, *options))
   assert done.returncode == 0, done.stderr
   source = tfds.data_source('kinetics_frames/folder', split='train', data_dir=tmp_path)
   assert source[0]['jpeg'].shape == (32, 43, 3)
-  assert len(source) == 6 * 3
+  assert len(source) == 6 * 2
+  report = json.loads((tmp_path / DATASET / 'build_report.json').read_text())
+  assert report['options']['jpeg_quality'] == 40
 
 
 @pytest.mark.parametrize(
@@ -373,6 +359,10 @@ def test_options_reach_the_frames(clips, tmp_path):
     (['--videos={tmp}/junk'], 'none of the 1 videos in --videos='),
     (['--videos={tmp}/junk', '--data_dir={tmp}/junk/a.mp4'], 'Not a directory'),
     (['--videos={tmp}', '--short_side=0'], '--short_side=0 is not in 16..4096'),
+    (['--videos={tmp}', '--time_limit=-1'], '--time_limit=-1.0 is not in 0.001..'),
+    (['--videos={tmp}/junk', '--shard_range=3/3'], '--shard_range=3/3 is not I/N with I in 0..N-1'),
+    (['--videos={tmp}/junk', '--finalise'], '1 of 1 shards are not in '),
+    (['--videos={tmp}/junk', '--beam_runner=DirectRunner'], "pip install 'dropmae_jax[beam]'"),
     (['--videos={tmp}', '--config=kinetics500'], "invalid choice: 'kinetics500'"),
   ],
 )

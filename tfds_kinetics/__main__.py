@@ -5,55 +5,85 @@ import dataclasses
 import logging
 import os
 import pathlib
+import re
 import signal
 import sys
+from functools import partial
 
-from tfds_kinetics import build
+from tfds_kinetics import build, report
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput, Stopped, log
 from tfds_kinetics.video import FrameOptions
+from tfds_kinetics.workers import write_shards
 
 STOPPED = os.EX_TEMPFAIL
 
+# Flags of the same names as the fields of FrameOptions.
+OPTION_HELP = {
+  'short_side': (16, 4096, 'pixels of the shorter side; longer ones are scaled down'),
+  'jpeg_quality': (1, 100, 'of the stored frames'),
+  'frame_stride': (1, 1000, 'store every n-th frame'),
+  'max_frames': (0, 10**9, 'of a video, from its start; 0 is all'),
+  'max_damage': (0, 1, 'share of undecodable packets that a video may have'),
+  'time_limit': (0.001, 10**6, 'seconds that a video may take'),
+}
+
 
 def _arguments() -> argparse.Namespace:
-  defaults = FrameOptions()
   parser = argparse.ArgumentParser(
     prog='python -m tfds_kinetics',
     description='Builds a TFDS dataset of JPEG frames from a folder tree of videos.',
+    allow_abbrev=False,
   )
-  parser.add_argument('--config', required=True, choices=list(COLLECTIONS))
-  parser.add_argument('--videos', required=True, type=pathlib.Path, help='root of the video tree')
-  parser.add_argument(
-    '--data_dir', required=True, type=pathlib.Path, help='TFDS data directory to write to'
-  )
-  parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes (all cores)')
-  parser.add_argument(
-    '--short_side', type=int, default=defaults.short_side, help='pixels (%(default)s)'
-  )
-  parser.add_argument(
-    '--jpeg_quality', type=int, default=defaults.jpeg_quality, help='(%(default)s)'
-  )
-  parser.add_argument(
-    '--frame_stride', type=int, default=defaults.frame_stride, help='store every n-th (%(default)s)'
-  )
-  parser.add_argument(
-    '--max_damage',
-    type=float,
-    default=defaults.max_damage,
-    help='share of undecodable packets that a video may have (%(default)s)',
-  )
+  add = parser.add_argument
+  add('--config', required=True, choices=list(COLLECTIONS))
+  add('--videos', required=True, type=pathlib.Path, help='root of the video tree')
+  add('--data_dir', required=True, type=pathlib.Path, help='TFDS data directory to write to')
+  add('--annotations', type=pathlib.Path, help="folder of Kinetics' csv files (default: in ROOT)")
+  add('--workers', type=int, default=os.cpu_count(), help='processes (all cores)')
+  for field in dataclasses.fields(FrameOptions):
+    help_text = f'{OPTION_HELP[field.name][2]} (%(default)s)'
+    add(f'--{field.name}', type=field.type, default=field.default, help=help_text)
+  ways = parser.add_argument_group('on a cluster').add_mutually_exclusive_group()
+  ways.add_argument('--shard_range', metavar='I/N', help='write only range I of 0..N-1, of N')
+  ways.add_argument('--finalise', action='store_true', help='after all ranges: the dataset')
+  ways.add_argument('--beam_runner', metavar='NAME', help='let Apache Beam write the shards')
+  add('--beam_options', default='', metavar='FLAGS', help="the Beam runner's flags, in quotes")
   arguments = parser.parse_args()
-  for name, low, high in (
-    ('workers', 1, 4096),
-    ('short_side', 16, 4096),
-    ('jpeg_quality', 1, 100),
-    ('frame_stride', 1, 1000),
-    ('max_damage', 0, 1),
-  ):
+  limits = {'workers': (1, 4096)} | {name: row[:2] for name, row in OPTION_HELP.items()}
+  for name, (low, high) in limits.items():
     if not low <= getattr(arguments, name) <= high:
       parser.exit(2, f'error: --{name}={getattr(arguments, name)} is not in {low}..{high}.\n')
   return arguments
+
+
+def _range(text: str) -> tuple[int, int]:
+  match = re.fullmatch(r'(\d+)/(\d+)', text)
+  if not match or not int(match[1]) < int(match[2]):
+    raise BadInput(f'--shard_range={text} is not I/N with I in 0..N-1, such as 0/16.')
+  return int(match[1]), int(match[2])
+
+
+def _run(arguments: argparse.Namespace) -> str:
+  """Does what the flags ask for; returns the closing lines."""
+  fields = (field.name for field in dataclasses.fields(FrameOptions))
+  planned = build.plan(
+    COLLECTIONS[arguments.config],
+    arguments.videos,
+    arguments.data_dir,
+    FrameOptions(**{name: getattr(arguments, name) for name in fields}),
+    arguments.annotations,
+  )
+  if arguments.shard_range:
+    return build.build_range(planned, *_range(arguments.shard_range), arguments.workers)
+  if arguments.finalise:
+    return report.summary(build.finalise(planned))
+  write = partial(write_shards, workers=arguments.workers)
+  if arguments.beam_runner:
+    from tfds_kinetics import beam  # An extra, and slow to import.
+
+    write = partial(beam.write_shards, runner=arguments.beam_runner, options=arguments.beam_options)
+  return report.summary(build.build(planned, write))
 
 
 def _interrupt(*_: object) -> None:
@@ -67,16 +97,8 @@ def main() -> int:
   if not sys.stderr.isatty():
     log.addHandler(logging.StreamHandler())
   signal.signal(signal.SIGTERM, _interrupt)
-  fields = (field.name for field in dataclasses.fields(FrameOptions))
-  options = FrameOptions(**{name: getattr(arguments, name) for name in fields})
   try:
-    target = build.build(
-      COLLECTIONS[arguments.config],
-      arguments.videos,
-      arguments.data_dir,
-      options=options,
-      workers=arguments.workers,
-    )
+    print(_run(arguments))
   except BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
@@ -86,7 +108,6 @@ def main() -> int:
   except (Stopped, KeyboardInterrupt) as stopped:
     print(str(stopped) or 'stopped', file=sys.stderr)
     return STOPPED
-  print(build.summary(target))
   return 0
 
 

@@ -1,114 +1,182 @@
-"""Last stop: shards, an index and TFDS metadata, put in place as one dataset at the end.
+"""The road from a folder of videos to a dataset: in one go, or in the ranges of an array job.
 
-What is finished lies in `<version>.partial` until then, so a build that was stopped goes on.
+What is finished lies in `<version>.partial` until the dataset is whole, so a build that was
+stopped goes on, and machines that share a file system can each write some of it.
 """
 
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import logging
-import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import tensorflow_datasets as tfds
-
-from tfds_kinetics import shards
+from tfds_kinetics import publish, report, shards
 from tfds_kinetics.configs import VideoCollection
 from tfds_kinetics.messages import BadInput, log, say
-from tfds_kinetics.shards import ShardJob
+from tfds_kinetics.shards import VERSION, ShardJob
+from tfds_kinetics.tree import Listing, list_videos
 from tfds_kinetics.video import FrameOptions
 from tfds_kinetics.workers import write_shards
 
-DATASET = 'kinetics_frames'
-VERSION = '1.0.0'
-REPORT = 'build_report.json'
+# From jobs and the folder of their shards to the shards' tables.
+Writer = Callable[[list[ShardJob], pathlib.Path], dict[ShardJob, dict[str, Any]]]
 
 
-def plan(collection: VideoCollection, root: pathlib.Path, options: FrameOptions) -> list[ShardJob]:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is to be built.
+
+  Attributes:
+    collection: which config.
+    root: of the video tree.
+    target: the folder that the dataset will have.
+    options: how frames are stored.
+    listing: what was found.
+    jobs: all shards.
+  """
+
+  collection: VideoCollection
+  root: pathlib.Path
+  target: pathlib.Path
+  options: FrameOptions
+  listing: Listing
+  jobs: tuple[ShardJob, ...]
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """Where shards are collected."""
+    return self.target.with_name(f'{VERSION}.partial')
+
+
+def plan(
+  collection: VideoCollection,
+  root: pathlib.Path,
+  data_dir: pathlib.Path,
+  options: FrameOptions,
+  annotations: pathlib.Path | None = None,
+) -> Plan:
   """Lists the shards to write.
+
+  Args:
+    collection: which config.
+    root: of the video tree.
+    data_dir: the TFDS data directory; the dataset is `kinetics_frames/<collection>` in it.
+    options: how frames are stored.
+    annotations: folder of the csv files of Kinetics, if not in `root`.
 
   Raises:
     BadInput: there is no folder, no video, or not the layout that the collection has.
   """
   if not root.is_dir():
     raise BadInput(f'--videos={root} is not a folder; give the root of the video tree.')
-  if collection.num_classes and not (root / 'train').is_dir():
+  listing = list_videos(collection, root, annotations)
+  if collection.num_classes and not _has_training_folder(listing):
     raise BadInput(
       f'--videos={root} has no train folder, which --config={collection.name} needs'
-      ' (train/<class>/<video>); for any other layout use --config=folder.'
+      ' (train/<class>/<video>, or train/<video> beside the annotations); for any other layout'
+      ' use --config=folder.'
     )
-  videos, outside = shards.find_videos(root)
-  if outside:
-    say(f'note: {outside} videos outside of the folders {", ".join(videos)} are left out')
-  if not any(videos.values()):
+  if not any(listing.videos.values()):
     raise BadInput(
       f'--videos={root} holds no video; files that end in .mp4, .mkv, .avi, .webm and the like'
       ' are looked for in it and its subfolders.'
     )
-  return [
-    job for split, found in videos.items() for job in shards.shard_jobs(root, split, found, options)
-  ]
+  if collection.num_classes and not all(v.label for vs in listing.videos.values() for v in vs):
+    say('note: some videos have no class; --annotations=FOLDER of the csv files would give it')
+  jobs = (
+    job
+    for split, found in listing.videos.items()
+    for job in shards.shard_jobs(root, split, found, options)
+  )
+  target = data_dir / publish.DATASET / collection.name / VERSION
+  return Plan(collection, root, target, options, listing, tuple(jobs))
 
 
-def build(
-  collection: VideoCollection,
-  root: pathlib.Path,
-  data_dir: pathlib.Path,
-  *,
-  options: FrameOptions,
-  workers: int,
-) -> pathlib.Path:
-  """Builds the dataset `kinetics_frames/<collection>` below `data_dir` and returns its folder.
+def build(planned: Plan, write: Writer) -> pathlib.Path:
+  """Writes what is not there yet, and puts the dataset in place.
 
   Args:
-    collection: which config.
-    root: of the video tree.
-    data_dir: the TFDS data directory.
-    options: how frames are stored.
-    workers: processes to decode with; the result does not depend on it.
+    planned: what to build.
+    write: writes the shards; the result does not depend on how.
 
   Raises:
-    BadInput: nothing to build from, no readable video, or another dataset is in the way.
+    BadInput: no readable video, or another dataset is in the way.
     Stopped: Ctrl-C or SIGTERM.
   """
-  jobs = plan(collection, root, options)
-  target = data_dir / DATASET / collection.name / VERSION
-  fingerprint = hashlib.sha256(''.join(job.fingerprint for job in jobs).encode()).hexdigest()
-  folder = target.with_name(f'{VERSION}.partial')
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with _only_builder(target):
-    if target.exists():
-      return _reuse(target, fingerprint)
-    folder.mkdir(exist_ok=True)
-    log_to(folder / 'build.log')
-    tables = write_shards(jobs, folder, workers)
-    report = _report(collection, jobs, tables, options, fingerprint)
-    shards.write_json(folder / REPORT, report)
-    for row in report['skipped']:
-      log.info('skipped %s: %s', row['path'], row['reason'])
-    if not report['totals']['videos']:
-      raise BadInput(
-        f'none of the {report["totals"]["skipped"]} videos in --videos={root} could be read;'
-        f' the reasons are in {folder / REPORT}.'
-      )
-    _put_in_place(collection, jobs, tables, folder, target)
-  return target
+  with _lock(planned, alone=True):
+    if not _is_built(planned):
+      planned.folder.mkdir(exist_ok=True)
+      log_to(planned.folder / 'build.log')
+      _publish(planned, write(list(planned.jobs), planned.folder))
+  return planned.target
+
+
+def build_range(planned: Plan, number: int, count: int, workers: int) -> str:
+  """Writes each `count`-th shard, from the `number`-th on; other processes write the others.
+
+  Returns:
+    A sentence that says what is left to do.
+
+  Raises:
+    BadInput, Stopped: as `build` does.
+  """
+  with _lock(planned, alone=False):
+    if _is_built(planned):
+      return 'there is nothing left to do'
+    planned.folder.mkdir(exist_ok=True)
+    log_to(planned.folder / f'build-{number}-of-{count}.log')
+    jobs = list(planned.jobs[number::count])
+    write_shards(jobs, planned.folder, workers)
+  return (
+    f'{len(jobs)} of {len(planned.jobs)} shards belong to range {number}/{count} and are there;'
+    ' once those of all ranges are, give the same command with --finalise in place of'
+    ' --shard_range'
+  )
+
+
+def finalise(planned: Plan) -> pathlib.Path:
+  """Puts the dataset in place once all ranges are written.
+
+  Raises:
+    BadInput: shards are not there yet.
+  """
+  with _lock(planned, alone=True):
+    if not _is_built(planned):
+      tables = {job: shards.finished_table(job, planned.folder) for job in planned.jobs}
+      lacking = [job.name for job, table in tables.items() if table is None]
+      if lacking:
+        raise BadInput(
+          f'{len(lacking)} of {len(planned.jobs)} shards are not in {planned.folder}, the first of'
+          f' them {lacking[0]}; run all ranges with the same videos and options first, or the'
+          ' command without --finalise, which writes what is lacking.'
+        )
+      log_to(planned.folder / 'build.log')
+      _publish(planned, tables)
+  return planned.target
+
+
+def _has_training_folder(listing: Listing) -> bool:
+  paths = (video.path for video in listing.videos.get('train', []))
+  return any('train' in path.split('/')[0] and '/' in path for path in paths)
 
 
 @contextlib.contextmanager
-def _only_builder(target: pathlib.Path) -> Iterator[None]:
+def _lock(planned: Plan, *, alone: bool) -> Iterator[None]:
   """Holds a lock on a dataset while it is built; it goes with the process, however that ends."""
-  with target.with_name(f'{VERSION}.lock').open('w') as lock:
+  planned.target.parent.mkdir(parents=True, exist_ok=True)
+  with planned.target.with_name(f'{VERSION}.lock').open('w') as lock:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise BadInput(f'another build is writing {target}; wait for it, or stop it.') from error
+      raise BadInput(
+        f'another build is writing {planned.target}; wait for it, or stop it.'
+      ) from error
+    except OSError as error:
+      say(f'note: {lock.name} cannot be locked ({error.strerror}); start no second build of it')
     yield
 
 
@@ -119,132 +187,35 @@ def log_to(path: pathlib.Path) -> None:
   log.addHandler(handler)
 
 
-def _reuse(target: pathlib.Path, fingerprint: str) -> pathlib.Path:
-  """Keeps a dataset that is there; refuses if it was built from something else."""
+def _is_built(planned: Plan) -> bool:
+  """Whether this very dataset is there; refuses if it was built from something else."""
+  if not planned.target.exists():
+    return False
   try:
-    same = json.loads((target / REPORT).read_text())['fingerprint'] == fingerprint
+    there = json.loads((planned.target / report.NAME).read_text())['plan']
   except (OSError, ValueError, KeyError):
-    same = False
-  if not same:
+    there = None
+  if there != report.plan_fingerprint(planned.jobs):
     raise BadInput(
-      f'{target} holds a dataset of other videos or options; remove that folder to build it anew,'
-      ' or give another --data_dir.'
+      f'{planned.target} holds a dataset of other videos or options; remove that folder to build'
+      ' it anew, or give another --data_dir.'
     )
   for left_over in ('partial', 'staging'):
-    shutil.rmtree(target.with_name(f'{VERSION}.{left_over}'), ignore_errors=True)
-  say(f'{target} is built already from these videos; nothing to do')
-  return target
+    shutil.rmtree(planned.target.with_name(f'{VERSION}.{left_over}'), ignore_errors=True)
+  say(f'{planned.target} is built already from these videos; nothing to do')
+  return True
 
 
-def _report(
-  collection: VideoCollection,
-  jobs: list[ShardJob],
-  tables: list[dict[str, Any]],
-  options: FrameOptions,
-  fingerprint: str,
-) -> dict[str, Any]:
-  videos = [video for table in tables for video in table['videos']]
-  skipped = [row for table in tables for row in table['skipped']]
-  return {
-    'dataset': f'{DATASET}/{collection.name}/{VERSION}',
-    'fingerprint': fingerprint,
-    'options': dataclasses.asdict(options),
-    'totals': {
-      'videos': len(videos),
-      'skipped': len(skipped),
-      'frames': sum(video['frames'] for video in videos),
-      'bytes': sum(row['bytes'] for table in tables for row in table['files']),
-      'classes': len({video['label'] for video in videos} - {''}),
-      'classes_expected': collection.num_classes,
-    },
-    'skipped': sorted(skipped, key=lambda row: row['path']),
-  }
-
-
-def _put_in_place(
-  collection: VideoCollection,
-  jobs: list[ShardJob],
-  tables: list[dict[str, Any]],
-  folder: pathlib.Path,
-  target: pathlib.Path,
-) -> None:
-  """Gathers shards, index and metadata in a fresh folder and gives it the dataset's name."""
-  staging = target.with_name(f'{VERSION}.staging')
-  shutil.rmtree(staging, ignore_errors=True)
-  staging.mkdir()
-  splits = []
-  for split in sorted({job.split for job in jobs}):
-    kept = [(j, t) for j, t in zip(jobs, tables, strict=True) if j.split == split and t['videos']]
-    if not kept:
-      continue
-    template = tfds.core.ShardedFileTemplate(
-      data_dir=staging, dataset_name=DATASET, split=split, filetype_suffix='array_record'
+def _publish(planned: Plan, tables: dict[ShardJob, dict[str, Any]]) -> None:
+  tables = {job: tables[job] for job in planned.jobs}
+  outcome = report.make_report(planned.collection, planned.listing, tables, planned.options)
+  report.write_report(planned.folder, outcome)
+  for row in outcome['videos']:
+    if row['reason']:
+      log.info('skipped %s: %s', row['path'], row['reason'])
+  if not outcome['totals']['videos']:
+    raise BadInput(
+      f'none of the {outcome["totals"]["skipped"]} videos in --videos={planned.root} could be'
+      f' read; the reasons are in {planned.folder / report.TABLE}.'
     )
-    files = [row for _, table in kept for row in table['files']]
-    for number, row in enumerate(files):
-      name = template.sharded_filepath(shard_index=number, num_shards=len(files))
-      _link(folder / row['name'], pathlib.Path(name))
-    rows = [video for _, table in kept for video in table['videos']]
-    _write_index(staging / f'index-{split}.npz', rows)
-    splits.append(
-      tfds.core.SplitInfo(
-        name=split,
-        shard_lengths=[row['records'] for row in files],
-        num_bytes=sum(row['bytes'] for row in files),
-        filename_template=template,
-      )
-    )
-  shutil.copy(folder / REPORT, staging / REPORT)
-  shutil.copy(folder / 'build.log', staging / 'build.log')
-  tfds.folder_dataset.write_metadata(
-    data_dir=staging,
-    features=shards.frame_features(),
-    split_infos=splits,
-    version=VERSION,
-    check_data=False,  # The check reads with TensorFlow.
-    description=collection.description,
-    homepage=collection.homepage,
-    citation=collection.citation,
-  )
-  os.rename(staging, target)
-  shutil.rmtree(folder)
-
-
-def _link(source: pathlib.Path, destination: pathlib.Path) -> None:
-  """Links, so that a build killed right here has lost nothing; copies where links cannot be."""
-  try:
-    os.link(source, destination)
-  except OSError:
-    shutil.copy(source, destination)
-
-
-def _write_index(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-  """Writes where each video's frames lie in the split: `first` record, number of `frames`."""
-  frames = np.array([row['frames'] for row in rows], np.int32)
-  classes = sorted({row['label'] for row in rows})
-  label = {name: number for number, name in enumerate(classes)}
-  np.savez_compressed(
-    path,
-    first=np.cumsum(frames, dtype=np.int64) - frames,
-    frames=frames,
-    label=np.array([label[row['label']] for row in rows], np.int32),
-    path=np.array([row['path'] for row in rows], np.str_),
-    classes=np.array(classes, np.str_),
-  )
-
-
-def summary(target: pathlib.Path) -> str:
-  """Returns the closing lines of a build: totals, what was skipped and why."""
-  report = json.loads((target / REPORT).read_text())
-  totals = report['totals']
-  lines = [
-    f'{target}: {totals["videos"]} videos, {totals["frames"]} frames,'
-    f' {totals["bytes"] / 1e6:.1f} MB, {totals["classes"]} classes; {totals["skipped"]} skipped'
-  ]
-  if totals['classes_expected'] not in (None, totals['classes']):
-    lines.append(f'note: a complete copy has {totals["classes_expected"]} classes')
-  lines += [f'  skipped {row["path"]}: {row["reason"]}' for row in report['skipped'][:10]]
-  if len(report['skipped']) > 10:
-    lines.append(f'  and {len(report["skipped"]) - 10} more')
-  lines.append(f'  report: {target / REPORT}')
-  return '\n'.join(lines)
+  publish.put_in_place(planned.collection, tables, outcome, planned.folder, planned.target)

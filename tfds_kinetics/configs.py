@@ -8,7 +8,18 @@ VIDEO_SUFFIXES = frozenset(
     ' .ogv .ts .vob .webm .wmv'
   ).split()
 )
-SPLITS = {'train': 'train', 'val': 'val', 'validate': 'val', 'validation': 'val', 'test': 'test'}
+# Folders of a split, as the public mirrors of Kinetics call them.
+SPLITS = {
+  form.format(name): split
+  for name, split in (
+    ('train', 'train'),
+    ('val', 'val'),
+    ('validate', 'val'),
+    ('validation', 'val'),
+    ('test', 'test'),
+  )
+  for form in ('{}', '{}_256', 'videos_{}')
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +29,8 @@ class VideoCollection:
   Attributes:
     name: of the TFDS config.
     description: what the collection is.
-    num_classes: how many class folders a complete copy has; None where any number is right.
+    num_classes: how many classes a complete copy of Kinetics has; None for other collections,
+      of whose names nothing is assumed.
     homepage: where the collection is described.
     citation: BibTeX.
   """
@@ -33,7 +45,7 @@ class VideoCollection:
 def _kinetics(classes: int, arxiv: str, title: str, authors: str, year: int) -> VideoCollection:
   return VideoCollection(
     name=f'kinetics{classes}',
-    description=f'Frames of Kinetics-{classes}, laid out as <split>/<class>/<video>.',
+    description=f'Frames of the clips of Kinetics-{classes}.',
     num_classes=classes,
     homepage=f'https://arxiv.org/abs/{arxiv}',
     citation=(

@@ -1,21 +1,32 @@
-"""Second stop: groups of videos to shards of frame records, each independent and atomic."""
+"""Third stop: groups of videos to shards of frame records, each independent and atomic.
 
+A shard is a function of its job alone, so it does not matter which process of which machine
+writes it: a local one, a task of an array job, a Beam worker.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import random
-from collections.abc import Callable, Iterator
+import tempfile
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import example_serializer
+from tensorflow_datasets.proto import tf_example_pb2
 
-from tfds_kinetics.configs import SPLITS, VIDEO_SUFFIXES
+from tfds_kinetics.tree import Video
 from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
 
+# Major: what older readers cannot read. It is the version of the dataset too.
+VERSION = '2.0.0'
 VIDEOS_PER_SHARD = 24
 # One record per frame, and the time to read one is linear in the records of its file.
 RECORDS_PER_FILE = 8192
@@ -25,18 +36,6 @@ LEAST_SHARDS = 16
 
 class SourceChanged(OSError):
   """A video is no longer what it was when the build was planned."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Video:
-  """A video of the collection: its path below the root, its class and its size in bytes.
-
-  The size is -1 where there is none to be had: a link that leads nowhere.
-  """
-
-  path: str
-  label: str
-  size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class ShardJob:
   @property
   def fingerprint(self) -> str:
     """Changes with the options and the videos' names and sizes, not with where the root is."""
-    content = dataclasses.asdict(self) | {'root': None}
+    content = dataclasses.asdict(self) | {'root': None, 'version': VERSION}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
   @property
@@ -62,62 +61,39 @@ class ShardJob:
 
 
 def frame_features() -> tfds.features.FeaturesDict:
-  """One record is one frame."""
-  image = tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg')
-  return tfds.features.FeaturesDict({'jpeg': image})
+  """One record is one frame, with what is known of the video that it is of."""
+  return tfds.features.FeaturesDict(
+    {
+      'jpeg': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
+      'class_name': tfds.features.Text(),
+      'youtube_id': tfds.features.Text(),
+      'video': tfds.features.Text(),
+      'frame': tfds.features.Scalar(np.int32),
+    }
+  )
 
 
-def frame_serializer() -> Callable[[bytes], bytes]:
-  """Returns the function from a JPEG to a record."""
+def frame_serializer() -> Callable[[bytes, Video, int], bytes]:
+  """Returns the function from a JPEG, its video and its number among the stored to a record."""
   features = frame_features()
   serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-  return lambda jpeg: serializer.serialize_example(features.encode_example({'jpeg': jpeg}))
 
-
-def find_videos(root: pathlib.Path) -> tuple[dict[str, list[Video]], int]:
-  """Lists the videos of every split, sorted by path, and counts those that are in none.
-
-  Folders named as splits directly below `root` are splits; without a `train` among them all
-  videos are training data. The first folder below that is a video's class. Links are followed.
-  """
-  folders: dict[str, list[pathlib.Path]] = {}
-  for child in sorted(root.iterdir()):
-    if child.name in SPLITS and child.is_dir():
-      folders.setdefault(SPLITS[child.name], []).append(child)
-  if 'train' not in folders:
-    folders = {'train': [root]}
-  videos = {
-    split: sorted(
-      (video for folder in places for video in _videos_below(root, folder)),
-      key=lambda video: video.path,
+  def serialize(jpeg: bytes, video: Video, number: int) -> bytes:
+    record = serializer.serialize_example(
+      features.encode_example(
+        {
+          'jpeg': jpeg,
+          'class_name': video.label,
+          'youtube_id': video.youtube_id,
+          'video': video.path,
+          'frame': number,
+        }
+      )
     )
-    for split, places in sorted(folders.items())
-  }
-  if folders['train'] == [root]:
-    return videos, 0
-  others = [child for child in root.iterdir() if child.name not in SPLITS]
-  outside = sum(1 for child in others if child.is_dir() for _ in _videos_below(root, child))
-  return videos, outside + sum(_is_video(child.name) for child in others if child.is_file())
+    # As it comes, the order of the features is another in each process.
+    return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
 
-
-def _is_video(name: str) -> bool:
-  return pathlib.PurePath(name).suffix.lower() in VIDEO_SUFFIXES
-
-
-def _videos_below(root: pathlib.Path, folder: pathlib.Path) -> Iterator[Video]:
-  visited = set()
-  for place, folders, names in os.walk(folder, followlinks=True):
-    real = os.path.realpath(place)
-    if real in visited:  # A link that leads back up.
-      folders.clear()
-      continue
-    visited.add(real)
-    for name in names:
-      if _is_video(name):
-        path = pathlib.Path(place, name)
-        classes = path.relative_to(folder).parts[:-1]
-        size = path.stat().st_size if path.exists() else -1
-        yield Video(path.relative_to(root).as_posix(), classes[0] if classes else '', size)
+  return serialize
 
 
 def shard_jobs(
@@ -136,21 +112,21 @@ class FrameFiles:
   """Writes records to files of a limited length, under temporary names until `close`."""
 
   def __init__(self, folder: pathlib.Path, name: str) -> None:
-    self._folder, self._name = folder, name
+    self.folder, self._name = folder, name
     self._serialize = frame_serializer()
     self._temporary: list[pathlib.Path] = []
     self._records: list[int] = []
     self._writer = None
 
-  def write(self, jpeg: bytes) -> None:
+  def write(self, jpeg: bytes, video: Video, number: int) -> None:
     """Appends one frame."""
     if self._writer is None or self._records[-1] == RECORDS_PER_FILE:
       self._finish_file()
-      path = self._folder / f'{self._name}-{len(self._records)}.{os.getpid()}.partial'
+      path = self.folder / f'{self._name}-{len(self._records)}.{os.getpid()}.partial'
       self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
       self._temporary.append(path)
       self._records.append(0)
-    self._writer.write(self._serialize(jpeg))
+    self._writer.write(self._serialize(jpeg, video, number))
     self._records[-1] += 1
 
   def _finish_file(self) -> None:
@@ -163,70 +139,72 @@ class FrameFiles:
     self._finish_file()
     rows = []
     for number, (path, records) in enumerate(zip(self._temporary, self._records, strict=True)):
-      final = self._folder / f'{self._name}-{number}.array_record'
+      final = self.folder / f'{self._name}-{number}.array_record'
       os.replace(path, final)
       rows.append({'name': final.name, 'records': records, 'bytes': final.stat().st_size})
     return rows
 
   def discard(self) -> None:
-    """Removes what was written."""
-    self._finish_file()
+    """Removes what was written, on a disk that is full too."""
+    with contextlib.suppress(OSError, RuntimeError):
+      self._finish_file()
     for path in self._temporary:
-      path.unlink()
+      path.unlink(missing_ok=True)
 
 
 def write_shard(
-  job: ShardJob, folder: pathlib.Path, stopped: Callable[[], bool], crashed: frozenset[str]
-) -> dict[str, Any] | None:
+  job: ShardJob,
+  folder: pathlib.Path,
+  *,
+  verdicts: Mapping[str, str],
+  before_video: Callable[[Video], None],
+) -> dict[str, Any]:
   """Writes a shard and its table, unless they are there; returns the table.
 
-  The table: {'fingerprint', 'files': see `FrameFiles.close`, 'videos': [{'path', 'label',
-  'frames'}], 'skipped': [{'path', 'reason'}]}. The records of a video follow one another in the
-  order of 'videos'. While a video is read its path stands in `<name>.current`, so that the
-  builder can tell which one killed a process.
+  The table: {'fingerprint', 'files': see `FrameFiles.close`, 'videos': [row], 'skipped': [row]};
+  a row has `path`, `label`, `youtube_id`, `seconds`, and for a kept video `frames`, `bytes` and
+  `sha256` of its JPEGs, for a skipped one the `reason`. The records of a video follow one another
+  in the order of 'videos'.
 
   Args:
     job: what to write.
     folder: where to.
-    stopped: asked before every video; once it is true the shard is given up and None returned.
-    crashed: paths of videos that are known to kill the process that reads them.
+    verdicts: why videos are to be skipped unread, by path.
+    before_video: called with each video before it is read; if it raises, nothing is written.
   """
   table = finished_table(job, folder)
   if table is not None:
     return table
   files = FrameFiles(folder, job.name)
-  current = folder / f'{job.name}.current'
   videos, skipped = [], []
-  for video in job.videos:
-    if stopped():
-      files.discard()
-      return None
-    try:
-      _check_name(video.path)
-      current.write_text(video.path)
-      if video.path in crashed:
-        raise UnusableVideo('the process that read it was killed')
-      jpegs = _read(job, video)
-    except SourceChanged:
-      files.discard()
-      raise
-    except UnusableVideo as reason:
-      skipped.append({'path': _printable(video.path), 'reason': str(reason)})
-      continue
-    except Exception as error:  # No video may stop a build.
-      skipped.append({'path': _printable(video.path), 'reason': f'{type(error).__name__}: {error}'})
-      continue
-    for jpeg in jpegs:
-      files.write(jpeg)
-    videos.append({'path': video.path, 'label': video.label, 'frames': len(jpegs)})
+  try:
+    for video in job.videos:
+      before_video(video)
+      row = {'path': video.path, 'label': video.label, 'youtube_id': video.youtube_id}
+      row = {key: _printable(value) for key, value in row.items()}
+      started = time.monotonic()
+      try:
+        if row['path'] != video.path:
+          raise UnusableVideo('its name is not valid UTF-8; rename it')
+        if video.path in verdicts:
+          raise UnusableVideo(verdicts[video.path])
+        row |= _write_video(job, video, files)
+        videos.append(row)
+      except UnusableVideo as reason:
+        row['reason'] = str(reason)
+        skipped.append(row)
+      row['seconds'] = round(time.monotonic() - started, 3)
+    written = files.close()
+  except BaseException:
+    files.discard()
+    raise
   table = {
     'fingerprint': job.fingerprint,
-    'files': files.close(),
+    'files': written,
     'videos': videos,
     'skipped': skipped,
   }
   write_json(folder / f'{job.name}.json', table)
-  current.unlink(missing_ok=True)
   return table
 
 
@@ -234,14 +212,17 @@ def _printable(path: str) -> str:
   return os.fsencode(path).decode('utf-8', 'backslashreplace')
 
 
-def _check_name(path: str) -> None:
-  if _printable(path) != path:
-    raise UnusableVideo('its name is not valid UTF-8; rename it')
+def _write_video(job: ShardJob, video: Video, files: FrameFiles) -> dict[str, Any]:
+  """Writes the frames of a video; returns how many they are, their bytes and their sha256.
 
+  They are kept in a file that has no name until it is certain that all of them can be had: what
+  is written to a shard stays there.
 
-def _read(job: ShardJob, video: Video) -> list[bytes]:
-  """Reads a video; one that was moved or replaced meanwhile is no verdict on it, but an error."""
-  path = os.path.join(job.root, video.path)
+  Raises:
+    UnusableVideo: nothing of it was written.
+    SourceChanged: it was moved or replaced meanwhile, which is no verdict on it.
+  """
+  path = os.path.abspath(os.path.join(job.root, video.path))
   try:
     size = os.stat(path).st_size
   except OSError:
@@ -251,7 +232,16 @@ def _read(job: ShardJob, video: Video) -> list[bytes]:
       f'{path} was {video.size} bytes when the build began and is '
       + (f'{size} bytes now' if size >= 0 else 'gone now')
     )
-  return read_jpegs(path, job.options)
+  digest = hashlib.sha256()
+  with tempfile.TemporaryFile(dir=files.folder) as spool:
+    sizes = []
+    for jpeg in read_jpegs(path, job.options):
+      sizes.append(spool.write(jpeg))
+      digest.update(jpeg)
+    spool.seek(0)
+    for number, length in enumerate(sizes):
+      files.write(spool.read(length), video, number)
+  return {'frames': len(sizes), 'bytes': sum(sizes), 'sha256': digest.hexdigest()}
 
 
 def finished_table(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None:

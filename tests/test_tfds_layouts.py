@@ -1,0 +1,197 @@
+"""Where videos are found, and what names and annotations say of them."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import run_python
+
+from tfds_kinetics import tree
+from tfds_kinetics.configs import COLLECTIONS
+from tfds_kinetics.messages import BadInput
+
+FOLDER, KINETICS = COLLECTIONS['folder'], COLLECTIONS['kinetics400']
+IDS = [f'{letter}' * 11 for letter in 'abcdef']
+
+
+@pytest.fixture
+def touch(tmp_path):
+  """Makes files that are called like videos."""
+
+  def make(*names):
+    for name in names:
+      path = tmp_path / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(b'x')
+
+  return make
+
+
+def paths(listing):
+  return {split: [video.path for video in videos] for split, videos in listing.videos.items()}
+
+
+def test_splits_and_classes(tmp_path, touch):
+  touch('a/1.MP4', 'a/deep/2.mkv', '3.webm', 'a/notes.txt', 'test/4.mp4')
+  listing = tree.list_videos(FOLDER, tmp_path)
+  assert {v.path: v.label for v in listing.videos.pop('train')} == {
+    'a/1.MP4': 'a',
+    'a/deep/2.mkv': 'a',
+    '3.webm': '',
+    'test/4.mp4': 'test',
+  }
+  assert not listing.videos
+  assert not listing.outside
+  touch('train/b/5.mp4', 'validate/b/6.mp4', 'val/b/7.mp4')
+  (tmp_path / 'train' / 'linked').symlink_to(tmp_path / 'a' / 'deep')
+  (tmp_path / 'train' / 'loop').symlink_to(tmp_path / 'train')
+  (tmp_path / 'train' / 'snake.mp4').symlink_to('snake.mp4')
+  listing = tree.list_videos(FOLDER, tmp_path)
+  assert paths(listing) == {
+    'test': ['test/4.mp4'],
+    'train': ['train/b/5.mp4', 'train/linked/2.mkv', 'train/snake.mp4'],
+    'val': ['val/b/7.mp4', 'validate/b/6.mp4'],
+  }
+  assert listing.outside == 3
+
+
+@pytest.mark.parametrize('form', ['{}', '{}_256', 'videos_{}'])
+def test_split_folders_of_the_public_mirrors(tmp_path, touch, form):
+  train, val = form.format('train'), form.format('val')
+  touch(f'{train}/riding a bike/{IDS[0]}_000001_000011.mp4', f'{val}/juggling/{IDS[1]}.mkv')
+  listing = tree.list_videos(KINETICS, tmp_path)
+  (first,), (second,) = listing.videos['train'], listing.videos['val']
+  assert (first.label, first.youtube_id) == ('riding a bike', IDS[0])
+  assert (second.label, second.youtube_id) == ('juggling', IDS[1])
+
+
+def test_folders_called_like_videos_and_folders_that_cannot_be_listed(tmp_path, touch, monkeypatch):
+  touch('clips.mp4/1.mp4', 'locked/2.mp4')
+  walk = tree.os.walk
+
+  def refusing(folder, *, onerror, **options):
+    onerror(PermissionError(13, 'Permission denied', str(tmp_path / 'locked')))
+    return walk(folder, onerror=onerror, **options)
+
+  monkeypatch.setattr(tree.os, 'walk', refusing)
+  listing = tree.list_videos(FOLDER, tmp_path)
+  assert ('train', 'clips.mp4', 'it is a folder') in listing.left_out
+  reason = 'the folder cannot be listed: Permission denied'
+  assert ('train', 'locked', reason) in listing.left_out
+  assert 'clips.mp4/1.mp4' in paths(listing)['train']
+
+
+@pytest.mark.parametrize(
+  ('name', 'key'),
+  [
+    ('train/a/-_abcdefghi_000012_000022.mp4', ('-_abcdefghi', 12, 22)),
+    ('abcdefghijk.webm', ('abcdefghijk', None, None)),
+    ('abcdefghijk_5_15.mp4', ('abcdefghijk', 5, 15)),
+    ('holiday.mp4', None),
+    ('abcdefghijk_000012.mp4', None),
+  ],
+)
+def test_names_of_clips(name, key):
+  assert tree.clip_key(name) == key
+
+
+def write_csv(path, rows, header='label,youtube_id,time_start,time_end,split'):
+  path.parent.mkdir(exist_ok=True)
+  path.write_text('\n'.join([header, *rows]) + '\n')
+
+
+@pytest.mark.parametrize('place', ['annotations/train.csv', 'kinetics400_train.csv'])
+def test_flat_clips_get_their_class_from_the_annotations(tmp_path, touch, place):
+  write_csv(
+    tmp_path / place,
+    [
+      f'"juggling balls, fast",{IDS[0]},1,11,train',
+      f'archery,{IDS[1]},2.0,12.0,train',
+      f'archery,{IDS[2]},3,13,train',
+      f'archery,{IDS[3]},3,13,train',
+    ],
+  )
+  touch(
+    f'train/{IDS[0]}_000001_000011.mp4',
+    f'train/part_1/{IDS[1]}_000002_000012.mp4',
+    f'train/{IDS[2]}.mp4',
+    f'train/{IDS[4]}_000000_000010.mp4',
+  )
+  listing = tree.list_videos(KINETICS, tmp_path)
+  assert {v.youtube_id: v.label for v in listing.videos['train']} == {
+    IDS[0]: 'juggling balls, fast',
+    IDS[1]: 'archery',
+    IDS[2]: 'archery',
+    IDS[4]: '',
+  }
+  assert listing.missing == {'train': [f'{IDS[3]}_000003_000013']}
+
+
+def test_a_clip_that_is_there_twice_is_taken_once(tmp_path, touch):
+  name = f'{IDS[0]}_000001_000011'
+  touch(f'train/a/{name}.mp4', f'train/b/{name}.mkv', f'train/a/{IDS[0]}_000002_000012.mp4')
+  touch(f'val/a/{name}.mp4', 'train/a/odd name.mp4', 'train/b/odd name.mp4')
+  listing = tree.list_videos(KINETICS, tmp_path)
+  assert listing.left_out == [
+    ('train', f'train/b/{name}.mkv', f'the same clip as train/a/{name}.mp4')
+  ]
+  assert list(map(len, paths(listing).values())) == [4, 1]
+  assert len(tree.list_videos(FOLDER, tmp_path).videos['train']) == 5
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ('a,b\n1,2\n', 'lacks the columns time_end, time_start, youtube_id (it has a, b)'),
+    ('', 'lacks the columns time_end, time_start, youtube_id (it has none)'),
+    ('youtube_id,time_start,time_end\nx,soon,later\n', 'cannot be read as annotations (could not'),
+    ('youtube_id,time_start,time_end\nx\n', 'cannot be read as annotations'),
+  ],
+)
+def test_annotations_that_are_none(tmp_path, touch, content, message):
+  touch('train/a/1.mp4')
+  (tmp_path / 'train.csv').write_text(content)
+  with pytest.raises(BadInput, match=re.escape(message)):
+    tree.list_videos(KINETICS, tmp_path)
+  tree.list_videos(FOLDER, tmp_path)
+
+
+def test_an_annotations_folder_that_is_none(tmp_path, touch):
+  touch('train/a/1.mp4')
+  for place, message in (('none', 'is not a folder'), ('train', 'holds no train.csv')):
+    with pytest.raises(BadInput, match=message):
+      tree.list_videos(KINETICS, tmp_path, tmp_path / place)
+
+
+def test_what_annotations_say_reaches_records_index_and_report(clips, tmp_path):
+  video = sorted(clips.glob('train/*/*_*.mp4'))[0]
+  root = tmp_path / 'videos'
+  (root / 'train').mkdir(parents=True)
+  name = f'{IDS[0]}_000001_000011'
+  for copy in (f'{name}.mp4', f'{name}.m4v'):
+    (root / 'train' / copy).write_bytes(video.read_bytes())
+  write_csv(
+    tmp_path / 'csv' / 'train.csv', [f'archery,{IDS[0]},1,11,train', f'boxing,{IDS[1]},1,11,train']
+  )
+  done = run_python(
+    '-m', 'tfds_kinetics', '--config=kinetics700', f'--videos={root}', f'--data_dir={tmp_path}',
+    f'--annotations={tmp_path}/csv',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert 'note: 1 clips of the annotations are not there' in done.stdout
+  folder = tmp_path / 'kinetics_frames' / 'kinetics700' / '2.0.0'
+  report = json.loads((folder / 'build_report.json').read_text())
+  assert report['missing'] == {'train': [f'{IDS[1]}_000001_000011']}
+  reasons = {row['path']: row['reason'] for row in report['videos']}
+  assert reasons[f'train/{name}.mp4'] == f'the same clip as train/{name}.m4v'
+  with np.load(folder / 'index-train.npz') as index:
+    assert list(index['youtube_id']) == [IDS[0]]
+    assert list(index['classes']) == ['archery']
+  import tensorflow_datasets as tfds
+
+  frame = tfds.builder_from_directory(folder).as_data_source('train')[5]
+  assert frame['class_name'] == b'archery'
+  assert frame['youtube_id'] == IDS[0].encode()
+  assert frame['video'] == f'train/{name}.m4v'.encode()
+  assert frame['frame'] == 5

@@ -1,0 +1,85 @@
+"""Another fourth stop: an Apache Beam runner writes the shards, for those who have a cluster of it.
+
+Every machine must see the videos and the data directory under the same paths. Apache Beam is the
+extra `beam`; it brings older versions of protobuf and pyarrow than a plain installation.
+"""
+
+import multiprocessing
+import pathlib
+import shlex
+from typing import Any
+
+from tfds_kinetics import shards
+from tfds_kinetics.messages import BadInput
+from tfds_kinetics.shards import ShardJob
+from tfds_kinetics.workers import KilledAgain, ShardProcess
+
+try:
+  import apache_beam as beam
+  from apache_beam.options.pipeline_options import PipelineOptions
+except ImportError as error:
+  raise BadInput(
+    "--beam_runner needs Apache Beam; install it with pip install 'dropmae_jax[beam]', or leave"
+    ' the flag out: all cores of this machine work without it.'
+  ) from error
+
+
+class WriteShard(beam.DoFn):
+  """From a job to its shard's name; the shard itself lies in the folder."""
+
+  def __init__(self, folder: str) -> None:
+    self._folder = folder
+
+  def setup(self) -> None:
+    """Begins the process that reads videos, so that none can end the worker."""
+    never = multiprocessing.get_context('spawn').Event()
+    self._process = ShardProcess(pathlib.Path(self._folder), never)
+
+  def process(self, job: ShardJob) -> list[str]:
+    """Writes one shard."""
+    self._process.write(job)
+    return [job.name]
+
+  def teardown(self) -> None:
+    """Ends the process."""
+    self._process.close()
+
+
+def write_shards(
+  jobs: list[ShardJob], folder: pathlib.Path, runner: str, options: str
+) -> dict[ShardJob, dict[str, Any]]:
+  """Writes the shards that are not there yet.
+
+  Args:
+    jobs: the shards to write.
+    folder: where they are, and are to be; every worker must see it.
+    runner: its Beam name, such as 'DirectRunner'.
+    options: the runner's flags, as on a command line.
+
+  Raises:
+    BadInput: Beam does not know the runner, or a shard could not be written.
+  """
+  left = [job for job in jobs if shards.finished_table(job, folder) is None]
+  flags = PipelineOptions(shlex.split(options), runner=runner, save_main_session=False)
+  try:
+    with beam.Pipeline(options=flags) as pipeline:
+      _ = (
+        pipeline
+        | beam.Create(left)
+        | beam.Reshuffle()
+        | beam.ParDo(WriteShard(str(folder.absolute())))
+      )
+  except (KilledAgain, OSError, RuntimeError, ValueError) as error:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    raise BadInput(
+      f'--beam_runner={runner} ended early ({reason}); what is finished is kept, and the same'
+      ' command goes on from there.'
+    ) from error
+  tables = {job: shards.finished_table(job, folder) for job in jobs}
+  lacking = [job.name for job, table in tables.items() if table is None]
+  if lacking:
+    raise BadInput(
+      f'--beam_runner={runner} ended, but {len(lacking)} shards are not in {folder}; its workers'
+      ' must see the same paths as this machine.'
+    )
+  return tables

@@ -1,0 +1,102 @@
+"""Last stop: finished shards, an index and TFDS metadata become one dataset, all at once."""
+
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from tfds_kinetics import report as reports
+from tfds_kinetics import shards
+from tfds_kinetics.configs import VideoCollection
+from tfds_kinetics.shards import ShardJob
+
+DATASET = 'kinetics_frames'
+
+
+def put_in_place(
+  collection: VideoCollection,
+  tables: dict[ShardJob, dict[str, Any]],
+  report: dict[str, Any],
+  folder: pathlib.Path,
+  target: pathlib.Path,
+) -> None:
+  """Gathers everything in a fresh folder and gives it the dataset's name; removes `folder`.
+
+  Args:
+    collection: what the metadata describe.
+    tables: of all shards.
+    report: of the build, which lies in `folder`.
+    folder: where the shards are.
+    target: the dataset's folder; it must not be there.
+  """
+  staging = target.with_name(f'{target.name}.staging')
+  shutil.rmtree(staging, ignore_errors=True)
+  staging.mkdir()
+  splits = []
+  for split in sorted({job.split for job in tables}):
+    kept = [table for job, table in tables.items() if job.split == split and table['videos']]
+    if not kept:
+      continue
+    template = tfds.core.ShardedFileTemplate(
+      data_dir=staging, dataset_name=DATASET, split=split, filetype_suffix='array_record'
+    )
+    files = [row for table in kept for row in table['files']]
+    for number, row in enumerate(files):
+      name = template.sharded_filepath(shard_index=number, num_shards=len(files))
+      _link(folder / row['name'], pathlib.Path(name))
+    rows = [video for table in kept for video in table['videos']]
+    _write_index(staging / f'index-{split}.npz', rows, report)
+    splits.append(
+      tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[row['records'] for row in files],
+        num_bytes=sum(row['bytes'] for row in files),
+        filename_template=template,
+      )
+    )
+  for path in (folder / reports.NAME, folder / reports.TABLE, *folder.glob('build*.log')):
+    shutil.copy(path, staging)
+  tfds.folder_dataset.write_metadata(
+    data_dir=staging,
+    features=shards.frame_features(),
+    split_infos=splits,
+    version=shards.VERSION,
+    check_data=False,  # The check reads with TensorFlow.
+    description=collection.description,
+    homepage=collection.homepage,
+    citation=collection.citation,
+  )
+  os.rename(staging, target)
+  shutil.rmtree(folder)
+
+
+def _link(source: pathlib.Path, destination: pathlib.Path) -> None:
+  """Links, so that a build killed right here has lost nothing; copies where links cannot be."""
+  try:
+    os.link(source, destination)
+  except OSError:
+    shutil.copy(source, destination)
+
+
+def _write_index(path: pathlib.Path, rows: list[dict[str, Any]], report: dict[str, Any]) -> None:
+  """Writes where each video's frames lie in the split, and what is known of the video.
+
+  Arrays: `first` record, number of `frames`, `path`, `youtube_id`, and `label`, which is a number
+  of a name in `classes`; the `fingerprint` of the whole dataset.
+  """
+  frames = np.array([row['frames'] for row in rows], np.int32)
+  classes = sorted({row['label'] for row in rows})
+  label = {name: number for number, name in enumerate(classes)}
+  np.savez_compressed(
+    path,
+    first=np.cumsum(frames, dtype=np.int64) - frames,
+    frames=frames,
+    label=np.array([label[row['label']] for row in rows], np.int32),
+    path=np.array([row['path'] for row in rows], np.str_),
+    youtube_id=np.array([row['youtube_id'] for row in rows], np.str_),
+    classes=np.array(classes, np.str_),
+    fingerprint=np.array(report['fingerprint'], np.str_),
+  )

@@ -1,0 +1,147 @@
+"""What became of every video: `build_report.json`, and the same as a table to read."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from tfds_kinetics.configs import VideoCollection
+from tfds_kinetics.shards import VERSION, ShardJob
+from tfds_kinetics.tree import Listing
+from tfds_kinetics.video import FrameOptions
+
+NAME = 'build_report.json'
+TABLE = 'build_report.txt'
+SHOWN = 10
+
+
+def make_report(
+  collection: VideoCollection,
+  listing: Listing,
+  tables: dict[ShardJob, dict[str, Any]],
+  options: FrameOptions,
+) -> dict[str, Any]:
+  """Gathers the report of a build.
+
+  Returns:
+    `dataset`, `plan` (see `plan_fingerprint`), `fingerprint` (of all frames that are stored, and
+    of which videos they are), `options`, `totals`, `missing` (clips of the annotations that are
+    not there, by split) and `videos`: a row each, with `split`, `path`, `outcome` ('kept' or
+    'skipped'), `reason`, `seconds`, `frames` and `bytes` of its JPEGs.
+  """
+  rows = []
+  for job, table in tables.items():
+    rows += [_row(job.split, 'kept', row) for row in table['videos']]
+    rows += [_row(job.split, 'skipped', row) for row in table['skipped']]
+  for split, path, reason in listing.left_out:
+    rows.append(_row(split, 'skipped', {'path': _printable(path), 'reason': reason}))
+  rows.sort(key=lambda row: (row['split'], row['path']))
+  kept = [row for row in rows if row['outcome'] == 'kept']
+  contents = sorted(
+    (job.split, row['path'], row['sha256'])
+    for job, table in tables.items()
+    for row in table['videos']
+  )
+  return {
+    'dataset': f'{collection.name}/{VERSION}',
+    'plan': plan_fingerprint(tables),
+    'fingerprint': hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
+    'options': dataclasses.asdict(options),
+    'versions': {'format': VERSION, 'tensorflow_datasets': tfds.__version__},
+    'totals': {
+      'videos': len(kept),
+      'skipped': len(rows) - len(kept),
+      'missing': sum(map(len, listing.missing.values())),
+      'outside': listing.outside,
+      'frames': sum(row['frames'] for row in kept),
+      'bytes': sum(file['bytes'] for table in tables.values() for file in table['files']),
+      'seconds': round(sum(row['seconds'] for row in rows), 3),
+      'classes': len({row['class'] for row in kept} - {''}),
+      'classes_expected': collection.num_classes,
+    },
+    'missing': listing.missing,
+    'videos': rows,
+  }
+
+
+def plan_fingerprint(jobs: Any) -> str:
+  """Returns what changes with the videos' names and sizes and with the options."""
+  return hashlib.sha256(''.join(job.fingerprint for job in jobs).encode()).hexdigest()
+
+
+def _row(split: str, outcome: str, row: dict[str, Any]) -> dict[str, Any]:
+  return {
+    'split': split,
+    'path': row['path'],
+    'class': row.get('label', ''),
+    'outcome': outcome,
+    'reason': row.get('reason', ''),
+    'seconds': row.get('seconds', 0.0),
+    'frames': row.get('frames', 0),
+    'bytes': row.get('bytes', 0),
+  }
+
+
+def _printable(path: str) -> str:
+  return os.fsencode(path).decode('utf-8', 'backslashreplace')
+
+
+def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
+  """Writes both forms; a row of the json form is a line, so that line tools can read it."""
+  head = json.dumps(report | {'videos': []}, indent=1)
+  rows = ',\n  '.join(json.dumps(row, ensure_ascii=False) for row in report['videos'])
+  start, videos, end = head.rpartition('"videos": []')
+  body = f'{start}{videos[:-1]}\n  {rows}\n ]{end}\n' if rows else f'{head}\n'
+  for name, text in ((NAME, body), (TABLE, _table(report))):
+    temporary = folder / f'{name}.{os.getpid()}.partial'
+    temporary.write_text(text)
+    os.replace(temporary, folder / name)
+
+
+def _table(report: dict[str, Any]) -> str:
+  """Lays the report out to be read: totals, what was skipped and why, then what was kept."""
+  lines = [*_totals(report), '']
+  columns = f'{"outcome":8} {"frames":>7} {"MB":>8} {"seconds":>8}  video'
+  lines += [columns, '-' * len(columns)]
+  for row in sorted(report['videos'], key=lambda row: row['outcome'] == 'kept'):
+    reason = f': {row["reason"]}' if row['reason'] else ''
+    lines.append(
+      f'{row["outcome"]:8} {row["frames"]:7} {row["bytes"] / 1e6:8.2f} {row["seconds"]:8.2f}'
+      f'  {row["path"]}{reason}'
+    )
+  for split, names in report['missing'].items():
+    lines += ['', f'annotated in {split}, but not there: {len(names)}', *names]
+  return '\n'.join(lines) + '\n'
+
+
+def _totals(report: dict[str, Any]) -> list[str]:
+  totals = report['totals']
+  lines = [
+    f'{totals["videos"]} videos, {totals["frames"]} frames, {totals["bytes"] / 1e6:.1f} MB,'
+    f' {totals["classes"]} classes; {totals["skipped"]} skipped;'
+    f' {totals["seconds"]:.0f} s of work'
+  ]
+  if totals['missing']:
+    lines.append(f'note: {totals["missing"]} clips of the annotations are not there')
+  if totals['outside']:
+    lines.append(f'note: {totals["outside"]} videos are in the folder of no split, and left out')
+  if totals['classes_expected'] not in (None, totals['classes']):
+    lines.append(f'note: a complete copy has {totals["classes_expected"]} classes')
+  return lines
+
+
+def summary(target: pathlib.Path) -> str:
+  """Returns the closing lines of a build: totals, what was skipped and why."""
+  report = json.loads((target / NAME).read_text())
+  first, *notes = _totals(report)
+  skipped = [row for row in report['videos'] if row['outcome'] == 'skipped']
+  lines = [f'{target}: {first}', *notes]
+  lines += [f'  skipped {row["path"]}: {row["reason"]}' for row in skipped[:SHOWN]]
+  if len(skipped) > SHOWN:
+    lines.append(f'  and {len(skipped) - SHOWN} more')
+  lines.append(f'  report: {target / TABLE}')
+  return '\n'.join(lines)
