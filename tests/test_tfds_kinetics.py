@@ -194,35 +194,6 @@ def test_short_side(size, expected):
   assert stored_size(*size, 256) == expected
 
 
-# A video that kills the process which reads it, as a decoder's own crash would.
-KILLER = """
-import os, signal, sys
-from tfds_kinetics import __main__ as command, shards
-real = shards.read_jpegs
-def read_jpegs(path, options):
-  if 'swaying' in path:
-    os.kill(os.getpid(), signal.SIGKILL)
-  return real(path, options)
-read_jpegs.__module__, read_jpegs.__qualname__ = 'tfds_kinetics.shards', 'read_jpegs'
-shards.read_jpegs = read_jpegs
-if __name__ == '__main__':
-  sys.exit(command.main())
-"""
-
-
-def test_a_video_that_kills_its_reader_is_listed_like_any_other(clips, tmp_path):
-  script = tmp_path / 'killer.py'
-  script.write_text(KILLER)
-  done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2')
-  assert done.returncode == 0, done.stderr
-  reasons = {path.split('/')[-1]: reason for path, reason in skipped_of(tmp_path).items()}
-  killers = {p.name for p in clips.glob('*/swaying/*.mp4')}
-  assert killers
-  assert set(reasons) == killers | {'broken.mp4'}
-  assert all(reasons[name] == 'the process that read it was killed, twice' for name in killers)
-  assert (tmp_path / DATASET / 'build_report.txt').read_text().count('\nkept') == 8 - len(killers)
-
-
 def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
   process = subprocess.Popen([sys.executable, *command(clips, tmp_path, '--workers=2')], cwd=ROOT)
   partial = tmp_path / PARTIAL

@@ -94,6 +94,8 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
     if not container.streams.video:
       raise UnusableVideo('it has no video stream')
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+      raise UnusableVideo('its codec is unknown')
     stream.codec_context.thread_count = 1
     demuxer = container.demux(stream)
     while stored < (options.max_frames or math.inf):

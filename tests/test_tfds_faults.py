@@ -1,0 +1,196 @@
+"""A build goes on whatever the videos do to it, and many machines may share it."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import mutations
+import pytest
+from conftest import ROOT, run_python
+from test_tfds_kinetics import DATASET, PARTIAL, command, contents, skipped_of
+
+from tfds_kinetics import shards
+
+# Runs the builder, with another `read_jpegs` in its processes.
+SCRIPT = """
+import os, signal, sys, time
+from tfds_kinetics import __main__ as command, shards, workers
+real = shards.read_jpegs
+workers.GRACE = 1.0, 0.5
+def read_jpegs(path, options):
+  if '{name}' in path:
+    {deed}
+  return real(path, options)
+shards.read_jpegs = read_jpegs
+if __name__ == '__main__':
+  sys.exit(command.main())
+"""
+
+
+def report_of(folder):
+  return json.loads((folder / DATASET / 'build_report.json').read_text())
+
+
+@pytest.mark.parametrize(
+  ('deed', 'options', 'reason'),
+  [
+    (
+      'os.kill(os.getpid(), signal.SIGKILL)',
+      [],
+      'the process that read it was killed, twice',
+    ),
+    (
+      'time.sleep(1e6)',
+      ['--time_limit=1'],
+      'it takes longer than --time_limit=1 seconds, at one point of it',
+    ),
+  ],
+)
+def test_a_video_that_kills_or_blocks_its_reader_is_listed_like_any_other(
+  clips, tmp_path, deed, options, reason
+):
+  script = tmp_path / 'build.py'
+  script.write_text(SCRIPT.format(name='swaying', deed=deed))
+  done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2', *options)
+  assert done.returncode == 0, done.stderr
+  reasons = {pathlib.Path(path).name: reason for path, reason in skipped_of(tmp_path).items()}
+  culprits = {path.name for path in clips.glob('*/swaying/*.mp4')}
+  assert culprits
+  assert set(reasons) == culprits | {'broken.mp4'}
+  assert {reasons[name] for name in culprits} == {reason}
+  assert report_of(tmp_path)['totals']['videos'] == 8 - len(culprits)
+  assert not list(tmp_path.glob('kinetics_frames/folder/*.partial'))
+
+
+def test_a_process_that_is_killed_once_costs_nothing(data_dir, clips, tmp_path):
+  script = tmp_path / 'build.py'
+  deed = (
+    f'flag = {str(tmp_path / "killed")!r}\n'
+    '    if not os.path.exists(flag):\n'
+    "      open(flag, 'w').close()\n"
+    '      os.kill(os.getpid(), signal.SIGKILL)'
+  )
+  script.write_text(SCRIPT.format(name='swaying', deed=deed))
+  done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2')
+  assert done.returncode == 0, done.stderr
+  assert 'a process was killed at train/swaying/' in done.stderr
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+
+
+def test_a_thousand_damaged_videos(clips, tmp_path):
+  good = sorted(clips.glob('*/*/*_*.mp4'))
+  root = tmp_path / 'videos'
+  shutil.copytree(clips / 'train', root / 'train')
+  shutil.copytree(clips / 'val', root / 'val')
+  count = mutations.write_mutations(good, root, count=1000, seed=0)
+  done = run_python(*command(root, tmp_path, '--time_limit=30'))
+  assert done.returncode == 0, done.stderr
+  rows = report_of(tmp_path)['videos']
+  assert {row['path'] for row in rows} == {
+    path.relative_to(root).as_posix() for path in root.rglob('*.*') if path.is_file()
+  }
+  assert len(rows) == count + 9
+  assert all(row['reason'] for row in rows if row['outcome'] == 'skipped')
+  kept = {row['path']: row for row in rows if row['outcome'] == 'kept'}
+  assert set(kept) >= {path.relative_to(clips).as_posix() for path in good}
+  undamaged = [path for path in kept if '/whole_' in path]
+  assert len(undamaged) == len(list(root.glob('train/mutated/whole_*')))
+
+  # What is kept of the good ones is what a build without the bad ones has.
+  def frames(data_dir, split):
+    import tensorflow_datasets as tfds
+
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    source = tfds.builder_from_directory(data_dir / DATASET).as_data_source(
+      split, deserialize_method=raw
+    )
+    return {record for record in (source[number] for number in range(len(source)))}
+
+  clean = tmp_path / 'clean'
+  done = run_python(*command(clips, clean))
+  assert done.returncode == 0, done.stderr
+  for split in ('train', 'val'):
+    assert frames(clean, split) <= frames(tmp_path, split)
+
+
+@pytest.mark.parametrize('workers', [1, 3])
+def test_a_build_killed_with_all_its_processes_ends_like_one_that_was_not(
+  data_dir, clips, tmp_path, workers
+):
+  process = subprocess.Popen(
+    [sys.executable, *command(clips, tmp_path, '--workers=2')],
+    cwd=ROOT,
+    stderr=subprocess.DEVNULL,
+    start_new_session=True,
+  )
+  deadline = time.monotonic() + 60
+  while not list((tmp_path / PARTIAL).glob('*.partial')) and time.monotonic() < deadline:
+    time.sleep(0.001)
+  os.killpg(process.pid, signal.SIGKILL)
+  process.wait()
+  assert not (tmp_path / DATASET).exists()
+  assert list((tmp_path / PARTIAL).iterdir())
+  done = run_python(*command(clips, tmp_path, f'--workers={workers}'))
+  assert done.returncode == 0, done.stderr
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+
+
+def test_an_array_job_writes_what_one_machine_does(data_dir, clips, tmp_path):
+  ranges = [
+    subprocess.Popen(
+      [sys.executable, *command(clips, tmp_path, '--workers=1', f'--shard_range={number}/3')],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in (0, 2)
+  ]
+  for process in ranges:
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert '3 of 9 shards belong to range' in output
+  early = run_python(*command(clips, tmp_path, '--finalise'))
+  assert early.returncode == 2
+  assert '3 of 9 shards are not in' in early.stderr
+  assert run_python(*command(clips, tmp_path, '--shard_range=1/3')).returncode == 0
+  done = run_python(*command(clips, tmp_path, '--finalise'))
+  assert done.returncode == 0, done.stderr
+  assert '8 videos, 64 frames' in done.stdout
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+  assert not (tmp_path / PARTIAL).exists()
+  again = run_python(*command(clips, tmp_path, '--shard_range=1/3'))
+  assert again.returncode == 0
+  assert 'there is nothing left to do' in again.stdout
+
+
+def test_a_full_disk_is_no_fault_of_the_video(clips, tmp_path, monkeypatch):
+  """Frames are spooled while a video is read; what that disk says is the builder's business."""
+  from test_tfds_kinetics import job_of, write
+
+  class Full:
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *_):
+      pass
+
+    def write(self, _):
+      raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(shards.tempfile, 'TemporaryFile', lambda dir: Full())
+  with pytest.raises(OSError, match='No space left'):
+    write(job_of(clips, 'val'), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_beam_writes_what_one_machine_does(data_dir, clips, tmp_path):
+  pytest.importorskip('apache_beam', reason='Apache Beam is an extra that is not installed here')
+  done = run_python(*command(clips, tmp_path, '--beam_runner=DirectRunner'))
+  assert done.returncode == 0, done.stderr
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)

@@ -1,0 +1,181 @@
+"""Every kind of video that comes along: containers, codecs, odd headers, odd files."""
+
+import os
+import struct
+
+import av
+import numpy as np
+import pytest
+import simplejpeg
+
+from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs, stored_size
+
+FRAMES = 6
+
+
+def pictures(height=48, width=64, count=FRAMES):
+  """Frames whose grey level says their number; the top left quarter is white."""
+  frames = np.empty((count, height, width, 3), np.uint8)
+  frames[:] = (20 + 20 * np.arange(count, dtype=np.uint8))[:, None, None, None]
+  frames[:, : height // 2, : width // 2] = 235
+  return frames
+
+
+def write_video(path, codec='libx264', pixels='yuv420p', frames=None, times=None, **options):
+  frames = pictures() if frames is None else frames
+  with av.open(str(path), 'w') as container:
+    stream = container.add_stream(codec, rate=25, options=options)
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = pixels
+    for number, picture in enumerate(frames):
+      frame = av.VideoFrame.from_ndarray(picture, 'rgb24')
+      frame.pts = times[number] if times else number
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  return str(path)
+
+
+def decoded(path, **options):
+  return [simplejpeg.decode_jpeg(j) for j in read_jpegs(str(path), FrameOptions(**options))]
+
+
+def numbers(images):
+  """Which frames of `pictures` these are."""
+  return [round((float(image[-1, -1].mean()) - 20) / 20) for image in images]
+
+
+@pytest.mark.parametrize(
+  ('name', 'codec', 'pixels'),
+  [
+    ('a.mp4', 'libx264', 'yuv420p'),
+    ('a.mp4', 'libx264', 'yuv420p10le'),
+    ('a.mkv', 'libx265', 'yuv420p10le'),
+    ('a.ts', 'libx264', 'yuv420p'),
+    ('a.webm', 'libvpx-vp9', 'yuv420p'),
+    ('a.mp4', 'libsvtav1', 'yuv420p10le'),
+    ('a.avi', 'mpeg4', 'yuv420p'),
+    ('a.mpg', 'mpeg2video', 'yuv420p'),
+    ('a.mov', 'mjpeg', 'yuvj420p'),
+    ('a.flv', 'flv', 'yuv420p'),
+    ('a.wmv', 'wmv2', 'yuv420p'),
+    ('a.mkv', 'ffv1', 'bgr0'),
+  ],
+)
+def test_containers_and_codecs(tmp_path, name, codec, pixels):
+  quality = {'qscale': '2', 'b': '2M'} if codec in ('mpeg4', 'mpeg2video', 'flv', 'wmv2') else {}
+  # The smallest frame that all encoders take.
+  path = write_video(tmp_path / name, codec, pixels, pictures(64, 96), **quality)
+  images = decoded(path)
+  assert [image.shape for image in images] == [(64, 96, 3)] * FRAMES
+  assert numbers(images) == list(range(FRAMES))
+
+
+def test_frames_without_a_steady_rate_are_each_taken_once(tmp_path):
+  path = write_video(tmp_path / 'a.mkv', times=[0, 1, 2, 40, 41, 90])
+  assert numbers(decoded(path)) == list(range(FRAMES))
+
+
+def test_odd_sizes(tmp_path):
+  path = write_video(tmp_path / 'a.mp4', pixels='yuv444p', frames=pictures(49, 65))
+  assert decoded(path)[0].shape == (49, 65, 3)
+  assert decoded(path, short_side=31)[0].shape == (31, 41, 3)
+
+
+@pytest.mark.parametrize(
+  ('size', 'expected'),
+  [
+    ((340, 256), (340, 256)),
+    ((1280, 720), (455, 256)),
+    ((720, 1280), (256, 455)),
+    ((64, 48), (64, 48)),
+  ],
+)
+def test_short_side(size, expected):
+  assert stored_size(*size, 256) == expected
+
+
+# The matrix of a track header (ISO 14496-12, 8.3.2), 16.16 but for its last column, turned
+# clockwise; and where the white quarter, top left at first, is then.
+ROTATIONS = {
+  90: ((0, 1, -1, 0), (0, -1)),
+  180: ((-1, 0, 0, -1), (-1, -1)),
+  270: ((0, -1, 1, 0), (-1, 0)),
+}
+
+
+@pytest.mark.parametrize('degrees', ROTATIONS)
+def test_phones_turn_their_videos_by_metadata(tmp_path, degrees):
+  path = tmp_path / 'a.mp4'
+  write_video(path)
+  (a, b, c, d), white = ROTATIONS[degrees]
+  content = bytearray(path.read_bytes())
+  matrix = content.index(b'tkhd') + 44
+  content[matrix : matrix + 36] = struct.pack(
+    '>9i', a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30
+  )
+  path.write_bytes(content)
+  image = decoded(path)[0]
+  assert image.shape == ((64, 48, 3) if degrees != 180 else (48, 64, 3))
+  assert image[white].mean() > 200
+  corners = [image[y, x].mean() > 200 for y in (0, -1) for x in (0, -1)]
+  assert sum(corners) == 1
+
+
+def test_one_frame_is_enough(tmp_path):
+  assert len(decoded(write_video(tmp_path / 'a.mp4', frames=pictures(count=1)))) == 1
+
+
+def test_only_the_beginning_is_taken_where_that_is_asked(tmp_path):
+  path = write_video(tmp_path / 'a.mp4')
+  assert numbers(decoded(path, max_frames=4)) == [0, 1, 2, 3]
+  assert numbers(decoded(path, max_frames=2, frame_stride=2)) == [0, 2]
+  assert numbers(decoded(path, max_frames=99, frame_stride=4)) == [0, 4]
+
+
+def write_sound(path):
+  with av.open(str(path), 'w') as container:
+    stream = container.add_stream('aac', rate=8000)
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), 'fltp', 'mono')
+    frame.sample_rate = 8000
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def refusal(path, **options):
+  with pytest.raises(UnusableVideo) as caught:
+    list(read_jpegs(str(path), FrameOptions(**options)))
+  return str(caught.value)
+
+
+def test_what_is_no_video_is_told_apart(tmp_path):
+  write_sound(tmp_path / 'sound.mp4')
+  assert refusal(tmp_path / 'sound.mp4') == 'it has no video stream'
+  (tmp_path / 'folder.mp4').mkdir()
+  assert refusal(tmp_path / 'folder.mp4') == 'it is not a file'
+  os.mkfifo(tmp_path / 'pipe.mp4')
+  assert refusal(tmp_path / 'pipe.mp4') == 'it is not a file'
+  (tmp_path / 'snake.mp4').symlink_to('snake.mp4')
+  assert 'Too many levels of symbolic links' in refusal(tmp_path / 'snake.mp4')
+  (tmp_path / 'page.mp4').write_text('<html>Video unavailable</html>')
+  assert 'cannot be opened' in refusal(tmp_path / 'page.mp4')
+
+
+def test_a_playlist_fetches_nothing(tmp_path):
+  (tmp_path / 'list.mp4').write_text(
+    '#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n'
+  )
+  assert 'cannot be opened' in refusal(tmp_path / 'list.mp4')
+
+
+@pytest.mark.parametrize('name', ['a b.mp4', "it's.mp4", 'say "x".mp4', 'bär ☂.mp4', 'a:%03d?.mp4'])
+def test_names_of_all_kinds(tmp_path, name):
+  assert len(decoded(write_video(tmp_path / 'a.mp4'))) == FRAMES
+  (tmp_path / 'a.mp4').rename(tmp_path / name)
+  assert len(decoded(tmp_path / name)) == FRAMES
+
+
+def test_a_video_that_takes_too_long_is_left_out(tmp_path):
+  path = write_video(tmp_path / 'a.mp4')
+  assert refusal(path, time_limit=1e-9) == (
+    'it takes longer than --time_limit=1e-09 seconds; --max_frames would take its beginning'
+  )
