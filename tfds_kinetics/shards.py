@@ -6,6 +6,7 @@ writes it: a local one, a task of an array job, a Beam worker.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -48,11 +49,12 @@ class ShardJob:
   videos: tuple[Video, ...]
   options: FrameOptions
 
-  @property
+  @functools.cached_property
   def fingerprint(self) -> str:
     """Changes with the options and the videos' names and sizes, not with where the root is."""
-    content = dataclasses.asdict(self) | {'root': None, 'version': VERSION}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    videos = [list(vars(video).values()) for video in self.videos]
+    content = [VERSION, self.split, self.number, dataclasses.asdict(self.options), videos]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
   @property
   def name(self) -> str:

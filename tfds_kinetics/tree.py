@@ -94,7 +94,7 @@ def list_videos(
 
 def is_video(name: str) -> bool:
   """Whether a file is called like a video."""
-  return pathlib.PurePath(name).suffix.lower() in VIDEO_SUFFIXES
+  return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
 def _walk(
@@ -116,18 +116,24 @@ def _walk(
       folders.clear()
       continue
     visited.add(real)
+    below = os.path.relpath(place, folder)
+    label = '' if below == os.curdir else below.split(os.sep)[0]
+    # Joined as text: a collection has hundreds of thousands.
+    prefix = pathlib.PurePath(os.path.relpath(place, root)).as_posix()
+    prefix = '' if prefix == os.curdir else f'{prefix}/'
     for name in filter(is_video, folders):
       leave_out(pathlib.Path(place, name), 'it is a folder')
     for name in filter(is_video, names):
-      path = pathlib.Path(place, name)
-      classes = path.relative_to(folder).parts[:-1]
-      size = path.stat().st_size if path.exists() else -1
-      yield Video(path.relative_to(root).as_posix(), classes[0] if classes else '', size)
+      try:
+        size = os.stat(os.path.join(place, name)).st_size
+      except OSError:
+        size = -1
+      yield Video(prefix + name, label, size)
 
 
 def clip_key(path: str) -> ClipKey | None:
   """Reads YouTube id, start and end in seconds from a clip's name."""
-  match = CLIP_NAME.fullmatch(pathlib.PurePath(path).stem)
+  match = CLIP_NAME.fullmatch(os.path.splitext(os.path.basename(path))[0])
   if match is None:
     return None
   start, end = match['start'], match['end']
