@@ -94,6 +94,7 @@ def main() -> int:
   """Runs the command and returns its exit status."""
   arguments = _arguments()
   log.setLevel(logging.INFO)
+  log.propagate = False  # Beam would show every line a second time.
   if not sys.stderr.isatty():
     log.addHandler(logging.StreamHandler())
   signal.signal(signal.SIGTERM, _interrupt)

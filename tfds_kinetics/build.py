@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tfds_kinetics import publish, report, shards
-from tfds_kinetics.configs import VideoCollection
+from tfds_kinetics.configs import DATASET, VideoCollection
 from tfds_kinetics.messages import BadInput, log, say
 from tfds_kinetics.shards import VERSION, ShardJob
 from tfds_kinetics.tree import Listing, list_videos
@@ -93,7 +93,7 @@ def plan(
     for split, found in listing.videos.items()
     for job in shards.shard_jobs(root, split, found, options)
   )
-  target = data_dir / publish.DATASET / collection.name / VERSION
+  target = data_dir / DATASET / collection.name / VERSION
   return Plan(collection, root, target, options, listing, tuple(jobs))
 
 

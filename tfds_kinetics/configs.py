@@ -2,6 +2,7 @@
 
 import dataclasses
 
+DATASET = 'kinetics_frames'
 VIDEO_SUFFIXES = frozenset(
   (
     '.3g2 .3gp .asf .avi .f4v .flv .m2ts .m4v .mkv .mov .mp4 .mpe .mpeg .mpg .mts .mxf'

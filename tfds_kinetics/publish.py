@@ -10,10 +10,8 @@ import tensorflow_datasets as tfds
 
 from tfds_kinetics import report as reports
 from tfds_kinetics import shards
-from tfds_kinetics.configs import VideoCollection
+from tfds_kinetics.configs import DATASET, VideoCollection
 from tfds_kinetics.shards import ShardJob
-
-DATASET = 'kinetics_frames'
 
 
 def put_in_place(

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from tfds_kinetics.configs import VideoCollection
+from tfds_kinetics.configs import DATASET, VideoCollection
 from tfds_kinetics.shards import VERSION, ShardJob
 from tfds_kinetics.tree import Listing
 from tfds_kinetics.video import FrameOptions
@@ -47,7 +47,7 @@ def make_report(
     for row in table['videos']
   )
   return {
-    'dataset': f'{collection.name}/{VERSION}',
+    'dataset': f'{DATASET}/{collection.name}/{VERSION}',
     'plan': plan_fingerprint(tables),
     'fingerprint': hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
     'options': dataclasses.asdict(options),
