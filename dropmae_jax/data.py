@@ -7,27 +7,19 @@ on at step s takes the same stream, sliced at s.
 
 import dataclasses
 import functools
-import json
 import os
-import pathlib
-import re
 import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
 
 import cv2
 import grain
 import numpy as np
-import simplejpeg
-import tensorflow_datasets as tfds
-from jaxtyping import UInt8
-from tensorflow_datasets.proto import tf_example_pb2
 
 from dropmae_jax import augment
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.videos import VideoSource
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 # More than any run takes; grain's own endless repeat overflows for one video and one host.
@@ -65,91 +57,6 @@ class DataOptions:
     for name in ('num_workers', 'num_threads'):
       if getattr(self, name) < 0:
         raise ValueError(f'{name}={getattr(self, name)} is negative; use 0 or more.')
-
-
-@runtime_checkable
-class VideoSource(Protocol):
-  """What the pipeline needs of a dataset: videos by number, frames by number."""
-
-  def __len__(self) -> int:
-    """Number of videos."""
-    ...
-
-  def num_frames(self, video: int) -> int:
-    """Frames of a video; at least 1."""
-    ...
-
-  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """One decoded frame."""
-    ...
-
-
-class TfdsVideos:
-  """Random access to the frames of a dataset built by tfds_kinetics; reads only what is asked.
-
-  Attributes:
-    fingerprint: of the videos and options that it was built from.
-  """
-
-  def __init__(self, folder: pathlib.Path, split: str) -> None:
-    builder = tfds.builder_from_directory(folder)
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    self._records = builder.as_data_source(split, deserialize_method=raw)
-    with np.load(folder / f'index-{split}.npz') as index:
-      self._first, self._frames = index['first'], index['frames']
-    report = json.loads((folder / 'build_report.json').read_text())
-    self.fingerprint: str = report['fingerprint']
-
-  def __len__(self) -> int:
-    return len(self._frames)
-
-  def num_frames(self, video: int) -> int:
-    """Frames of a video; at least 1."""
-    return int(self._frames[video])
-
-  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """Reads one record and decodes its JPEG to RGB."""
-    record = self._records[int(self._first[video]) + number]
-    features = tf_example_pb2.Example.FromString(record).features.feature
-    return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
-
-
-def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> TfdsVideos:
-  """Opens the newest version of a dataset.
-
-  Args:
-    data_dir: what was given to the builder as --data_dir, or the version's folder itself.
-    dataset: TFDS name and config, such as 'kinetics_frames/folder'.
-    split: of the dataset.
-
-  Raises:
-    BadInput: it is not there; names the command that builds it.
-  """
-  root = pathlib.Path(data_dir)
-  versions = (
-    [root]
-    if (root / 'dataset_info.json').exists()
-    else sorted(
-      (
-        info.parent
-        for info in (root / dataset).glob('*/dataset_info.json')
-        if re.fullmatch(r'\d+\.\d+\.\d+', info.parent.name)
-      ),
-      key=lambda folder: [int(part) for part in folder.name.split('.')],
-    )
-  )
-  if not versions:
-    config = dataset.rpartition('/')[2]
-    raise BadInput(
-      f'there is no dataset {dataset} in data_dir={data_dir!r}; build it with:'
-      f' python -m tfds_kinetics --config={config} --videos=VIDEOS --data_dir={data_dir or "DIR"}'
-    )
-  if not (versions[-1] / f'index-{split}.npz').exists():
-    raise BadInput(
-      f'{versions[-1]} has no split {split!r} that tfds_kinetics wrote; there are:'
-      f' {", ".join(p.stem.removeprefix("index-") for p in versions[-1].glob("index-*.npz"))}.'
-    )
-  return TfdsVideos(versions[-1], split)
 
 
 def sample_pair(rng: np.random.Generator, num_frames: int, frame_gap: int) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """The law of frame pairs, and a stream that depends on (seed, step) alone."""
 
 import contextlib
-import re
 
 import numpy as np
 import pytest
@@ -9,8 +8,8 @@ import scipy.stats
 from conftest import ROOT
 
 from dropmae_jax import augment, data
-from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
+from dropmae_jax.videos import open_dataset
 
 OPTIONS = DataOptions(frame_gap=4, num_threads=0)
 
@@ -127,7 +126,7 @@ def test_hosts_share_the_global_batch():
 
 
 def test_workers_and_threads_do_not_change_the_stream(data_dir):
-  videos = data.open_dataset(str(data_dir), 'kinetics_frames/folder')
+  videos = open_dataset(str(data_dir), 'kinetics_frames/folder')
   plain = batches(videos, 4)
   assert_same(plain, batches(videos, 4, options=DataOptions(frame_gap=4, num_threads=2)))
   assert_same(plain, batches(videos, 4, options=DataOptions(frame_gap=4, num_workers=2)))
@@ -151,42 +150,12 @@ def test_shared_augmentation_crops_both_frames_alike(monkeypatch):
 
 
 def test_the_resize_is_the_one_asked_for(data_dir):
-  videos = data.open_dataset(str(data_dir), 'kinetics_frames/folder')
+  videos = open_dataset(str(data_dir), 'kinetics_frames/folder')
   fast = batches(videos, 1)[0]['frames'].astype(int)
   exact_options = DataOptions(frame_gap=4, num_threads=0, resize='exact')
   exact = batches(videos, 1, options=exact_options)[0]['frames'].astype(int)
   difference = np.abs(fast - exact)
   assert 0 < difference.mean() < 8
-
-
-def test_a_dataset_is_found_by_its_root_or_its_own_folder(data_dir):
-  folder = data_dir / 'kinetics_frames' / 'folder' / '1.0.0'
-  by_root = data.open_dataset(str(data_dir), 'kinetics_frames/folder')
-  by_folder = data.open_dataset(str(folder), 'anything')
-  assert len(by_root) == len(by_folder) == 6
-  assert len(data.open_dataset(str(data_dir), 'kinetics_frames/folder', 'val')) == 2
-  np.testing.assert_array_equal(by_root.frame(3, 2), by_folder.frame(3, 2))
-
-
-def test_only_whole_versions_are_opened(data_dir, tmp_path):
-  real = data_dir / 'kinetics_frames' / 'folder' / '1.0.0'
-  for name in ('1.0.0', '0.9.12', '1.0.0.staging', '1.0.0.bak'):
-    folder = tmp_path / 'kinetics_frames' / 'folder' / name
-    folder.mkdir(parents=True)
-    if name == '1.0.0':
-      folder.rmdir()
-      folder.symlink_to(real)
-    else:
-      (folder / 'dataset_info.json').write_text('broken')
-  assert len(data.open_dataset(str(tmp_path), 'kinetics_frames/folder')) == 6
-
-
-def test_a_dataset_that_is_not_there_names_its_builder(tmp_path, data_dir):
-  command = 'python -m tfds_kinetics --config=kinetics400 --videos=VIDEOS --data_dir='
-  with pytest.raises(BadInput, match=re.escape(command)):
-    data.open_dataset(str(tmp_path), 'kinetics_frames/kinetics400')
-  with pytest.raises(BadInput, match=r"no split 'tset' .* there are: (train, val|val, train)"):
-    data.open_dataset(str(data_dir), 'kinetics_frames/folder', 'tset')
 
 
 @pytest.mark.parametrize(
