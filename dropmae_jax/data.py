@@ -1,8 +1,8 @@
-"""Frames on disk to a stream of uint8 frame pairs that is a pure function of (seed, step).
+"""Second stop: videos to a stream of uint8 frame pairs that is a pure function of (seed, step).
 
 One epoch is every video once, in an order of its own; a pair is drawn by (seed, epoch, place in
 the epoch) alone. Workers, hosts and restarts therefore never change what is fed: a run that goes
-on at step s takes the same stream, sliced at s.
+on at step s takes the same stream, sliced at s. Of a mixture each dataset has its own epochs.
 """
 
 import dataclasses
@@ -13,13 +13,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 
 import cv2
 import grain
 import numpy as np
 
 from dropmae_jax import augment
-from dropmae_jax.videos import VideoSource
+from dropmae_jax.videos import Mixture, VideoSource
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 # More than any run takes; grain's own endless repeat overflows for one video and one host.
@@ -80,13 +81,16 @@ def sample_pair(rng: np.random.Generator, num_frames: int, frame_gap: int) -> tu
 class FramePair(grain.transforms.RandomMap):
   """A video's number to an augmented pair: the two frames are all that is read of it."""
 
-  def __init__(self, videos: VideoSource, options: DataOptions, image_size: int) -> None:
+  def __init__(
+    self, videos: VideoSource, options: DataOptions, image_size: int, *, dataset: int
+  ) -> None:
     self._videos = videos
     self._options = options
     self._image_size = image_size
+    self._dataset = dataset
 
   def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Returns uint8 `frames` [2, h, w, 3], the `video`, and the two `frame_numbers`."""
+    """Returns uint8 `frames` [2, h, w, 3], `dataset` and `video` of it, and `frame_numbers` [2]."""
     video, options = int(element), self._options
     numbers = sample_pair(rng, self._videos.num_frames(video), options.frame_gap)
     images = [self._videos.frame(video, number) for number in numbers]
@@ -99,6 +103,7 @@ class FramePair(grain.transforms.RandomMap):
     ]
     return {
       'frames': np.stack(frames),
+      'dataset': np.int32(self._dataset),
       'video': np.int32(video),
       'frame_numbers': np.array(numbers, np.int32),
     }
@@ -131,8 +136,32 @@ def _end_without(parent: int) -> None:
   os._exit(1)
 
 
+def pairs_of(
+  videos: VideoSource | Mixture, options: DataOptions, *, image_size: int, seed: int
+) -> grain.MapDataset:
+  """Returns the endless stream of single pairs, by number.
+
+  Args:
+    videos: where frames come from. A mixture takes its datasets in turn, as evenly as their
+      weights allow; ratios of weights that are no whole multiples of 1/100 are off by up to 1 %.
+    options: how pairs are drawn.
+    image_size: pixels along a side.
+    seed: of order, pairs and crops.
+  """
+  mixture = videos if isinstance(videos, Mixture) else Mixture((videos,), (Fraction(1),))
+  parts = [
+    grain.MapDataset.range(len(each))
+    .seed(seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+    .shuffle()
+    .repeat(EPOCHS)
+    .random_map(FramePair(each, options, image_size, dataset=number))
+    for number, each in enumerate(mixture.datasets)
+  ]
+  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
+
+
 def pair_batches(
-  videos: VideoSource,
+  videos: VideoSource | Mixture,
   options: DataOptions,
   *,
   image_size: int,
@@ -156,13 +185,7 @@ def pair_batches(
   """
   cv2.setNumThreads(0)
   allow_many_files()
-  pairs = (
-    grain.MapDataset.range(len(videos))
-    .seed(seed)
-    .shuffle()
-    .repeat(EPOCHS)
-    .random_map(FramePair(videos, options, image_size))
-  )
+  pairs = pairs_of(videos, options, image_size=image_size, seed=seed)
   # A host's share is a block of every global batch: the blocks, in turn, are the hosts'.
   batches = pairs.batch(batch_size // num_hosts)[host::num_hosts][first_step:]
   threads = 0 if options.num_workers else options.num_threads

@@ -115,7 +115,7 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
       )
     mesh = sharding.make_mesh()
     program = build_program(recipe, mesh)
-    dataset = videos.open_dataset(recipe.data_dir, recipe.dataset, recipe.split)
+    dataset = videos.open_mixture(recipe.data_dir, recipe.dataset, recipe.split)
     steps_per_epoch = max(len(dataset) // recipe.batch_size, 1)
     init_key, data_seed, step_key = _seeds(recipe.seed)
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -161,3 +162,46 @@ def test_a_damaged_record_is_named_when_it_is_read(damaged, num_workers):
     for _ in range(20):
       next(stream)
   stream.close()
+
+
+def test_a_mixture_opens_its_datasets(data_dir, tmp_path):
+  (tmp_path / 'kinetics_frames').mkdir()
+  for name in ('folder', 'other'):
+    (tmp_path / 'kinetics_frames' / name).symlink_to(data_dir / DATASET)
+  one = videos.open_mixture(str(tmp_path), DATASET)
+  assert (len(one), one.weights) == (6, (1,))
+  assert one.fingerprint == videos.open_dataset(str(tmp_path), DATASET).fingerprint
+  text = f'{DATASET}=0.3, kinetics_frames/other=1/10'
+  two = videos.open_mixture(str(tmp_path), text)
+  assert (len(two), two.weights) == (12, (Fraction(3, 10), Fraction(1, 10)))
+  prints = {
+    videos.open_mixture(str(tmp_path), f'{DATASET}={weights}').fingerprint
+    for weights in ('3,kinetics_frames/other=1', '6,kinetics_frames/other=2')
+  }
+  assert prints == {two.fingerprint}
+  assert videos.open_mixture(str(tmp_path), text.replace('0.3', '0.4')).fingerprint not in prints
+  with pytest.raises(
+    BadInput, match=r'is the folder of one dataset, and .* names 2; give the fold'
+  ):
+    videos.open_mixture(str(version_folder(data_dir)), text)
+
+
+@pytest.mark.parametrize(
+  ('text', 'part'),
+  [
+    ('a,b', "'a'"),
+    ('a=1,b', "'b'"),
+    ('a=0,b=1', "'a=0'"),
+    ('a=-1', "'a=-1'"),
+    ('a=nan,b=1', "'a=nan'"),
+    ('a=inf', "'a=inf'"),
+    ('a=1/0', "'a=1/0'"),
+    ('a=much', "'a=much'"),
+    ('a=1,', "''"),
+    ('=1', "'=1'"),
+    ('a=1,a=2', "'a=2'"),
+  ],
+)
+def test_a_mixture_that_is_not_one_is_refused(data_dir, text, part):
+  with pytest.raises(BadInput, match=re.escape(f'dataset={text!r} is not understood at {part};')):
+    videos.open_mixture(str(data_dir), text)
