@@ -1,33 +1,26 @@
-"""Frames on disk to a stream of uint8 frame pairs that is a pure function of (seed, step).
+"""Second stop: videos to a stream of uint8 frame pairs that is a pure function of (seed, step).
 
 One epoch is every video once, in an order of its own; a pair is drawn by (seed, epoch, place in
 the epoch) alone. Workers, hosts and restarts therefore never change what is fed: a run that goes
-on at step s takes the same stream, sliced at s.
+on at step s takes the same stream, sliced at s. Of a mixture each dataset has its own epochs.
 """
 
 import dataclasses
 import functools
-import json
 import os
-import pathlib
-import re
 import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from fractions import Fraction
 
 import cv2
 import grain
 import numpy as np
-import simplejpeg
-import tensorflow_datasets as tfds
-from jaxtyping import UInt8
-from tensorflow_datasets.proto import tf_example_pb2
 
 from dropmae_jax import augment
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.videos import Mixture, VideoSource
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 # More than any run takes; grain's own endless repeat overflows for one video and one host.
@@ -67,91 +60,6 @@ class DataOptions:
         raise ValueError(f'{name}={getattr(self, name)} is negative; use 0 or more.')
 
 
-@runtime_checkable
-class VideoSource(Protocol):
-  """What the pipeline needs of a dataset: videos by number, frames by number."""
-
-  def __len__(self) -> int:
-    """Number of videos."""
-    ...
-
-  def num_frames(self, video: int) -> int:
-    """Frames of a video; at least 1."""
-    ...
-
-  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """One decoded frame."""
-    ...
-
-
-class TfdsVideos:
-  """Random access to the frames of a dataset built by tfds_kinetics; reads only what is asked.
-
-  Attributes:
-    fingerprint: of the videos and options that it was built from.
-  """
-
-  def __init__(self, folder: pathlib.Path, split: str) -> None:
-    builder = tfds.builder_from_directory(folder)
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    self._records = builder.as_data_source(split, deserialize_method=raw)
-    with np.load(folder / f'index-{split}.npz') as index:
-      self._first, self._frames = index['first'], index['frames']
-    report = json.loads((folder / 'build_report.json').read_text())
-    self.fingerprint: str = report['fingerprint']
-
-  def __len__(self) -> int:
-    return len(self._frames)
-
-  def num_frames(self, video: int) -> int:
-    """Frames of a video; at least 1."""
-    return int(self._frames[video])
-
-  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """Reads one record and decodes its JPEG to RGB."""
-    record = self._records[int(self._first[video]) + number]
-    features = tf_example_pb2.Example.FromString(record).features.feature
-    return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
-
-
-def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> TfdsVideos:
-  """Opens the newest version of a dataset.
-
-  Args:
-    data_dir: what was given to the builder as --data_dir, or the version's folder itself.
-    dataset: TFDS name and config, such as 'kinetics_frames/folder'.
-    split: of the dataset.
-
-  Raises:
-    BadInput: it is not there; names the command that builds it.
-  """
-  root = pathlib.Path(data_dir)
-  versions = (
-    [root]
-    if (root / 'dataset_info.json').exists()
-    else sorted(
-      (
-        info.parent
-        for info in (root / dataset).glob('*/dataset_info.json')
-        if re.fullmatch(r'\d+\.\d+\.\d+', info.parent.name)
-      ),
-      key=lambda folder: [int(part) for part in folder.name.split('.')],
-    )
-  )
-  if not versions:
-    config = dataset.rpartition('/')[2]
-    raise BadInput(
-      f'there is no dataset {dataset} in data_dir={data_dir!r}; build it with:'
-      f' python -m tfds_kinetics --config={config} --videos=VIDEOS --data_dir={data_dir or "DIR"}'
-    )
-  if not (versions[-1] / f'index-{split}.npz').exists():
-    raise BadInput(
-      f'{versions[-1]} has no split {split!r} that tfds_kinetics wrote; there are:'
-      f' {", ".join(p.stem.removeprefix("index-") for p in versions[-1].glob("index-*.npz"))}.'
-    )
-  return TfdsVideos(versions[-1], split)
-
-
 def sample_pair(rng: np.random.Generator, num_frames: int, frame_gap: int) -> tuple[int, int]:
   """Draws an earlier and a later frame, 1 to frame_gap - 1 apart, by the published law.
 
@@ -173,13 +81,16 @@ def sample_pair(rng: np.random.Generator, num_frames: int, frame_gap: int) -> tu
 class FramePair(grain.transforms.RandomMap):
   """A video's number to an augmented pair: the two frames are all that is read of it."""
 
-  def __init__(self, videos: VideoSource, options: DataOptions, image_size: int) -> None:
+  def __init__(
+    self, videos: VideoSource, options: DataOptions, image_size: int, *, dataset: int
+  ) -> None:
     self._videos = videos
     self._options = options
     self._image_size = image_size
+    self._dataset = dataset
 
   def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Returns uint8 `frames` [2, h, w, 3], the `video`, and the two `frame_numbers`."""
+    """Returns uint8 `frames` [2, h, w, 3], `dataset` and `video` of it, and `frame_numbers` [2]."""
     video, options = int(element), self._options
     numbers = sample_pair(rng, self._videos.num_frames(video), options.frame_gap)
     images = [self._videos.frame(video, number) for number in numbers]
@@ -192,6 +103,7 @@ class FramePair(grain.transforms.RandomMap):
     ]
     return {
       'frames': np.stack(frames),
+      'dataset': np.int32(self._dataset),
       'video': np.int32(video),
       'frame_numbers': np.array(numbers, np.int32),
     }
@@ -224,8 +136,32 @@ def _end_without(parent: int) -> None:
   os._exit(1)
 
 
+def pairs_of(
+  videos: VideoSource | Mixture, options: DataOptions, *, image_size: int, seed: int
+) -> grain.MapDataset:
+  """Returns the endless stream of single pairs, by number.
+
+  Args:
+    videos: where frames come from. A mixture takes its datasets in turn, as evenly as their
+      weights allow; ratios of weights that are no whole multiples of 1/100 are off by up to 1 %.
+    options: how pairs are drawn.
+    image_size: pixels along a side.
+    seed: of order, pairs and crops.
+  """
+  mixture = videos if isinstance(videos, Mixture) else Mixture((videos,), (Fraction(1),))
+  parts = [
+    grain.MapDataset.range(len(each))
+    .seed(seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+    .shuffle()
+    .repeat(EPOCHS)
+    .random_map(FramePair(each, options, image_size, dataset=number))
+    for number, each in enumerate(mixture.datasets)
+  ]
+  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
+
+
 def pair_batches(
-  videos: VideoSource,
+  videos: VideoSource | Mixture,
   options: DataOptions,
   *,
   image_size: int,
@@ -249,13 +185,7 @@ def pair_batches(
   """
   cv2.setNumThreads(0)
   allow_many_files()
-  pairs = (
-    grain.MapDataset.range(len(videos))
-    .seed(seed)
-    .shuffle()
-    .repeat(EPOCHS)
-    .random_map(FramePair(videos, options, image_size))
-  )
+  pairs = pairs_of(videos, options, image_size=image_size, seed=seed)
   # A host's share is a block of every global batch: the blocks, in turn, are the hosts'.
   batches = pairs.batch(batch_size // num_hosts)[host::num_hosts][first_step:]
   threads = 0 if options.num_workers else options.num_threads

@@ -25,7 +25,8 @@ class Recipe:
 
   Attributes:
     data_dir: what was given to tfds_kinetics as --data_dir.
-    dataset: TFDS name and config, such as 'kinetics_frames/folder'.
+    dataset: TFDS name and config, such as 'kinetics_frames/folder'; or several with the weights
+      that they are mixed by, as 'kinetics_frames/kinetics400=3,kinetics_frames/folder=1'.
     split: of the dataset.
     seed: of everything that is random.
     num_steps: optimizer updates in all.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dropmae_jax import data, mae, optimizer, sharding
+from dropmae_jax import data, mae, optimizer, sharding, videos
 from dropmae_jax.checkpoint import Checkpoints, describe
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.recipe import Recipe
@@ -115,8 +115,8 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
       )
     mesh = sharding.make_mesh()
     program = build_program(recipe, mesh)
-    videos = data.open_dataset(recipe.data_dir, recipe.dataset, recipe.split)
-    steps_per_epoch = max(len(videos) // recipe.batch_size, 1)
+    dataset = videos.open_mixture(recipe.data_dir, recipe.dataset, recipe.split)
+    steps_per_epoch = max(len(dataset) // recipe.batch_size, 1)
     init_key, data_seed, step_key = _seeds(recipe.seed)
 
     try:
@@ -128,7 +128,7 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
       recipe.objective,
       frame_gap=recipe.data.frame_gap,
       steps_per_epoch=steps_per_epoch,
-      data_fingerprint=videos.fingerprint,
+      data_fingerprint=dataset.fingerprint,
       config=dataclasses.asdict(recipe),
     )
     checkpoints = Checkpoints(workdir, recipe.checkpoint, description)
@@ -148,7 +148,7 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
     )
     stack.callback(report.close)
     report.say(
-      f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(videos)} videos,'
+      f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
       f' {steps_per_epoch} steps per epoch, {mesh.size} x {jax.devices()[0].device_kind}'
     )
     if first_step:
@@ -156,7 +156,7 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
       for change in checkpoints.changed_fields():
         report.say(f'changed since that checkpoint: {change}')
     batches = data.pair_batches(
-      videos,
+      dataset,
       recipe.data,
       image_size=recipe.model.image_size,
       batch_size=recipe.batch_size,

@@ -1,7 +1,8 @@
 """The law of frame pairs, and a stream that depends on (seed, step) alone."""
 
 import contextlib
-import re
+import hashlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ import scipy.stats
 from conftest import ROOT
 
 from dropmae_jax import augment, data
-from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
+from dropmae_jax.videos import Mixture, open_dataset
 
 OPTIONS = DataOptions(frame_gap=4, num_threads=0)
 
@@ -116,6 +117,15 @@ def test_a_stream_goes_on_at_any_step():
   assert_same(batches(videos, 5)[3:], batches(videos, 2, first_step=3))
 
 
+def test_the_stream_is_the_recorded_one():
+  """Recorded at 5c7f240, the first stream: a run that was begun then must go on with its pairs."""
+  drawn = batches(NumberedVideos([1, 2, 3, 10, 30, 300]), 12, options=DataOptions(num_threads=0))
+  content = b''.join(b['video'].tobytes() + b['frame_numbers'].tobytes() for b in drawn)
+  assert hashlib.sha256(content).hexdigest() == (
+    '8d9076dfb68ea5a06e4b6bb7d0c17ee43057ad368366a82e9044865b623577f9'
+  )
+
+
 def test_hosts_share_the_global_batch():
   videos = NumberedVideos([10] * 6)
   whole = batches(videos, 3)
@@ -127,10 +137,84 @@ def test_hosts_share_the_global_batch():
 
 
 def test_workers_and_threads_do_not_change_the_stream(data_dir):
-  videos = data.open_dataset(str(data_dir), 'kinetics_frames/folder')
+  videos = open_dataset(str(data_dir), 'kinetics_frames/folder')
   plain = batches(videos, 4)
   assert_same(plain, batches(videos, 4, options=DataOptions(frame_gap=4, num_threads=2)))
   assert_same(plain, batches(videos, 4, options=DataOptions(frame_gap=4, num_workers=2)))
+
+
+MIXTURE = Mixture(
+  (NumberedVideos([10] * 4), NumberedVideos([20] * 6), NumberedVideos([1] * 3)),
+  (Fraction(3), Fraction('0.5'), Fraction('0.5')),
+)
+
+
+def column(drawn, name):
+  return np.concatenate([batch[name] for batch in drawn])
+
+
+def test_a_mixture_keeps_its_proportions_everywhere():
+  """At no place in the stream is a dataset more than one pair from its exact share."""
+  drawn = column(batches(MIXTURE, 60), 'dataset')
+  assert drawn.dtype == np.int32
+  for number, share in enumerate((0.75, 0.125, 0.125)):
+    counts = np.cumsum(drawn == number)
+    assert np.abs(counts - share * np.arange(1, 241)).max() <= 1
+    assert counts[-1] == share * 240
+
+
+def test_every_dataset_of_a_mixture_has_its_own_epochs():
+  drawn = batches(MIXTURE, 60)
+  dataset, video = column(drawn, 'dataset'), column(drawn, 'video')
+  for number, source in enumerate(MIXTURE.datasets):
+    of_it = video[dataset == number]
+    epochs = of_it[: len(of_it) // len(source) * len(source)].reshape(-1, len(source))
+    assert (np.sort(epochs, axis=1) == np.arange(len(source))).all()
+    assert len({tuple(epoch) for epoch in epochs}) > 3
+  pairs = column(drawn, 'frame_numbers')
+  assert pairs[dataset == 1].max() > 9
+  assert (pairs[dataset == 2] == 0).all()
+
+
+def test_a_mixture_does_not_give_equal_datasets_the_same_order_and_pairs():
+  twin = NumberedVideos([50] * 40)
+  drawn = batches(Mixture((twin, twin), (Fraction(1), Fraction(1))), 20)
+  dataset, video = column(drawn, 'dataset'), column(drawn, 'video')
+  assert (video[dataset == 0] != video[dataset == 1]).mean() > 0.5
+
+
+def test_a_mixture_of_one_is_the_dataset_itself():
+  videos = NumberedVideos([10] * 6)
+  assert_same(batches(videos, 4), batches(Mixture((videos,), (Fraction(7),)), 4))
+
+
+def test_a_mixture_goes_on_at_any_step_on_any_hosts_and_workers():
+  plain = batches(MIXTURE, 9)
+  for step in (1, 4, 7):
+    assert_same(plain[step:], batches(MIXTURE, 9 - step, first_step=step))
+  shares = [batches(MIXTURE, 9, host=host, num_hosts=2) for host in range(2)]
+  for name in plain[0]:
+    both = np.concatenate([column(share, name).reshape(9, 2, -1) for share in shares], axis=1)
+    np.testing.assert_array_equal(column(plain, name).reshape(9, 4, -1), both)
+  assert_same(plain, batches(MIXTURE, 9, options=DataOptions(frame_gap=4, num_workers=2)))
+
+
+def test_the_stream_has_no_end_that_a_run_could_reach():
+  class Many(NumberedVideos):
+    def __len__(self):
+      return 650_000
+
+    def num_frames(self, video):
+      return 300
+
+  huge = Mixture((Many([]), Many([])), (Fraction(1, 1000), Fraction(1)))
+  pairs = data.pairs_of(huge, OPTIONS, image_size=16, seed=7)
+  assert len(pairs) > 10**12
+  far = 10**12 + 7
+  first, second = pairs[far], pairs[far]
+  np.testing.assert_array_equal(first['frames'], second['frames'])
+  batch = batches(huge, 1, first_step=10**11)[0]
+  assert batch['frames'].shape == (4, 2, 16, 16, 3)
 
 
 def test_shared_augmentation_crops_both_frames_alike(monkeypatch):
@@ -151,42 +235,12 @@ def test_shared_augmentation_crops_both_frames_alike(monkeypatch):
 
 
 def test_the_resize_is_the_one_asked_for(data_dir):
-  videos = data.open_dataset(str(data_dir), 'kinetics_frames/folder')
+  videos = open_dataset(str(data_dir), 'kinetics_frames/folder')
   fast = batches(videos, 1)[0]['frames'].astype(int)
   exact_options = DataOptions(frame_gap=4, num_threads=0, resize='exact')
   exact = batches(videos, 1, options=exact_options)[0]['frames'].astype(int)
   difference = np.abs(fast - exact)
   assert 0 < difference.mean() < 8
-
-
-def test_a_dataset_is_found_by_its_root_or_its_own_folder(data_dir):
-  folder = data_dir / 'kinetics_frames' / 'folder' / '1.0.0'
-  by_root = data.open_dataset(str(data_dir), 'kinetics_frames/folder')
-  by_folder = data.open_dataset(str(folder), 'anything')
-  assert len(by_root) == len(by_folder) == 6
-  assert len(data.open_dataset(str(data_dir), 'kinetics_frames/folder', 'val')) == 2
-  np.testing.assert_array_equal(by_root.frame(3, 2), by_folder.frame(3, 2))
-
-
-def test_only_whole_versions_are_opened(data_dir, tmp_path):
-  real = data_dir / 'kinetics_frames' / 'folder' / '1.0.0'
-  for name in ('1.0.0', '0.9.12', '1.0.0.staging', '1.0.0.bak'):
-    folder = tmp_path / 'kinetics_frames' / 'folder' / name
-    folder.mkdir(parents=True)
-    if name == '1.0.0':
-      folder.rmdir()
-      folder.symlink_to(real)
-    else:
-      (folder / 'dataset_info.json').write_text('broken')
-  assert len(data.open_dataset(str(tmp_path), 'kinetics_frames/folder')) == 6
-
-
-def test_a_dataset_that_is_not_there_names_its_builder(tmp_path, data_dir):
-  command = 'python -m tfds_kinetics --config=kinetics400 --videos=VIDEOS --data_dir='
-  with pytest.raises(BadInput, match=re.escape(command)):
-    data.open_dataset(str(tmp_path), 'kinetics_frames/kinetics400')
-  with pytest.raises(BadInput, match=r"no split 'tset' .* there are: (train, val|val, train)"):
-    data.open_dataset(str(data_dir), 'kinetics_frames/folder', 'tset')
 
 
 @pytest.mark.parametrize(

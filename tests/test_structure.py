@@ -14,7 +14,7 @@ PACKAGE = ROOT / 'dropmae_jax'
 LAYERS = [
   {'command_line', 'patches', 'position', 'masking', 'asad'},
   {'attention', 'vit'},
-  {'mae', 'augment', 'synthetic_clips'},
+  {'mae', 'augment', 'synthetic_clips', 'videos'},
   {'data', 'optimizer', 'sharding', 'train_step', 'torch_export', 'torch_files'},
   {'checkpoint', 'report', 'torch_adamw', 'torch_clients', 'torch_import', 'torch_reference'},
   {'convert', 'torch_inspect'},

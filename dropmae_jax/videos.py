@@ -1,0 +1,283 @@
+"""First stop: datasets that tfds_kinetics built, opened for reading single frames of videos.
+
+What cannot be read is refused when the dataset is opened, as far as names, sizes and numbers tell,
+and else when the frame is asked for; either way in one sentence that says what to do.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from fractions import Fraction
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import simplejpeg
+import tensorflow_datasets as tfds
+from jaxtyping import UInt8
+from tensorflow_datasets.proto import tf_example_pb2
+
+from dropmae_jax.command_line import BadInput
+
+# Major versions of the dataset that are read: its other numbers change nothing for a reader.
+SUPPORTED_VERSIONS = frozenset({1, 2})
+
+
+@runtime_checkable
+class VideoSource(Protocol):
+  """What the pipeline needs of a dataset: videos by number, frames by number."""
+
+  def __len__(self) -> int:
+    """Number of videos."""
+    ...
+
+  def num_frames(self, video: int) -> int:
+    """Frames of a video; at least 1."""
+    ...
+
+  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """One decoded frame."""
+    ...
+
+
+class TfdsVideos:
+  """Random access to the frames of a dataset built by tfds_kinetics; reads only what is asked.
+
+  Attributes:
+    fingerprint: of the videos and options that it was built from.
+  """
+
+  def __init__(self, folder: pathlib.Path, split: str) -> None:
+    """Opens a split.
+
+    Args:
+      folder: of one version.
+      split: of the dataset.
+
+    Raises:
+      BadInput: the split is not there, or its files are missing, cut short or damaged.
+    """
+    self._folder, self._split = folder, split
+    try:
+      builder = tfds.builder_from_directory(folder)
+      info = builder.info.splits.get(split)
+    except Exception as error:  # TFDS answers damaged metadata with whatever its parsers raise.
+      raise _damaged(folder, f'dataset_info.json or features.json: {error}') from error
+    if builder.version.major not in SUPPORTED_VERSIONS:
+      raise _other_version(folder, str(builder.version))
+    if info is None:
+      raise BadInput(
+        f'{folder} has no split {split!r} that tfds_kinetics wrote; there are:'
+        f' {", ".join(builder.info.splits)}.'
+      )
+    self._check_shards(info)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    self._records = builder.as_data_source(split, deserialize_method=raw)
+    self._first, self._frames = self._read_index()
+    try:
+      report = json.loads((folder / 'build_report.json').read_text())
+      self.fingerprint: str = report['fingerprint']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise _damaged(folder, f'build_report.json: {_reason(error)}') from error
+
+  def _check_shards(self, info: tfds.core.SplitInfo) -> None:
+    """Compares the shard files with what the metadata say; reads none of them."""
+    with os.scandir(self._folder) as entries:
+      sizes = {entry.name: entry.stat().st_size for entry in entries}
+    names = sorted(os.path.basename(path) for path in info.filenames)
+    lacking = [name for name in names if not sizes.get(name)]
+    if lacking:
+      raise _damaged(
+        self._folder, f'{len(lacking)} of {len(names)} shards missing or empty: {lacking[0]}'
+      )
+    there, recorded = sum(sizes[name] for name in names), int(info.num_bytes)
+    if there != recorded:
+      raise _damaged(
+        self._folder,
+        f'the shards of {self._split} hold {there} bytes, not the {recorded} that were written',
+      )
+
+  def _read_index(self) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each video's first record and number of frames."""
+    name = f'index-{self._split}.npz'
+    try:
+      with np.load(self._folder / name) as index:
+        first, frames = index['first'], index['frames']
+    except Exception as error:  # Zip, zlib, pickle and numpy each have their own for a bad file.
+      raise _damaged(self._folder, f'{name}: {_reason(error)}') from error
+    whole = first.dtype.kind == frames.dtype.kind == 'i' and first.shape == frames.shape
+    if not (whole and first.ndim == 1 and len(first)):
+      raise _damaged(self._folder, f'{name} does not list videos: {first.shape}, {frames.shape}')
+    if first.min() < 0 or frames.min() < 1 or (first + frames).max() > len(self._records):
+      raise _damaged(
+        self._folder, f'{name} points outside of the {len(self._records)} records of the split'
+      )
+    return first, frames
+
+  def __len__(self) -> int:
+    return len(self._frames)
+
+  def num_frames(self, video: int) -> int:
+    """Frames of a video; at least 1."""
+    return int(self._frames[video])
+
+  def path(self, video: int) -> str:
+    """The video's path below the root it was built from; reads the index anew."""
+    with np.load(self._folder / f'index-{self._split}.npz') as index:
+      return str(index['path'][video])
+
+  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """Reads one record and decodes its JPEG to RGB.
+
+    Raises:
+      BadInput: the record is damaged; names video, record and file.
+    """
+    record = int(self._first[video]) + number
+    try:
+      features = tf_example_pb2.Example.FromString(self._records[record]).features.feature
+      return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
+    except Exception as error:  # Whatever array_record, protobuf and simplejpeg have for bad bytes.
+      raise self._unreadable(video, record, error) from error
+
+  def _unreadable(self, video: int, record: int, error: Exception) -> BadInput:
+    instructions = self._records.dataset_info.splits[self._split].file_instructions
+    ends = np.cumsum([each.take for each in instructions])
+    file = instructions[int(np.searchsorted(ends, record, side='right'))].filename
+    try:
+      path = self.path(video)
+    except Exception:  # The record's error is the one to tell.
+      path = 'unknown path'
+    return BadInput(
+      f'video {video} ({path}) cannot be read: record {record} of split {self._split}, in {file},'
+      f' is damaged ({_reason(error)}); {_remedy(self._folder)}.'
+    )
+
+
+def _reason(error: Exception) -> str:
+  """Says what went wrong on one line; a KeyError, for one, says it only by its type."""
+  text = ' '.join(str(error).split())
+  return f'{type(error).__name__}: {text}' if text else type(error).__name__
+
+
+def _remedy(folder: pathlib.Path) -> str:
+  return f'copy {folder} anew, or remove it and build it again with python -m tfds_kinetics'
+
+
+def _damaged(folder: pathlib.Path, what: str) -> BadInput:
+  return BadInput(f'{folder} is damaged: {" ".join(what.split())}; {_remedy(folder)}.')
+
+
+def _other_version(folder: pathlib.Path, version: str) -> BadInput:
+  supported = ' or '.join(f'{major}.x.y' for major in sorted(SUPPORTED_VERSIONS))
+  return BadInput(
+    f'{folder} is of format version {version}, and this code reads {supported}; build it anew with'
+    ' python -m tfds_kinetics of this code, or use the code that wrote it.'
+  )
+
+
+def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> TfdsVideos:
+  """Opens the newest version of a dataset.
+
+  Args:
+    data_dir: what was given to the builder as --data_dir, or the version's folder itself.
+    dataset: TFDS name and config, such as 'kinetics_frames/folder'.
+    split: of the dataset.
+
+  Raises:
+    BadInput: it is not there, and then names the command that builds it; or it cannot be read.
+  """
+  root = pathlib.Path(data_dir)
+  if is_version_folder(root):
+    return TfdsVideos(root, split)
+  versions = sorted(
+    (
+      info.parent
+      for info in (root / dataset).glob('*/dataset_info.json')
+      if re.fullmatch(r'\d+\.\d+\.\d+', info.parent.name)
+    ),
+    key=lambda folder: [int(part) for part in folder.name.split('.')],
+  )
+  if not versions:
+    config = dataset.rpartition('/')[2]
+    raise BadInput(
+      f'there is no dataset {dataset} in data_dir={data_dir!r}; build it with:'
+      f' python -m tfds_kinetics --config={config} --videos=VIDEOS --data_dir={data_dir or "DIR"}'
+    )
+  newest = versions[-1]
+  # Before it is parsed: another format's metadata need not be ones that this TFDS reads.
+  if int(newest.name.partition('.')[0]) not in SUPPORTED_VERSIONS:
+    raise _other_version(newest, newest.name)
+  return TfdsVideos(newest, split)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Datasets that are fed together.
+
+  Attributes:
+    datasets: at least one.
+    weights: a dataset's share of the pairs is its weight over the sum; all are positive.
+  """
+
+  datasets: tuple[VideoSource, ...]
+  weights: tuple[Fraction, ...]
+
+  def __len__(self) -> int:
+    return sum(len(dataset) for dataset in self.datasets)
+
+  @property
+  def fingerprint(self) -> str:
+    """Of all datasets and their shares; that of one dataset is its own."""
+    if len(self.datasets) == 1:
+      return self.datasets[0].fingerprint
+    shares = [str(weight / sum(self.weights)) for weight in self.weights]
+    rows = [[each.fingerprint, share] for each, share in zip(self.datasets, shares, strict=True)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def open_mixture(data_dir: str, text: str, split: str = 'train') -> Mixture:
+  """Opens the datasets of `config.dataset`.
+
+  Args:
+    data_dir: see `open_dataset`; for more than one dataset it is their common data directory.
+    text: one dataset's name, or several as 'NAME=WEIGHT,NAME=WEIGHT'.
+    split: of every dataset.
+
+  Raises:
+    BadInput: the text is not understood, or a dataset is not there or cannot be read.
+  """
+  weights = _parse_weights(text)
+  if len(weights) > 1 and is_version_folder(pathlib.Path(data_dir)):
+    raise BadInput(
+      f'data_dir={data_dir!r} is the folder of one dataset, and dataset={text!r} names'
+      f' {len(weights)}; give the folder that was --data_dir when they were built.'
+    )
+  datasets = tuple(open_dataset(data_dir, name, split) for name in weights)
+  return Mixture(datasets, tuple(weights.values()))
+
+
+def _parse_weights(text: str) -> dict[str, Fraction]:
+  """Reads 'NAME' or 'NAME=WEIGHT,NAME=WEIGHT'; the weights are exact, so 0.3 is 3/10."""
+  if not re.search('[=,]', text):
+    return {text: Fraction(1)}
+  weights: dict[str, Fraction] = {}
+  for part in text.split(','):
+    name, _, number = (each.strip() for each in part.partition('='))
+    try:
+      weight = Fraction(number)
+    except (ValueError, ZeroDivisionError):
+      weight = Fraction(0)
+    if not name or name in weights or weight <= 0:
+      raise BadInput(
+        f'dataset={text!r} is not understood at {part!r}; give one name, or several different ones'
+        ' with positive weights, as NAME=3,NAME=1.'
+      )
+    weights[name] = weight
+  return weights
+
+
+def is_version_folder(folder: pathlib.Path) -> bool:
+  """Whether a folder is a version of a dataset, not a data directory."""
+  return (folder / 'dataset_info.json').exists()

@@ -1,0 +1,207 @@
+"""Datasets as they are opened: found, and refused in one sentence where they cannot be read."""
+
+import os
+import re
+import shutil
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from dropmae_jax import data, videos
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.data import DataOptions
+
+DATASET = 'kinetics_frames/folder'
+
+
+def version_folder(data_dir):
+  (folder,) = (info.parent for info in (data_dir / DATASET).glob('*/dataset_info.json'))
+  return folder
+
+
+@pytest.fixture
+def damaged(data_dir, tmp_path):
+  """A copy of the dataset, to be damaged: its data_dir and its folder."""
+  shutil.copytree(data_dir / DATASET, tmp_path / DATASET)
+  return tmp_path, version_folder(tmp_path)
+
+
+def assert_refused(data_dir, *parts):
+  with pytest.raises(BadInput) as refusal:
+    videos.open_dataset(str(data_dir), DATASET)
+  text = str(refusal.value)
+  assert '\n' not in text
+  for part in (*parts, str(version_folder(data_dir))):
+    assert part in text
+
+
+def test_a_dataset_is_found_by_its_root_or_its_own_folder(data_dir):
+  folder = version_folder(data_dir)
+  by_root = videos.open_dataset(str(data_dir), 'kinetics_frames/folder')
+  by_folder = videos.open_dataset(str(folder), 'anything')
+  assert len(by_root) == len(by_folder) == 6
+  assert len(videos.open_dataset(str(data_dir), 'kinetics_frames/folder', 'val')) == 2
+  np.testing.assert_array_equal(by_root.frame(3, 2), by_folder.frame(3, 2))
+
+
+def test_only_whole_versions_are_opened(data_dir, tmp_path):
+  real = version_folder(data_dir)
+  for name in (real.name, '0.9.12', f'{real.name}.staging', f'{real.name}.bak'):
+    folder = tmp_path / 'kinetics_frames' / 'folder' / name
+    folder.mkdir(parents=True)
+    if name == real.name:
+      folder.rmdir()
+      folder.symlink_to(real)
+    else:
+      (folder / 'dataset_info.json').write_text('broken')
+  assert len(videos.open_dataset(str(tmp_path), 'kinetics_frames/folder')) == 6
+
+
+def test_a_dataset_that_is_not_there_names_its_builder(tmp_path, data_dir):
+  command = 'python -m tfds_kinetics --config=kinetics400 --videos=VIDEOS --data_dir='
+  with pytest.raises(BadInput, match=re.escape(command)):
+    videos.open_dataset(str(tmp_path), 'kinetics_frames/kinetics400')
+  with pytest.raises(BadInput, match=r"no split 'tset' .* there are: (train, val|val, train)"):
+    videos.open_dataset(str(data_dir), 'kinetics_frames/folder', 'tset')
+
+
+@pytest.mark.parametrize('version', ['0.3.0', '3.0.0'])
+def test_another_format_is_refused_before_it_is_parsed(damaged, version):
+  data_dir, folder = damaged
+  folder.rename(folder.with_name(version))
+  (folder.with_name(version) / 'dataset_info.json').write_text('of another format')
+  assert_refused(data_dir, f'format version {version}, and this code reads', 'build it anew')
+
+
+def test_a_version_folder_that_is_given_itself_tells_its_format(damaged):
+  _, folder = damaged
+  info = folder / 'dataset_info.json'
+  info.write_text(info.read_text().replace(f'"version": "{folder.name}"', '"version": "7.0.0"'))
+  with pytest.raises(BadInput, match=r'is of format version 7\.0\.0, and this code reads'):
+    videos.open_dataset(str(folder), DATASET)
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('dataset_info.json', b'{"na', 'dataset_info.json'),
+    ('dataset_info.json', b'{}', 'dataset_info.json'),
+    ('features.json', None, 'features.json'),
+    ('build_report.json', None, 'build_report.json: FileNotFoundError'),
+    ('build_report.json', b'{"fing', 'build_report.json: JSONDecodeError'),
+    ('build_report.json', b'[]', 'build_report.json: TypeError'),
+    ('index-train.npz', None, 'index-train.npz: FileNotFoundError'),
+    ('index-train.npz', b'', 'index-train.npz: EOFError'),
+    ('index-train.npz', b'PK\3\4 cut short', 'index-train.npz: BadZipFile'),
+  ],
+)
+def test_damaged_metadata_are_refused(damaged, name, content, message):
+  data_dir, folder = damaged
+  if content is None:
+    (folder / name).unlink()
+  else:
+    (folder / name).write_bytes(content)
+  assert_refused(data_dir, message, 'build it again with python -m tfds_kinetics')
+
+
+@pytest.mark.parametrize(
+  ('arrays', 'message'),
+  [
+    ({'first': [0, 8]}, 'index-train.npz: KeyError'),
+    ({'first': [0, 8], 'frames': [8]}, 'does not list videos: (2,), (1,)'),
+    ({'first': [0.0], 'frames': [8.0]}, 'does not list videos'),
+    ({'first': [], 'frames': []}, 'does not list videos'),
+    ({'first': [0, 41], 'frames': [8, 8]}, 'outside of the 48 records'),
+    ({'first': [-1], 'frames': [8]}, 'outside of the 48 records'),
+    ({'first': [3], 'frames': [0]}, 'outside of the 48 records'),
+  ],
+)
+def test_an_index_that_does_not_fit_is_refused(damaged, arrays, message):
+  data_dir, folder = damaged
+  np.savez(folder / 'index-train.npz', **arrays)
+  assert_refused(data_dir, message)
+
+
+@pytest.mark.parametrize(
+  ('damage', 'message'),
+  [
+    (lambda shard: shard.unlink(), '1 of 6 shards missing or empty'),
+    (lambda shard: os.truncate(shard, 0), '1 of 6 shards missing or empty'),
+    (lambda shard: os.truncate(shard, shard.stat().st_size // 2), 'that were written'),
+  ],
+)
+def test_shards_that_are_not_whole_are_refused(damaged, damage, message):
+  data_dir, folder = damaged
+  shard = sorted(folder.glob('*train.array_record*'))[2]
+  damage(shard)
+  assert_refused(data_dir, message, shard.name if 'missing' in message else 'shards of train')
+  assert len(videos.open_dataset(str(data_dir), DATASET, 'val')) == 2
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_a_damaged_record_is_named_when_it_is_read(damaged, num_workers):
+  data_dir, folder = damaged
+  dataset = videos.open_dataset(str(data_dir), DATASET)
+  shards = sorted(folder.glob('*train.array_record*'))
+  for shard in shards:
+    with shard.open('r+b') as file:  # The first record of the shard, and no other.
+      file.seek(500)
+      file.write(b'damage')
+  shard, path = shards[3], dataset.path(3)
+  assert path.endswith('.mp4')
+  message = re.escape(f'video 3 ({path}) cannot be read: record 24 of split train, in {shard}')
+  with pytest.raises(BadInput, match=message):
+    dataset.frame(3, 0)
+  assert dataset.frame(3, 1).shape == (48, 64, 3)
+  stream = data.pair_batches(
+    dataset, DataOptions(num_threads=0, num_workers=num_workers), image_size=16, batch_size=6,
+    seed=0,
+  )  # fmt: skip
+  with pytest.raises(BadInput, match=r'video \d .* is damaged .*; copy .* anew, or'):
+    for _ in range(20):
+      next(stream)
+  stream.close()
+
+
+def test_a_mixture_opens_its_datasets(data_dir, tmp_path):
+  (tmp_path / 'kinetics_frames').mkdir()
+  for name in ('folder', 'other'):
+    (tmp_path / 'kinetics_frames' / name).symlink_to(data_dir / DATASET)
+  one = videos.open_mixture(str(tmp_path), DATASET)
+  assert (len(one), one.weights) == (6, (1,))
+  assert one.fingerprint == videos.open_dataset(str(tmp_path), DATASET).fingerprint
+  text = f'{DATASET}=0.3, kinetics_frames/other=1/10'
+  two = videos.open_mixture(str(tmp_path), text)
+  assert (len(two), two.weights) == (12, (Fraction(3, 10), Fraction(1, 10)))
+  prints = {
+    videos.open_mixture(str(tmp_path), f'{DATASET}={weights}').fingerprint
+    for weights in ('3,kinetics_frames/other=1', '6,kinetics_frames/other=2')
+  }
+  assert prints == {two.fingerprint}
+  assert videos.open_mixture(str(tmp_path), text.replace('0.3', '0.4')).fingerprint not in prints
+  with pytest.raises(
+    BadInput, match=r'is the folder of one dataset, and .* names 2; give the fold'
+  ):
+    videos.open_mixture(str(version_folder(data_dir)), text)
+
+
+@pytest.mark.parametrize(
+  ('text', 'part'),
+  [
+    ('a,b', "'a'"),
+    ('a=1,b', "'b'"),
+    ('a=0,b=1', "'a=0'"),
+    ('a=-1', "'a=-1'"),
+    ('a=nan,b=1', "'a=nan'"),
+    ('a=inf', "'a=inf'"),
+    ('a=1/0', "'a=1/0'"),
+    ('a=much', "'a=much'"),
+    ('a=1,', "''"),
+    ('=1', "'=1'"),
+    ('a=1,a=2', "'a=2'"),
+  ],
+)
+def test_a_mixture_that_is_not_one_is_refused(data_dir, text, part):
+  with pytest.raises(BadInput, match=re.escape(f'dataset={text!r} is not understood at {part};')):
+    videos.open_mixture(str(data_dir), text)
