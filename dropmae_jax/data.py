@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import cv2
 import grain
@@ -27,6 +27,7 @@ from jaxtyping import UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dropmae_jax import augment
+from dropmae_jax.augment import Box
 from dropmae_jax.command_line import BadInput
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -88,10 +89,12 @@ class TfdsVideos:
   """Random access to the frames of a dataset built by tfds_kinetics; reads only what is asked.
 
   Attributes:
+    folder: of the version that was opened.
     fingerprint: of the videos and options that it was built from.
   """
 
   def __init__(self, folder: pathlib.Path, split: str) -> None:
+    self.folder = folder
     builder = tfds.builder_from_directory(folder)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     self._records = builder.as_data_source(split, deserialize_method=raw)
@@ -170,6 +173,14 @@ def sample_pair(rng: np.random.Generator, num_frames: int, frame_gap: int) -> tu
   return earlier, later
 
 
+class DrawnPair(NamedTuple):
+  """The numbers of a pair's frames, both frames whole, and the crop of each."""
+
+  frame_numbers: tuple[int, int]
+  images: list[UInt8[np.ndarray, 'h w c']]
+  boxes: list[Box]
+
+
 class FramePair(grain.transforms.RandomMap):
   """A video's number to an augmented pair: the two frames are all that is read of it."""
 
@@ -178,23 +189,39 @@ class FramePair(grain.transforms.RandomMap):
     self._options = options
     self._image_size = image_size
 
-  def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Returns uint8 `frames` [2, h, w, 3], the `video`, and the two `frame_numbers`."""
-    video, options = int(element), self._options
-    numbers = sample_pair(rng, self._videos.num_frames(video), options.frame_gap)
+  def draw(self, video: int, rng: np.random.Generator) -> DrawnPair:
+    """Draws two frames, reads them, and draws their crops."""
+    numbers = sample_pair(rng, self._videos.num_frames(video), self._options.frame_gap)
     images = [self._videos.frame(video, number) for number in numbers]
     boxes = [augment.random_resized_crop_box(rng, *image.shape[:2]) for image in images]
-    if options.shared_augmentation:
+    if self._options.shared_augmentation:
       boxes[1] = boxes[0]
-    frames = [
-      augment.crop_and_resize(image, box, self._image_size, resize=options.resize)
-      for image, box in zip(images, boxes, strict=True)
-    ]
+    return DrawnPair(numbers, images, boxes)
+
+  def crop(self, drawn: DrawnPair) -> UInt8[np.ndarray, 'f size size c']:
+    """Crops and resizes both frames."""
+    size = self._image_size
+    frames = np.empty((2, size, size, 3), np.uint8)
+    for image, box, out in zip(drawn.images, drawn.boxes, frames, strict=True):
+      augment.crop_and_resize(image, box, size, resize=self._options.resize, out=out)
+    return frames
+
+  def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Returns uint8 `frames` [2, h, w, 3], the `video`, and the two `frame_numbers`."""
+    drawn = self.draw(int(element), rng)
     return {
-      'frames': np.stack(frames),
-      'video': np.int32(video),
-      'frame_numbers': np.array(numbers, np.int32),
+      'frames': self.crop(drawn),
+      'video': np.int32(element),
+      'frame_numbers': np.array(drawn.frame_numbers, np.int32),
     }
+
+
+def pair_stream(
+  videos: VideoSource, transform: grain.transforms.RandomMap, seed: int
+) -> grain.MapDataset:
+  """Returns the pairs of all epochs: `transform` of a video and a generator of (seed, place)."""
+  order = grain.MapDataset.range(len(videos)).seed(seed).shuffle()
+  return order.repeat(EPOCHS).random_map(transform)
 
 
 def allow_many_files() -> None:
@@ -249,13 +276,7 @@ def pair_batches(
   """
   cv2.setNumThreads(0)
   allow_many_files()
-  pairs = (
-    grain.MapDataset.range(len(videos))
-    .seed(seed)
-    .shuffle()
-    .repeat(EPOCHS)
-    .random_map(FramePair(videos, options, image_size))
-  )
+  pairs = pair_stream(videos, FramePair(videos, options, image_size), seed)
   # A host's share is a block of every global batch: the blocks, in turn, are the hosts'.
   batches = pairs.batch(batch_size // num_hosts)[host::num_hosts][first_step:]
   threads = 0 if options.num_workers else options.num_threads
