@@ -20,6 +20,7 @@ IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 CROP_AREA = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
+LOG_CROP_RATIO = tuple(np.log(np.float32(CROP_RATIO)).tolist())
 CROP_ATTEMPTS = 10
 
 
@@ -44,10 +45,9 @@ def random_resized_crop_box(rng: np.random.Generator, height: int, width: int) -
     width: of the frame, in pixels.
   """
   area = height * width
-  log_low, log_high = np.log(np.float32(CROP_RATIO))
   for _ in range(CROP_ATTEMPTS):
     target = area * rng.uniform(*CROP_AREA)
-    ratio = math.exp(rng.uniform(log_low, log_high))
+    ratio = math.exp(rng.uniform(*LOG_CROP_RATIO))
     crop_width = round(math.sqrt(target * ratio))
     crop_height = round(math.sqrt(target / ratio))
     if 0 < crop_width <= width and 0 < crop_height <= height:
@@ -65,25 +65,39 @@ def centre_box(height: int, width: int) -> Box:
   return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
 
 
-def resize_fast(crop: UInt8[np.ndarray, 'h w c'], size: int) -> UInt8[np.ndarray, 'size size c']:
+def resize_fast(crop: UInt8[np.ndarray, 'h w c'], out: UInt8[np.ndarray, 'size size c']) -> None:
   """Resizes with OpenCV's bicubic (a = -0.75, no antialias), which costs far less than PIL's."""
-  return cv2.resize(crop, (size, size), interpolation=cv2.INTER_CUBIC)
+  cv2.resize(crop, out.shape[:2], dst=out, interpolation=cv2.INTER_CUBIC)
 
 
-def resize_exact(crop: UInt8[np.ndarray, 'h w c'], size: int) -> UInt8[np.ndarray, 'size size c']:
+def resize_exact(crop: UInt8[np.ndarray, 'h w c'], out: UInt8[np.ndarray, 'size size c']) -> None:
   """Resizes with PIL's bicubic (a = -0.5, antialiased), as the published code does."""
-  return np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC))
+  out[:] = Image.fromarray(crop).resize(out.shape[:2], Image.Resampling.BICUBIC)
 
 
 RESIZES = {'fast': resize_fast, 'exact': resize_exact}
 
 
 def crop_and_resize(
-  frame: UInt8[np.ndarray, 'h w c'], box: Box, size: int, *, resize: str
+  frame: UInt8[np.ndarray, 'h w c'],
+  box: Box,
+  size: int,
+  *,
+  resize: str,
+  out: UInt8[np.ndarray, 'size size c'] | None = None,
 ) -> UInt8[np.ndarray, 'size size c']:
-  """Cuts a box out of a frame and resizes it, to `size` x `size` pixels."""
-  crop = frame[box.top : box.top + box.height, box.left : box.left + box.width]
-  return RESIZES[resize](np.ascontiguousarray(crop), size)
+  """Cuts a box out of a frame and resizes it, to `size` x `size` pixels.
+
+  Args:
+    frame: to cut from; not changed.
+    box: inside the frame.
+    size: pixels along a side of the result.
+    resize: one of RESIZES.
+    out: contiguous memory for the result, which saves a copy; new if not given.
+  """
+  out = np.empty((size, size, frame.shape[2]), np.uint8) if out is None else out
+  RESIZES[resize](frame[box.top : box.top + box.height, box.left : box.left + box.width], out)
+  return out
 
 
 def normalise(frames: UInt8[Array, '... c']) -> Float[Array, '... c']:

@@ -14,12 +14,15 @@ import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import NamedTuple
 
 import cv2
 import grain
 import numpy as np
+from jaxtyping import UInt8
 
 from dropmae_jax import augment
+from dropmae_jax.augment import Box
 from dropmae_jax.videos import Mixture, VideoSource
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -78,6 +81,14 @@ def sample_pair(rng: np.random.Generator, num_frames: int, frame_gap: int) -> tu
   return earlier, later
 
 
+class DrawnPair(NamedTuple):
+  """The numbers of a pair's frames, both frames whole, and the crop of each."""
+
+  frame_numbers: tuple[int, int]
+  images: list[UInt8[np.ndarray, 'h w c']]
+  boxes: list[Box]
+
+
 class FramePair(grain.transforms.RandomMap):
   """A video's number to an augmented pair: the two frames are all that is read of it."""
 
@@ -89,24 +100,40 @@ class FramePair(grain.transforms.RandomMap):
     self._image_size = image_size
     self._dataset = dataset
 
-  def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Returns uint8 `frames` [2, h, w, 3], `dataset` and `video` of it, and `frame_numbers` [2]."""
-    video, options = int(element), self._options
-    numbers = sample_pair(rng, self._videos.num_frames(video), options.frame_gap)
+  def draw(self, video: int, rng: np.random.Generator) -> DrawnPair:
+    """Draws two frames, reads them, and draws their crops."""
+    numbers = sample_pair(rng, self._videos.num_frames(video), self._options.frame_gap)
     images = [self._videos.frame(video, number) for number in numbers]
     boxes = [augment.random_resized_crop_box(rng, *image.shape[:2]) for image in images]
-    if options.shared_augmentation:
+    if self._options.shared_augmentation:
       boxes[1] = boxes[0]
-    frames = [
-      augment.crop_and_resize(image, box, self._image_size, resize=options.resize)
-      for image, box in zip(images, boxes, strict=True)
-    ]
+    return DrawnPair(numbers, images, boxes)
+
+  def crop(self, drawn: DrawnPair) -> UInt8[np.ndarray, 'f size size c']:
+    """Crops and resizes both frames."""
+    size = self._image_size
+    frames = np.empty((2, size, size, 3), np.uint8)
+    for image, box, out in zip(drawn.images, drawn.boxes, frames, strict=True):
+      augment.crop_and_resize(image, box, size, resize=self._options.resize, out=out)
+    return frames
+
+  def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Returns uint8 `frames` [2, h, w, 3], `dataset` and `video` of it, and `frame_numbers` [2]."""
+    drawn = self.draw(int(element), rng)
     return {
-      'frames': np.stack(frames),
+      'frames': self.crop(drawn),
       'dataset': np.int32(self._dataset),
-      'video': np.int32(video),
-      'frame_numbers': np.array(numbers, np.int32),
+      'video': np.int32(element),
+      'frame_numbers': np.array(drawn.frame_numbers, np.int32),
     }
+
+
+def pair_stream(
+  videos: VideoSource, transform: grain.transforms.RandomMap, seed: int
+) -> grain.MapDataset:
+  """Returns the pairs of all epochs: `transform` of a video and a generator of (seed, place)."""
+  order = grain.MapDataset.range(len(videos)).seed(seed).shuffle()
+  return order.repeat(EPOCHS).random_map(transform)
 
 
 def allow_many_files() -> None:
@@ -150,11 +177,11 @@ def pairs_of(
   """
   mixture = videos if isinstance(videos, Mixture) else Mixture((videos,), (Fraction(1),))
   parts = [
-    grain.MapDataset.range(len(each))
-    .seed(seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
-    .shuffle()
-    .repeat(EPOCHS)
-    .random_map(FramePair(each, options, image_size, dataset=number))
+    pair_stream(
+      each,
+      FramePair(each, options, image_size, dataset=number),
+      seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0]),
+    )
     for number, each in enumerate(mixture.datasets)
   ]
   return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)

@@ -22,7 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from dropmae_jax.command_line import BadInput
 
 # Major versions of the dataset that are read: its other numbers change nothing for a reader.
-SUPPORTED_VERSIONS = frozenset({1, 2})
+SUPPORTED_VERSIONS = frozenset({2})
 
 
 @runtime_checkable
@@ -46,7 +46,8 @@ class TfdsVideos:
   """Random access to the frames of a dataset built by tfds_kinetics; reads only what is asked.
 
   Attributes:
-    fingerprint: of the videos and options that it was built from.
+    folder: of the version that was opened.
+    fingerprint: of the stored frames of all splits, and of which videos they are.
   """
 
   def __init__(self, folder: pathlib.Path, split: str) -> None:
@@ -59,7 +60,7 @@ class TfdsVideos:
     Raises:
       BadInput: the split is not there, or its files are missing, cut short or damaged.
     """
-    self._folder, self._split = folder, split
+    self.folder, self._split = folder, split
     try:
       builder = tfds.builder_from_directory(folder)
       info = builder.info.splits.get(split)
@@ -75,46 +76,42 @@ class TfdsVideos:
     self._check_shards(info)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     self._records = builder.as_data_source(split, deserialize_method=raw)
-    self._first, self._frames = self._read_index()
-    try:
-      report = json.loads((folder / 'build_report.json').read_text())
-      self.fingerprint: str = report['fingerprint']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise _damaged(folder, f'build_report.json: {_reason(error)}') from error
+    self._first, self._frames, self.fingerprint = self._read_index()
 
   def _check_shards(self, info: tfds.core.SplitInfo) -> None:
     """Compares the shard files with what the metadata say; reads none of them."""
-    with os.scandir(self._folder) as entries:
+    with os.scandir(self.folder) as entries:
       sizes = {entry.name: entry.stat().st_size for entry in entries}
     names = sorted(os.path.basename(path) for path in info.filenames)
     lacking = [name for name in names if not sizes.get(name)]
     if lacking:
       raise _damaged(
-        self._folder, f'{len(lacking)} of {len(names)} shards missing or empty: {lacking[0]}'
+        self.folder, f'{len(lacking)} of {len(names)} shards missing or empty: {lacking[0]}'
       )
     there, recorded = sum(sizes[name] for name in names), int(info.num_bytes)
     if there != recorded:
       raise _damaged(
-        self._folder,
+        self.folder,
         f'the shards of {self._split} hold {there} bytes, not the {recorded} that were written',
       )
 
-  def _read_index(self) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each video's first record and number of frames."""
+  def _read_index(self) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns each video's first record and number of frames, and the dataset's fingerprint."""
     name = f'index-{self._split}.npz'
     try:
-      with np.load(self._folder / name) as index:
+      with np.load(self.folder / name) as index:
         first, frames = index['first'], index['frames']
+        fingerprint = str(index['fingerprint'])
     except Exception as error:  # Zip, zlib, pickle and numpy each have their own for a bad file.
-      raise _damaged(self._folder, f'{name}: {_reason(error)}') from error
+      raise _damaged(self.folder, f'{name}: {_reason(error)}') from error
     whole = first.dtype.kind == frames.dtype.kind == 'i' and first.shape == frames.shape
     if not (whole and first.ndim == 1 and len(first)):
-      raise _damaged(self._folder, f'{name} does not list videos: {first.shape}, {frames.shape}')
+      raise _damaged(self.folder, f'{name} does not list videos: {first.shape}, {frames.shape}')
     if first.min() < 0 or frames.min() < 1 or (first + frames).max() > len(self._records):
       raise _damaged(
-        self._folder, f'{name} points outside of the {len(self._records)} records of the split'
+        self.folder, f'{name} points outside of the {len(self._records)} records of the split'
       )
-    return first, frames
+    return first, frames, fingerprint
 
   def __len__(self) -> int:
     return len(self._frames)
@@ -125,7 +122,7 @@ class TfdsVideos:
 
   def path(self, video: int) -> str:
     """The video's path below the root it was built from; reads the index anew."""
-    with np.load(self._folder / f'index-{self._split}.npz') as index:
+    with np.load(self.folder / f'index-{self._split}.npz') as index:
       return str(index['path'][video])
 
   def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
@@ -151,7 +148,7 @@ class TfdsVideos:
       path = 'unknown path'
     return BadInput(
       f'video {video} ({path}) cannot be read: record {record} of split {self._split}, in {file},'
-      f' is damaged ({_reason(error)}); {_remedy(self._folder)}.'
+      f' is damaged ({_reason(error)}); {_remedy(self.folder)}.'
     )
 
 

@@ -1,5 +1,6 @@
 """Crops by the law, resizes against PIL, flips by key."""
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +96,32 @@ def test_exact_resize_is_pils(box):
   fast = augment.crop_and_resize(frame, box, 224, resize='fast').astype(np.float64)
   noise = 10 * np.log10(255**2 / np.square(fast - expected).mean())
   assert 35 < noise < 90
+
+
+@pytest.mark.parametrize('resize', list(augment.RESIZES))
+@pytest.mark.parametrize('box', [Box(0, 0, 256, 340), Box(10, 31, 190, 150), Box(16, 58, 224, 224)])
+def test_a_crop_in_given_memory_is_the_crop_of_a_copy(resize, box):
+  frame = picture(0, 256, 340)
+  before = frame.copy()
+  pair = np.full((2, 224, 224, 3), 77, np.uint8)
+  returned = augment.crop_and_resize(frame, box, 224, resize=resize, out=pair[1])
+  copy = frame[box.top : box.top + box.height, box.left : box.left + box.width].copy()
+  if resize == 'fast':
+    expected = cv2.resize(copy, (224, 224), interpolation=cv2.INTER_CUBIC)
+  else:
+    expected = Image.fromarray(copy).resize((224, 224), Image.Resampling.BICUBIC)
+  assert np.shares_memory(returned, pair)
+  np.testing.assert_array_equal(pair[1], expected)
+  assert (pair[0] == 77).all()
+  np.testing.assert_array_equal(frame, before)
+
+
+def test_the_boxes_of_a_seed_are_the_recorded_ones():
+  """The training stream is a function of the seed: a change here changes what seeds mean."""
+  rng = np.random.default_rng(3)
+  boxes = [augment.random_resized_crop_box(rng, 256, 340) for _ in range(400)]
+  expected = [(16, 159, 165, 142), (0, 45, 251, 255), (7, 44, 170, 166), (20, 101, 141, 166)]
+  assert [tuple(box) for box in boxes[::100]] == expected
 
 
 def test_normalise_is_imagenets_and_has_an_inverse():

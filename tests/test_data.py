@@ -265,7 +265,7 @@ def test_real_clips_where_they_exist():
   counts = {}
   for path in sorted(folder.glob('*/*')):
     try:
-      counts[path.name] = len(read_jpegs(str(path), FrameOptions()))
+      counts[path.name] = len(list(read_jpegs(str(path), FrameOptions())))
     except UnusableVideo as reason:
       counts[path.name] = str(reason)
   assert counts.pop('corrupted.mp4').endswith('would take it')

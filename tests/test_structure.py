@@ -23,7 +23,12 @@ LAYERS = [
   {'main'},
 ]
 SOURCES = sorted(
-  [*PACKAGE.glob('*.py'), *(ROOT / 'tfds_kinetics').glob('*.py'), ROOT / 'convert_to_torch.py']
+  [
+    *PACKAGE.glob('*.py'),
+    *(ROOT / 'tfds_kinetics').glob('*.py'),
+    *(ROOT / 'benchmarks').glob('*.py'),
+    ROOT / 'convert_to_torch.py',
+  ]
 )
 
 

@@ -19,7 +19,7 @@ try:
   from apache_beam.options.pipeline_options import PipelineOptions
 except ImportError as error:
   raise BadInput(
-    "--beam_runner needs Apache Beam; install it with pip install 'dropmae_jax[beam]', or leave"
+    "--beam_runner needs Apache Beam; install it with pip install -e '.[beam]', or leave"
     ' the flag out: all cores of this machine work without it.'
   ) from error
 

@@ -1,0 +1,1 @@
+"""Measurements of the project: run from its root, not installed with it."""

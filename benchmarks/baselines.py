@@ -1,0 +1,102 @@
+"""What the dataset of frames is measured against: the same pairs, straight from video files.
+
+Each is a source of frames for the same loader. A clip is opened once for a pair, and decoded from
+the keyframe before the earlier frame on.
+"""
+
+import importlib.util
+import pathlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+
+
+class Reader(Protocol):
+  """An open video file."""
+
+  def read(self, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """Decodes a frame; the numbers do not fall from one call to the next."""
+    ...
+
+
+class PyAvReader:
+  """Seeks to the keyframe before the first frame that is asked for, and decodes from there."""
+
+  def __init__(self, path: pathlib.Path) -> None:
+    container = av.open(str(path))
+    self._container = container
+    self._stream = container.streams.video[0]
+    self._stream.codec_context.thread_count = 1
+    self._step = float(1 / (self._stream.average_rate * self._stream.time_base))
+    self._frame = self._frames = None
+
+  def decode(self) -> Iterator[av.VideoFrame]:
+    """Yields the frames from where the file is."""
+    yield from self._container.decode(self._stream)
+
+  def read(self, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """Takes the frame rate as constant: exact numbers would need a scan of the file.
+
+    Args:
+      number: not below the one before; beyond the end, the last frame is taken.
+    """
+    earliest = (self._stream.start_time or 0) + (number - 0.5) * self._step
+    if self._frames is None:
+      self._container.seek(max(0, round(earliest + self._step / 2)), stream=self._stream)
+      self._frames = self.decode()
+    while self._frame is None or self._frame.pts < earliest:
+      following = next(self._frames, None)
+      if following is None:
+        break
+      self._frame = following
+    return self._frame.to_ndarray(format='rgb24')
+
+
+class DecordReader:
+  """Reads as the published code does: opens the file and asks for a batch of frame numbers."""
+
+  def __init__(self, path: pathlib.Path) -> None:
+    import decord
+
+    self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+
+  def read(self, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """Decodes one frame; decord goes on from the one before, as it does within a batch."""
+    return self._reader.get_batch([min(number, len(self._reader) - 1)]).asnumpy()[0]
+
+
+READERS = {'pyav': PyAvReader, 'decord': DecordReader}
+
+
+def installed() -> list[str]:
+  """Returns the names of the readers that can be used here; decord is no dependency."""
+  return [name for name in READERS if name != 'decord' or importlib.util.find_spec('decord')]
+
+
+class FileVideos:
+  """Random access to the frames of video files, as the loader wants it (`data.VideoSource`)."""
+
+  def __init__(self, paths: tuple[pathlib.Path, ...], num_frames: list[int], reader: str) -> None:
+    self._paths = paths
+    self._num_frames = num_frames
+    self._reader = reader
+    self._opened: tuple[int, Reader] | None = None
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+  def num_frames(self, video: int) -> int:
+    """Frames of a video, as known beforehand."""
+    return self._num_frames[video]
+
+  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """Decodes a frame; the file stays open for the later frame of the pair, and no longer."""
+    if self._opened and self._opened[0] == video:
+      reader, self._opened = self._opened[1], None
+    else:
+      reader = READERS[self._reader](self._paths[video])
+      self._opened = video, reader
+    return reader.read(number)

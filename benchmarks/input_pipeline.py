@@ -1,0 +1,286 @@
+"""Measures how many frame pairs a second a core and a host can feed, and what takes the time.
+
+    python -m benchmarks.input_pipeline --generated=500 --scratch=DIR
+    python -m benchmarks.input_pipeline --videos=FOLDER --rescale
+
+The stream is that of training. Beside the dataset of frames, the same pairs of the same clips are
+read straight from the video files, with PyAV, and with decord where it is installed. Every way is
+measured once in each repeat, so that what else the machine does hits all alike; a table gives the
+median and the range of the repeats. "Per core" is per second of CPU time, of the loader's processes
+too (Linux only).
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+
+from benchmarks import baselines, clips, stages
+from benchmarks.clips import Clips
+from dropmae_jax import augment, command_line, data
+from dropmae_jax.command_line import BadInput
+
+LIBRARIES = (
+  'jax grain array_record tensorflow-datasets numpy simplejpeg opencv-python-headless pillow av'
+  ' decord'
+).split()
+IMAGE_SIZE = 224
+# A batch of a baseline takes about as long as one of the dataset.
+BATCH = {'dataset': 32, 'pyav': 4, 'decord': 4}
+# Loader processes that started early are ahead by what their buffers hold; this empties them.
+WARM_UP_BATCHES = 4
+
+
+class Way(NamedTuple):
+  """One way to make pairs: which source of frames, which resize, how many loader processes."""
+
+  source: str
+  resize: str
+  workers: int
+
+
+class Rate(NamedTuple):
+  """Pairs per second of the clock, and per second of CPU time."""
+
+  host: float
+  core: float
+
+
+def cpu_seconds() -> float:
+  """CPU time that this process and its children that live have taken."""
+  ticks = 0
+  for child in multiprocessing.active_children():
+    status = pathlib.Path(f'/proc/{child.pid}/stat').read_text()
+    # Fields 14 and 15 of proc(5), counted after the name, which may hold anything.
+    ticks += sum(int(field) for field in status.rpartition(')')[2].split()[11:13])
+  return time.process_time() + ticks / os.sysconf('SC_CLK_TCK')
+
+
+def measure(found: Clips, way: Way, *, seed: int, pairs: int) -> Rate:
+  """Runs the training stream for some pairs per worker, after a warm-up."""
+  videos, batch_size = found.videos, min(pairs, BATCH[way.source])
+  if way.source != 'dataset':
+    frames = [videos.num_frames(video) for video in range(len(videos))]
+    videos = baselines.FileVideos(found.paths, frames, way.source)
+  options = data.DataOptions(resize=way.resize, num_workers=way.workers, num_threads=0)
+  stream = data.pair_batches(
+    videos, options, image_size=IMAGE_SIZE, batch_size=batch_size, seed=seed
+  )
+  lanes = max(1, way.workers)
+  batches = -(-pairs // batch_size) * lanes
+  with contextlib.closing(stream):
+    for _ in range(WARM_UP_BATCHES * lanes if way.workers else 1):
+      next(stream)
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    for _ in range(batches):
+      next(stream)
+    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+  return Rate(batches * batch_size / wall, batches * batch_size / max(cpu, 1e-9))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+  """Returns median, least and most."""
+  return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
+
+
+def machine() -> dict[str, Any]:
+  """Describes what was measured on."""
+  cpus = re.findall(r'model name\s*: (.*)', pathlib.Path('/proc/cpuinfo').read_text())
+  installed = {}
+  for library in LIBRARIES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      installed[library] = importlib.metadata.version(library)
+  return {
+    'cpu': cpus[0] if cpus else platform.processor(),
+    'cores': len(os.sched_getaffinity(0)),
+    'device': jax.devices()[0].device_kind,
+    'python': platform.python_version(),
+    'libraries': {name: installed.get(name, 'not installed') for name in LIBRARIES},
+  }
+
+
+def run(found: Clips, *, workers: Sequence[int], repeats: int, pairs: int) -> dict[str, Any]:
+  """Measures every way and every stage once per repeat; returns what the tables show.
+
+  Args:
+    found: the clips.
+    workers: numbers of loader processes; 0 works in this process.
+    repeats: rounds over all ways.
+    pairs: per worker and round; a baseline makes an eighth of them.
+  """
+  ways = [Way('dataset', resize, number) for resize in augment.RESIZES for number in workers]
+  if found.paths:
+    # The fast resize for all: what is compared is where frames come from.
+    few = sorted({min(workers), max(workers)})
+    ways += [Way(reader, 'fast', number) for reader in baselines.installed() for number in few]
+  rates: dict[Way, list[Rate]] = {way: [] for way in ways}
+  times: dict[str, list[dict[str, float]]] = {resize: [] for resize in augment.RESIZES}
+  for repeat in range(repeats):
+    for way in ways:
+      count = pairs if way.source == 'dataset' else max(1, pairs // 8)
+      rates[way].append(measure(found, way, seed=repeat, pairs=count))
+    for resize, rows in times.items():
+      taken, _ = stages.time_stages(
+        found, data.DataOptions(resize=resize), image_size=IMAGE_SIZE, seed=repeat, pairs=pairs
+      )
+      rows.append(taken)
+    print(f'repeat {repeat + 1} of {repeats} is done', flush=True)
+  return {
+    'rates': [
+      way._asdict()
+      | {'per_host': spread([r.host for r in rows]), 'per_core': spread([r.core for r in rows])}
+      for way, rows in rates.items()
+    ],
+    'stages': {
+      resize: {stage: spread([row[stage] for row in rows]) for stage in stages.STAGES}
+      for resize, rows in times.items()
+    },
+    'speedups': [
+      {'resize': ours.resize, 'workers': ours.workers, 'over': way.source}
+      | {
+        f'per_{unit}': spread(
+          [getattr(a, unit) / getattr(b, unit) for a, b in zip(rates[ours], rows, strict=True)]
+        )
+        for unit in ('core', 'host')
+      }
+      for way, rows in rates.items()
+      if way.source != 'dataset'
+      for ours in ways
+      if ours.source == 'dataset' and ours.workers == way.workers
+    ],
+  }
+
+
+def describe(found: Clips) -> dict[str, Any]:
+  """Sums up the clips."""
+  frames = [found.videos.num_frames(video) for video in range(len(found.videos))]
+  shards = found.videos.folder.glob(f'*-{found.split}.array_record*')
+  sizes = {found.videos.frame(video, 0).shape[1::-1] for video in range(min(100, len(frames)))}
+  return {
+    'clips': len(frames),
+    'frames': sum(frames),
+    'sizes': sorted(f'{width}x{height}' for width, height in sizes),
+    'bytes_per_frame': sum(path.stat().st_size for path in shards) / sum(frames),
+  }
+
+
+def _range(values: dict[str, float], digits: int = 0) -> str:
+  median, low, high = (f'{values[name]:.{digits}f}' for name in ('median', 'min', 'max'))
+  return f'{median:>7} ({low}..{high})'
+
+
+def show(result: dict[str, Any]) -> str:
+  """Returns the tables as text."""
+  about, host = result['clips'], result['machine']
+  lines = [
+    f'{host["cpu"]}, {host["cores"]} cores, device {host["device"]}, Python {host["python"]}',
+    ', '.join(f'{name} {version}' for name, version in host['libraries'].items()),
+    f'{about["clips"]} clips, {about["frames"]} frames of {", ".join(about["sizes"])},'
+    f' {about["bytes_per_frame"] / 1e3:.1f} kB each; {result["repeats"]} repeats: median (range)',
+    '',
+    f'{"frames from":<12}{"resize":<8}{"workers":<9}{"pairs/s per core":<26}pairs/s per host',
+  ]
+  for row in result['rates']:
+    core, whole = _range(row['per_core'], 1), _range(row['per_host'], 1)
+    lines.append(f'{row["source"]:<12}{row["resize"]:<8}{row["workers"]:<9}{core:<26}{whole}')
+  if 'decord' not in {row['source'] for row in result['rates']}:
+    lines.append('decord: not installed' if result['videos'] else 'no baselines without --videos')
+  for row in result['speedups']:
+    lines.append(
+      f'dataset over {row["over"]}, resize {row["resize"]}, workers {row["workers"]}:'
+      f' {_range(row["per_core"], 1)} times per core,{_range(row["per_host"], 1)} per host'
+    )
+  for resize, rows in result['stages'].items():
+    total = sum(row['median'] for row in rows.values())
+    lines += ['', f'{f"resize {resize}, no workers":<28}{"us per pair":<26}share']
+    for stage, row in rows.items():
+      lines.append(f'{stage:<28}{_range(row):<26}{row["median"] / total:>5.0%}')
+    largest = max(rows, key=lambda stage: rows[stage]['median'])
+    rest = total - rows[largest]['median']
+    lines.append(
+      f'all: {total:.0f} us, {1e6 / total:.0f} pairs/s per core. The next gain is in "{largest}":'
+      f' at no cost it would leave {rest:.0f} us, {1e6 / rest:.0f} pairs/s.'
+    )
+  return '\n'.join(lines)
+
+
+def parse() -> argparse.Namespace:
+  """Reads the command line.
+
+  Raises:
+    BadInput: a flag is wrong, or some do not go together.
+  """
+  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  cores = len(os.sched_getaffinity(0))
+  powers = [str(2**n) for n in range(cores.bit_length()) if 2**n < cores]
+  workers = ','.join(['0', *powers, str(cores)])
+  parser.add_argument('--videos', type=pathlib.Path, help='a tree of videos')
+  parser.add_argument('--generated', type=int, help='make that many clips instead')
+  parser.add_argument('--rescale', action='store_true', help='to h264 copies at short side 256')
+  parser.add_argument('--data_dir', type=pathlib.Path, help='a dataset of --videos that is there')
+  parser.add_argument('--dataset', default='kinetics_frames/folder', help='(%(default)s)')
+  parser.add_argument('--split', default='train', help='(%(default)s)')
+  parser.add_argument('--scratch', type=pathlib.Path, help='keep what is made here, to use again')
+  parser.add_argument('--repeats', type=int, default=5, help='(%(default)s)')
+  parser.add_argument('--pairs', type=int, default=512, help='per worker, repeat (%(default)s)')
+  parser.add_argument('--workers', default=workers, help='of the loader (%(default)s)')
+  parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
+  arguments = parser.parse_args()
+  for name, least in (('generated', 1), ('repeats', 1), ('pairs', 1)):
+    value = getattr(arguments, name)
+    if value is not None and value < least:
+      raise BadInput(f'--{name}={value} is too small; give at least {least}.')
+  if not re.fullmatch(r'\d+(,\d+)*', arguments.workers):
+    raise BadInput(f'--workers={arguments.workers} is not a list of numbers such as {workers}.')
+  if arguments.videos and arguments.generated:
+    raise BadInput('--videos and --generated are two sources of clips; give one of them.')
+  if not (arguments.videos or arguments.generated or arguments.data_dir):
+    raise BadInput('there are no clips; give --videos=FOLDER or --generated=500.')
+  if arguments.data_dir and (arguments.generated or arguments.rescale):
+    raise BadInput('--data_dir is built already; leave out --generated and --rescale.')
+  clips.check_output(arguments.json)
+  return arguments
+
+
+def main() -> None:
+  """The command line."""
+  arguments = parse()
+  # Grain's worker processes read absl flags, which other commands parse.
+  flags.FLAGS.mark_as_parsed()
+  with tempfile.TemporaryDirectory(prefix='dropmae_benchmark') as temporary:
+    found = clips.prepare(
+      arguments.scratch or pathlib.Path(temporary),
+      videos=arguments.videos,
+      generated=arguments.generated,
+      rescaled=arguments.rescale,
+      data_dir=arguments.data_dir,
+      dataset=arguments.dataset,
+      split=arguments.split,
+    )
+    workers = sorted({int(number) for number in arguments.workers.split(',')})
+    result = {
+      'machine': machine(),
+      'clips': describe(found),
+      'repeats': arguments.repeats,
+      'videos': bool(found.paths),
+    } | run(found, workers=workers, repeats=arguments.repeats, pairs=arguments.pairs)
+  print(show(result))
+  if arguments.json:
+    arguments.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == '__main__':
+  command_line.run(main)
