@@ -104,7 +104,7 @@ def test_cpu_time_of_live_children_counts():
   context = multiprocessing.get_context('spawn')
   done, end = context.Event(), context.Event()
   before = input_pipeline.cpu_seconds() - time.process_time()
-  child = context.Process(target=spin, args=(0.5, done, end))
+  child = context.Process(target=spin, args=(0.5, done, end), daemon=True)
   child.start()
   done.wait()
   assert input_pipeline.cpu_seconds() - time.process_time() - before >= 0.45
