@@ -5,11 +5,12 @@ import multiprocessing
 import time
 
 import av
+import cv2
 import numpy as np
 import pytest
 from conftest import run_python
 
-from benchmarks import baselines, clips, input_pipeline, stages
+from benchmarks import baselines, clips, input_pipeline, resize_quality, stages
 from dropmae_jax import data
 from dropmae_jax.synthetic_clips import ClipOptions, make_clip
 
@@ -93,6 +94,49 @@ def test_stages_make_the_training_stream(data_dir):
     stream.close()
 
 
+def test_psnr_of_known_errors():
+  black = np.zeros((4, 4, 3), np.uint8)
+  assert resize_quality.psnr(black, black) == 100
+  assert resize_quality.psnr(black, black + np.uint8(255)) == pytest.approx(0)
+  assert resize_quality.psnr(black, black + np.uint8(1)) == pytest.approx(48.13, abs=0.01)
+
+
+def test_each_loss_is_of_its_own_cause(monkeypatch, moving):
+  frame = cv2.resize(moving[0], (340, 256), interpolation=cv2.INTER_CUBIC)
+
+  def losses():
+    return resize_quality.losses(frame, np.random.default_rng(0))
+
+  usual = losses()
+  assert all(20 < decibel < 70 for decibel in usual.values())
+  with monkeypatch.context() as patch:
+    patch.setitem(resize_quality.augment.RESIZES, 'fast', resize_quality.augment.resize_exact)
+    assert losses() == usual | {'fast_resize': 100}
+  options = resize_quality.FrameOptions(jpeg_quality=10)
+  monkeypatch.setattr(resize_quality, 'STORED', options)
+  worse = losses()
+  assert worse['storage'] < usual['storage'] - 3
+  assert worse['storage_resized'] < usual['storage_resized'] - 3
+
+
+def test_the_resize_is_compared_with_the_storage(clips, tmp_path):
+  output = tmp_path / 'out.json'
+  command = ['-m', 'benchmarks.resize_quality', f'--videos={clips}', f'--json={output}']
+  done = run_python(*command, '--crops=18')
+  assert done.returncode == 0, done.stderr
+  assert 'broken.mp4 is left out' in done.stdout
+  assert 'loses less, by' in done.stdout
+  result = json.loads(output.read_text())
+  assert (result['videos'], result['crops']) == (8, 16)
+  assert set(result['psnr']) == set(resize_quality.LOSSES)
+  assert all(10 < row['min'] <= row['mean'] < 100 for row in result['psnr'].values())
+  done = run_python(*command, '--crops=0')
+  assert (done.returncode, done.stderr.strip()) == (
+    2,
+    'error: --crops=0 is too small; give at least 1.',
+  )
+
+
 def spin(seconds, done, end):
   while time.process_time() < seconds:
     pass
@@ -104,7 +148,7 @@ def test_cpu_time_of_live_children_counts():
   context = multiprocessing.get_context('spawn')
   done, end = context.Event(), context.Event()
   before = input_pipeline.cpu_seconds() - time.process_time()
-  child = context.Process(target=spin, args=(0.5, done, end))
+  child = context.Process(target=spin, args=(0.5, done, end), daemon=True)
   child.start()
   done.wait()
   assert input_pipeline.cpu_seconds() - time.process_time() - before >= 0.45

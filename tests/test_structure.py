@@ -19,7 +19,7 @@ LAYERS = [
   {'checkpoint', 'report', 'torch_adamw', 'torch_clients', 'torch_import', 'torch_reference'},
   {'convert', 'torch_inspect'},
   {'figures', 'recipe'},
-  {'train'},
+  {'train', 'inspect_data'},
   {'main'},
 ]
 SOURCES = sorted(
