@@ -26,7 +26,7 @@ from dropmae_jax.augment import Box
 from dropmae_jax.videos import Mixture, VideoSource
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-# More than any run takes; grain's own endless repeat overflows for one video and one host.
+# More than any run takes.
 EPOCHS = 10**9
 
 
@@ -93,7 +93,7 @@ class FramePair(grain.transforms.RandomMap):
   """A video's number to an augmented pair: the two frames are all that is read of it."""
 
   def __init__(
-    self, videos: VideoSource, options: DataOptions, image_size: int, *, dataset: int
+    self, videos: VideoSource, options: DataOptions, image_size: int, *, dataset: int = 0
   ) -> None:
     self._videos = videos
     self._options = options
@@ -128,12 +128,35 @@ class FramePair(grain.transforms.RandomMap):
     }
 
 
+class EpochOrders:
+  """The numbers of all videos, epoch after epoch, each in an order of its own; a source of grain.
+
+  Grain's own shuffle costs up to milliseconds an element where there are few videos
+  (benchmarks/input_pipeline.py), as it looks for each in a range of 2^16 numbers or more.
+  """
+
+  def __init__(self, num_videos: int, seed: int) -> None:
+    self._num_videos, self._seed = num_videos, seed
+
+  def __len__(self) -> int:
+    return self._num_videos * EPOCHS
+
+  def __getitem__(self, place: int) -> int:
+    epoch, number = divmod(place, self._num_videos)
+    return int(_epoch_order(self._num_videos, self._seed, epoch)[number])
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(num_videos)
+
+
 def pair_stream(
   videos: VideoSource, transform: grain.transforms.RandomMap, seed: int
 ) -> grain.MapDataset:
   """Returns the pairs of all epochs: `transform` of a video and a generator of (seed, place)."""
-  order = grain.MapDataset.range(len(videos)).seed(seed).shuffle()
-  return order.repeat(EPOCHS).random_map(transform)
+  orders = EpochOrders(len(videos), seed)
+  return grain.MapDataset.source(orders).seed(seed).random_map(transform)
 
 
 def allow_many_files() -> None:

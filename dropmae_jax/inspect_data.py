@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from dropmae_jax import augment, command_line, data, figures
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions, DrawnPair, FramePair
+from dropmae_jax.videos import open_dataset
 
 GAP_DRAWS = 10_000
 GAP_BARS = 25
@@ -76,8 +77,7 @@ def gap_counts(
 ) -> Int[np.ndarray, ' g']:
   """Counts the gaps, from 0 on, of pairs drawn by the law of training from random clips.
 
-  They are not the pairs of the stream, whose order costs grain milliseconds a pair where there are
-  few clips.
+  They are not the pairs of the stream, of which most would be read for their numbers alone.
 
   Args:
     frames: of each clip.
@@ -217,7 +217,7 @@ def main() -> None:
   """The command line."""
   arguments, options = parse()
   data.allow_many_files()
-  videos = data.open_dataset(arguments.data_dir, arguments.dataset, arguments.split)
+  videos = open_dataset(arguments.data_dir, arguments.dataset, arguments.split)
   index = read_index(videos.folder, arguments.split)
   counts = gap_counts(index.frames, options.frame_gap, seed=arguments.seed, draws=GAP_DRAWS)
   print(statistics(index, counts))
