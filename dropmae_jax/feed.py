@@ -10,6 +10,7 @@ import faulthandler
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import tempfile
 import threading
@@ -28,6 +29,8 @@ DEATHS_IN_A_ROW = 3
 POLL_SECONDS = 0.5
 # How long a loader may take to finish the batch that it is at when it is told to end.
 END_SECONDS = 30.0
+# How grain tells that a process died: by a RuntimeError, but so may a source.
+GRAIN_DEATH = re.compile(r'Worker process was terminated unexpectedly with exit code (-?\d+)')
 
 Batch = dict[str, np.ndarray]
 
@@ -82,9 +85,8 @@ class _Reader:
             return
         self.items.put(jax.block_until_ready(self._to_device(batch)))
     except Exception as error:
-      # Grain tells of a death by a RuntimeError, but so may a source.
-      death = self.death(silent=False) if isinstance(error, RuntimeError) else ''
-      self.items.put(_Failure(error, death))
+      found = GRAIN_DEATH.search(str(error))
+      self.items.put(_Failure(error, _how(int(found[1])) if found else ''))
     finally:
       batches.close()
 
@@ -96,23 +98,18 @@ class _Reader:
     self._processes.update(set(multiprocessing.active_children()) - self._others)
     return list(self._processes)
 
-  def death(self, *, silent: bool) -> str:
-    """Says how a process died, or returns '' if none did.
+  def silent_death(self) -> str:
+    """Says how a process ended that nobody told to, or returns ''.
 
-    Args:
-      silent: looks for those that grain does not notice and waits on for ever: status 0.
+    With status 0, that is; every other death grain notices, and this thread hears of it.
     """
-    for process in self.processes():
-      code = process.exitcode
-      if code is not None and code != data.ORDERLY_END and (code == 0) == silent:
-        return f'killed by signal {-code}' if code < 0 else f'exit status {code}'
-    return ''
+    return _how(0) if any(process.exitcode == 0 for process in self.processes()) else ''
 
   def end(self) -> bool:
     """Lets the loader finish what it is at; returns False if it had to be killed."""
     self._stopped.set()
     deadline = time.monotonic() + END_SECONDS
-    while self._thread.is_alive() and time.monotonic() < deadline and not self.death(silent=True):
+    while self._thread.is_alive() and time.monotonic() < deadline and not self.silent_death():
       self._thread.join(POLL_SECONDS)
     if self._thread.is_alive():
       self.kill()
@@ -167,7 +164,7 @@ class Feed:
       try:
         item = self._reader.items.get(timeout=POLL_SECONDS)
       except queue.Empty:
-        if death := self._reader.death(silent=True):
+        if death := self._reader.silent_death():
           self._build_anew(death)
           asked = time.monotonic()
         elif time.monotonic() - asked > self._stall_seconds:
@@ -230,6 +227,10 @@ class Feed:
         f'a thread of the loader did not end within {END_SECONDS:g} s; what was saved is whole.'
         ' Look after the storage of config.data_dir.'
       )
+
+
+def _how(exit_code: int) -> str:
+  return f'killed by signal {-exit_code}' if exit_code < 0 else f'exit status {exit_code}'
 
 
 def _stacks() -> str:
