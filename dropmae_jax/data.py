@@ -5,11 +5,14 @@ the epoch) alone. Workers, hosts and restarts therefore never change what is fed
 on at step s takes the same stream, sliced at s. Of a mixture each dataset has its own epochs.
 """
 
+import atexit
 import dataclasses
+import faulthandler
 import functools
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +29,11 @@ from dropmae_jax.augment import Box
 from dropmae_jax.videos import Mixture, VideoSource
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+# On this signal a loader process writes the stacks of its threads to the terminal.
+SHOW_STACKS = signal.SIGUSR1
+# The exit status of a loader process that was told to end. Grain waits for ever on one that ends
+# with 0; so 0 is left to those that nobody told to.
+ORDERLY_END = 75
 # More than any run takes.
 EPOCHS = 10**9
 
@@ -40,6 +48,7 @@ class DataOptions:
     shared_augmentation: both frames get the same crop and flip.
     num_workers: processes that decode and crop; 0 does it in threads of this one.
     num_threads: threads of a process without workers; 0 works only when a batch is asked for.
+    stall_seconds: a run ends with an error when no batch came for so long.
   """
 
   frame_gap: int = 50
@@ -47,6 +56,7 @@ class DataOptions:
   shared_augmentation: bool = False
   num_workers: int = 0
   num_threads: int = 2
+  stall_seconds: float = 300.0
 
   def __post_init__(self) -> None:
     if self.frame_gap < 2:
@@ -61,6 +71,11 @@ class DataOptions:
     for name in ('num_workers', 'num_threads'):
       if getattr(self, name) < 0:
         raise ValueError(f'{name}={getattr(self, name)} is negative; use 0 or more.')
+    if not self.stall_seconds > 0:
+      raise ValueError(
+        f'stall_seconds={self.stall_seconds} is not positive; use the longest time that a batch may'
+        ' take to come.'
+      )
 
 
 def sample_pair(rng: np.random.Generator, num_frames: int, frame_gap: int) -> tuple[int, int]:
@@ -175,8 +190,16 @@ def start_worker(worker: int, num_workers: int, *, trainer: int) -> None:
   for each in STOP_SIGNALS:
     signal.signal(each, signal.SIG_IGN)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+  faulthandler.register(SHOW_STACKS)
+  atexit.register(_end_orderly)
   threading.Thread(target=_end_without, args=(trainer,), daemon=True).start()
   allow_many_files()
+
+
+def _end_orderly() -> None:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(ORDERLY_END)
 
 
 def _end_without(parent: int) -> None:
@@ -247,12 +270,4 @@ def pair_batches(
       grain.MultiprocessingOptions(num_workers=options.num_workers, per_worker_buffer_size=2),
       worker_init_fn=functools.partial(start_worker, trainer=os.getpid()),
     )
-  iterator = iter(stream)
-  # The loader's processes start at once and inherit the mask: no signal that goes to all processes
-  # can end them before they have said that they ignore it.
-  signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-  try:
-    iterator.start_prefetch()
-  finally:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-  return iterator
+  return iter(stream)

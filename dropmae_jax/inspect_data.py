@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from dropmae_jax import augment, command_line, data, figures
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions, DrawnPair, FramePair
+from dropmae_jax.train_step import derive_seeds
 from dropmae_jax.videos import open_dataset
 
 GAP_DRAWS = 10_000
@@ -221,9 +222,8 @@ def main() -> None:
   index = read_index(videos.folder, arguments.split)
   counts = gap_counts(index.frames, options.frame_gap, seed=arguments.seed, draws=GAP_DRAWS)
   print(statistics(index, counts))
-  stream = data.pair_stream(
-    videos, WholePair(videos, options, arguments.image_size), arguments.seed
-  )
+  pairs = WholePair(videos, options, arguments.image_size)
+  stream = data.pair_stream(videos, pairs, derive_seeds(arguments.seed).data)
   pairs = [stream[number] for number in range(arguments.pairs)]
   figures.save_png(contact_sheet(pairs, index, counts), arguments.output)
   print(f'{arguments.output}: the first {len(pairs)} pairs of seed {arguments.seed}')

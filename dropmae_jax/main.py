@@ -1,7 +1,8 @@
 """Trains: python -m dropmae_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=...].
 
-Exit status: 0 when the last step is reached, 1 when training diverged, 2 for bad input, 75 when a
-signal stopped the run after a checkpoint (the same command goes on from there).
+Exit status: 0 when the last step is reached, 1 when training diverged or the loader failed, 2 for
+bad input, 75 when a signal stopped the run after a checkpoint (the same command goes on from
+there).
 """
 
 import os
@@ -64,13 +65,18 @@ def main(_: list[str]) -> int:
       f'--config cannot be read: {_last_line(error)}; configs/ has examples.'
     ) from error
   logging.set_verbosity(logging.WARNING)
-  from dropmae_jax import report, train  # After the checks, which then answer at once.
+  from dropmae_jax import feed, report, train  # After the checks, which then answer at once.
 
   try:
     return 0 if train.train(checked, pathlib.Path(_WORKDIR.value)) else STOPPED
   except report.NonFiniteLoss as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
+  except feed.LoaderFailed as error:
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit, which waits for threads that hang in the loader.
+    os._exit(1)
 
 
 if __name__ == '__main__':

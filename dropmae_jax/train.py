@@ -12,14 +12,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dropmae_jax import data, mae, optimizer, sharding, videos
 from dropmae_jax.checkpoint import Checkpoints, describe
 from dropmae_jax.command_line import BadInput
+from dropmae_jax.feed import Feed
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.report import Report
-from dropmae_jax.train_step import Metrics, TrainState, init_state, train_step
+from dropmae_jax.train_step import Metrics, TrainState, derive_seeds, init_state, train_step
 
 
 class Interruption:
@@ -91,6 +93,18 @@ def build_program(recipe: Recipe, mesh: Mesh) -> Program:
   )
 
 
+class Run(NamedTuple):
+  """Everything that the loop needs, opened."""
+
+  program: Program
+  state: TrainState
+  step_key: jax.Array
+  first_step: int
+  batches: Feed
+  checkpoints: Checkpoints
+  report: Report
+
+
 def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
   """Trains to `recipe.num_steps`, going on from the newest checkpoint of `workdir` if there is one.
 
@@ -102,92 +116,34 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
     Whether the last step was reached; if not, a signal stopped the run after a checkpoint.
 
   Raises:
-    BadInput: the data are not there, the batch does not fit the devices, or the workdir holds
-      another model.
+    BadInput: the data are not there or cannot be read, the batch does not fit the devices, or the
+      workdir holds another model.
     NonFiniteLoss: training diverged.
+    LoaderFailed: the loader hangs or dies again and again; end the process by os._exit.
   """
   interruption = Interruption()
   with interruption.watched(), contextlib.ExitStack() as stack:
-    if jax.process_count() > 1:
-      raise BadInput(
-        f'{jax.process_count()} processes are joined; training runs in one process so far, on all'
-        ' of its devices.'
-      )
-    mesh = sharding.make_mesh()
-    program = build_program(recipe, mesh)
-    dataset = videos.open_mixture(recipe.data_dir, recipe.dataset, recipe.split)
-    steps_per_epoch = max(len(dataset) // recipe.batch_size, 1)
-    init_key, data_seed, step_key = _seeds(recipe.seed)
-
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise BadInput(f'--workdir={workdir} cannot be made: {error.strerror}.') from error
-    description = describe(
-      recipe.model,
-      recipe.objective,
-      frame_gap=recipe.data.frame_gap,
-      steps_per_epoch=steps_per_epoch,
-      data_fingerprint=dataset.fingerprint,
-      config=dataclasses.asdict(recipe),
-    )
-    checkpoints = Checkpoints(workdir, recipe.checkpoint, description)
-    stack.callback(checkpoints.close)
-    first_step = checkpoints.latest_step or 0
-    if checkpoints.latest_step is None:
-      state = program.init(init_key)
-    else:
-      shapes = jax.eval_shape(program.init, init_key)
-      state = checkpoints.restore(sharding.abstract_on(mesh, shapes))
-    report = Report(
-      workdir,
-      first_step=first_step,
-      num_steps=recipe.num_steps,
-      batch_size=recipe.batch_size,
-      log_every=recipe.log_every,
-    )
-    stack.callback(report.close)
-    report.say(
-      f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
-      f' {steps_per_epoch} steps per epoch, {mesh.size} x {jax.devices()[0].device_kind}'
-    )
-    if first_step:
-      report.say(f'going on after step {first_step} of {recipe.num_steps}')
-      for change in checkpoints.changed_fields():
-        report.say(f'changed since that checkpoint: {change}')
-    batches = data.pair_batches(
-      dataset,
-      recipe.data,
-      image_size=recipe.model.image_size,
-      batch_size=recipe.batch_size,
-      seed=data_seed,
-      first_step=first_step,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
-    )
-    stack.enter_context(contextlib.closing(batches))
-    step_key = jax.device_put(step_key, sharding.state_sharding(mesh))
+    run = _open(recipe, workdir, stack)
     stack.enter_context(jax.transfer_guard('disallow'))
-
-    previous = None
-    for step in range(first_step + 1, recipe.num_steps + 1):
+    state, previous = run.state, None
+    for step in range(run.first_step + 1, recipe.num_steps + 1):
       asked = time.perf_counter()
-      frames = next(batches)['frames']
-      report.batch_arrived(asked)
-      state, metrics = program.step(state, sharding.to_devices(frames, mesh), step_key)
+      frames = next(run.batches)
+      run.report.batch_arrived(asked)
+      state, metrics = run.program.step(state, frames, run.step_key)
       # At most two steps are under way, so that memory and signals are not held up.
       jax.block_until_ready(previous or metrics)
-      report.after_step(step, metrics)
+      run.report.after_step(step, metrics)
       if previous is None:
-        report.compiled(step)
+        run.report.compiled(step)
       previous = metrics
       stopped = interruption.signal_name is not None
-      if checkpoints.is_due(step) or stopped or step == recipe.num_steps:
-        report.check_finite()
-        checkpoints.save(step, state)
+      if run.checkpoints.is_due(step) or stopped or step == recipe.num_steps:
+        run.report.check_finite()
+        run.checkpoints.save(step, state)
       if stopped and step < recipe.num_steps:
-        checkpoints.close()
-        report.say(
+        run.checkpoints.close()
+        run.report.say(
           f'{interruption.signal_name}: saved at step {step} of {recipe.num_steps};'
           ' the same command goes on from there'
         )
@@ -195,7 +151,89 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
   return True
 
 
-def _seeds(seed: int) -> tuple[jax.Array, int, jax.Array]:
-  """Derives the seeds of initial parameters, of the data, and of the steps."""
-  init_key, data_key, step_key = jax.random.split(jax.random.key(seed), 3)
-  return init_key, int(jax.random.bits(data_key)), step_key
+def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) -> Run:
+  """Opens data, checkpoints, report and loader of a run; the stack closes them again."""
+  if jax.process_count() > 1:
+    raise BadInput(
+      f'{jax.process_count()} processes are joined; training runs in one process so far, on all'
+      ' of its devices.'
+    )
+  mesh = sharding.make_mesh()
+  program = build_program(recipe, mesh)
+  dataset = videos.open_mixture(recipe.data_dir, recipe.dataset, recipe.split)
+  steps_per_epoch = max(len(dataset) // recipe.batch_size, 1)
+  seeds = derive_seeds(recipe.seed)
+
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise BadInput(f'--workdir={workdir} cannot be made: {error.strerror}.') from error
+  description = describe(
+    recipe.model,
+    recipe.objective,
+    frame_gap=recipe.data.frame_gap,
+    steps_per_epoch=steps_per_epoch,
+    data_fingerprint=dataset.fingerprint,
+    config=dataclasses.asdict(recipe),
+  )
+  checkpoints = Checkpoints(workdir, recipe.checkpoint, description)
+  stack.callback(checkpoints.close)
+  first_step = checkpoints.latest_step or 0
+  if checkpoints.latest_step is None:
+    state = program.init(seeds.init)
+  else:
+    shapes = jax.eval_shape(program.init, seeds.init)
+    state = checkpoints.restore(sharding.abstract_on(mesh, shapes))
+
+  report = Report(
+    workdir,
+    first_step=first_step,
+    num_steps=recipe.num_steps,
+    batch_size=recipe.batch_size,
+    log_every=recipe.log_every,
+  )
+  stack.callback(report.close)
+  report.say(
+    f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
+    f' {steps_per_epoch} steps per epoch, {mesh.size} x {jax.devices()[0].device_kind}'
+  )
+  if first_step:
+    report.say(f'going on after step {first_step} of {recipe.num_steps}')
+    for change in checkpoints.changed_fields():
+      report.say(f'changed since that checkpoint: {change}')
+  batches = _feed(recipe, dataset, mesh, seed=seeds.data, first_step=first_step, say=report.say)
+  stack.callback(batches.close)
+  step_key = jax.device_put(seeds.steps, sharding.state_sharding(mesh))
+  return Run(program, state, step_key, first_step, batches, checkpoints, report)
+
+
+def _feed(
+  recipe: Recipe,
+  dataset: videos.Mixture,
+  mesh: Mesh,
+  *,
+  seed: int,
+  first_step: int,
+  say: Callable[[str], None],
+) -> Feed:
+  """Starts the loader of this process's share of every batch."""
+
+  def make_batches(step: int) -> Iterator[dict[str, np.ndarray]]:
+    return data.pair_batches(
+      dataset,
+      recipe.data,
+      image_size=recipe.model.image_size,
+      batch_size=recipe.batch_size,
+      seed=seed,
+      first_step=step,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
+    )
+
+  return Feed(
+    make_batches,
+    first_step=first_step,
+    to_device=lambda batch: sharding.to_devices(batch['frames'], mesh),
+    stall_seconds=recipe.data.stall_seconds,
+    say=say,
+  )

@@ -30,6 +30,20 @@ class TrainState:
   opt_state: Any
 
 
+class Seeds(NamedTuple):
+  """What the seed of a run stands for: initial parameters, the data's stream, the steps."""
+
+  init: Key[Array, '']
+  data: int
+  steps: Key[Array, '']
+
+
+def derive_seeds(seed: int) -> Seeds:
+  """Derives what is random in a run from its one seed."""
+  init, data, steps = jax.random.split(jax.random.key(seed), 3)
+  return Seeds(init, int(jax.random.bits(data)), steps)
+
+
 class StepKeys(NamedTuple):
   """The random keys of one update, one per sample; nothing else in a step is random."""
 

@@ -8,29 +8,13 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import ROOT
+from sources import NumberedVideos
 
 from dropmae_jax import augment, data
 from dropmae_jax.data import DataOptions
 from dropmae_jax.videos import Mixture, open_dataset
 
 OPTIONS = DataOptions(frame_gap=4, num_threads=0)
-
-
-class NumberedVideos:
-  """Videos whose pixels say which frame they are of; counts what is read."""
-
-  def __init__(self, lengths):
-    self.lengths, self.reads = lengths, []
-
-  def __len__(self):
-    return len(self.lengths)
-
-  def num_frames(self, video):
-    return self.lengths[video]
-
-  def frame(self, video, number):
-    self.reads.append((video, number))
-    return np.full((20, 30, 3), (40 * video + number) % 256, np.uint8)
 
 
 def batches(videos, count, *, options=OPTIONS, **keywords):
@@ -249,6 +233,7 @@ def test_the_resize_is_the_one_asked_for(data_dir):
     ({'frame_gap': 1}, 'frame_gap=1 leaves no second frame'),
     ({'resize': 'nearest'}, "resize='nearest' is unknown; use one of fast, exact"),
     ({'num_workers': -1}, 'num_workers=-1 is negative'),
+    ({'stall_seconds': 0.0}, 'stall_seconds=0.0 is not positive'),
   ],
 )
 def test_impossible_options_are_refused(fields, message):

@@ -1,5 +1,6 @@
 """A build goes on whatever the videos do to it, and many machines may share it."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -125,16 +126,7 @@ def test_a_thousand_damaged_videos(clips, tmp_path):
 def test_a_build_that_was_stopped_ends_like_one_that_was_not(
   data_dir, clips, tmp_path, number, workers
 ):
-  script = tmp_path / 'build.py'
-  script.write_text(SCRIPT.format(name='', deed='time.sleep(0.5)'))
-  process = subprocess.Popen(
-    [sys.executable, script, *command(clips, tmp_path, '--workers=2')[2:]],
-    cwd=ROOT,
-    env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    stderr=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-  )
+  process = started(clips, tmp_path, deed='time.sleep(0.5)')
   partial = tmp_path / PARTIAL
   deadline = time.monotonic() + 60
   while not list(partial.glob('train-*.json')) and time.monotonic() < deadline:
@@ -208,5 +200,76 @@ def test_a_full_disk_is_no_fault_of_the_video(clips, tmp_path, monkeypatch):
 def test_beam_writes_what_one_machine_does(data_dir, clips, tmp_path):
   pytest.importorskip('apache_beam', reason='Apache Beam is an extra that is not installed here')
   done = run_python(*command(clips, tmp_path, '--beam_runner=DirectRunner'))
+  assert done.returncode == 0, done.stderr
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+
+
+def started(clips, folder, *, deed, options=()):
+  """A builder in a process group of its own, in whose processes something happens at each video."""
+  script = folder / 'build.py'
+  script.write_text(SCRIPT.format(name='', deed=deed))
+  return subprocess.Popen(
+    [sys.executable, script, *command(clips, folder, '--workers=2', *options)[2:]],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+
+
+def until_reading(folder):
+  deadline = time.monotonic() + 60
+  while not list((folder / PARTIAL).glob('*.current')) and time.monotonic() < deadline:
+    time.sleep(0.01)
+
+
+def test_ctrl_c_does_not_wait_for_the_video_nor_break_off_when_repeated(clips, tmp_path):
+  process = started(clips, tmp_path, deed='time.sleep(1e6)')
+  until_reading(tmp_path)
+  for _ in range(3):
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+  _, errors = process.communicate(timeout=30)
+  assert process.returncode == 75, errors
+  assert 'the same command goes on from there' in errors
+  assert 'Traceback' not in errors
+
+
+def test_a_suspended_build_blames_no_video(data_dir, clips, tmp_path):
+  process = started(clips, tmp_path, deed='time.sleep(0.2)', options=['--time_limit=2'])
+  until_reading(tmp_path)
+  os.killpg(process.pid, signal.SIGSTOP)
+  time.sleep(6)
+  os.killpg(process.pid, signal.SIGCONT)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 0, errors
+  assert list(skipped_of(tmp_path)) == ['train/bouncing/broken.mp4']
+
+
+def test_a_mistyped_option_does_not_cost_what_is_finished(data_dir, clips, tmp_path):
+  assert run_python(*command(clips, tmp_path, '--shard_range=0/2')).returncode == 0
+  there = sorted((tmp_path / PARTIAL).iterdir())
+  wrong = run_python(*command(clips, tmp_path, '--max_frames=5'))
+  assert wrong.returncode == 2
+  assert 'holds an unfinished build of other videos or options' in wrong.stderr
+  assert sorted((tmp_path / PARTIAL).iterdir()) == there
+  assert run_python(*command(clips, tmp_path)).returncode == 0
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+
+
+def test_a_range_is_written_by_one_task_only(clips, tmp_path):
+  lock = tmp_path / DATASET.with_name(f'{shards.VERSION}.range-1-of-3.lock')
+  lock.parent.mkdir(parents=True)
+  with lock.open('w') as held:
+    fcntl.flock(held, fcntl.LOCK_EX)
+    done = run_python(*command(clips, tmp_path, '--shard_range=1/3'))
+  assert done.returncode == 2
+  assert 'another build is writing range-1-of-3' in done.stderr
+
+
+def test_a_root_with_a_way_up_behind_a_link(data_dir, clips, tmp_path):
+  (tmp_path / 'link').symlink_to(clips / 'train')
+  done = run_python(*command(tmp_path / 'link' / '..', tmp_path))
   assert done.returncode == 0, done.stderr
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)

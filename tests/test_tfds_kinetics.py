@@ -301,6 +301,8 @@ def test_options_reach_the_frames(clips, tmp_path):
     (['--videos={tmp}', '--short_side=0'], '--short_side=0 is not in 16..4096'),
     (['--videos={tmp}', '--time_limit=-1'], '--time_limit=-1.0 is not in 0.001..'),
     (['--videos={tmp}/junk', '--shard_range=3/3'], '--shard_range=3/3 is not I/N with I in 0..N-1'),
+    (['--videos={tmp}/junk', '--shard_range='], '--shard_range= is not I/N'),
+    (['--videos='], 'argument --videos: it is empty'),
     (['--videos={tmp}/junk', '--finalise'], '1 of 1 shards are not in '),
     (['--videos={tmp}/junk', '--beam_runner=DirectRunner'], "pip install -e '.[beam]'"),
     (['--videos={tmp}', '--config=kinetics500'], "invalid choice: 'kinetics500'"),

@@ -1,15 +1,17 @@
 """Where videos are found, and what names and annotations say of them."""
 
 import json
+import os
 import re
 
 import numpy as np
 import pytest
 from conftest import run_python
 
-from tfds_kinetics import tree
+from tfds_kinetics import build, tree
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput
+from tfds_kinetics.video import FrameOptions
 
 FOLDER, KINETICS = COLLECTIONS['folder'], COLLECTIONS['kinetics400']
 IDS = [f'{letter}' * 11 for letter in 'abcdef']
@@ -147,6 +149,7 @@ def test_a_clip_that_is_there_twice_is_taken_once(tmp_path, touch):
     ('', 'lacks the columns time_end, time_start, youtube_id (it has none)'),
     ('youtube_id,time_start,time_end\nx,soon,later\n', 'cannot be read as annotations (could not'),
     ('youtube_id,time_start,time_end\nx\n', 'cannot be read as annotations'),
+    ('youtube_id,time_start,time_end\nx,0,inf\n', 'cannot be read as annotations'),
   ],
 )
 def test_annotations_that_are_none(tmp_path, touch, content, message):
@@ -195,3 +198,45 @@ def test_what_annotations_say_reaches_records_index_and_report(clips, tmp_path):
   assert frame['youtube_id'] == IDS[0].encode()
   assert frame['video'] == f'train/{name}.m4v'.encode()
   assert frame['frame'] == 5
+
+
+def test_a_folder_behind_two_names_is_taken_by_the_first(tmp_path, touch, monkeypatch):
+  touch('b/1.mp4')
+  (tmp_path / 'a').symlink_to(tmp_path / 'b')
+  (tmp_path / 'c').symlink_to(tmp_path / 'b')
+  real = tree.os.walk
+
+  def backwards(*arguments, **options):
+    for place, folders, names in real(*arguments, **options):
+      folders.sort(reverse=True)
+      yield place, folders, names
+
+  monkeypatch.setattr(tree.os, 'walk', backwards)
+  listing = tree.list_videos(FOLDER, tmp_path)
+  assert paths(listing) == {'train': ['a/1.mp4']}
+  reason = 'the same folder as another, by a link'
+  assert [row[1:] for row in listing.left_out] == [('b', reason), ('c', reason)]
+
+
+def test_names_that_are_not_text_reach_the_report(clips, tmp_path):
+  root = tmp_path / 'videos'
+  folder = os.fsencode(root) + b'/train/caf\xe9'
+  os.makedirs(folder)
+  (root / 'train' / 'good').mkdir()
+  content = next(clips.glob('val/*/*.mp4')).read_bytes()
+  for name in (b'.mp4', b'.mkv'):
+    with open(folder + b'/' + IDS[0].encode() + name, 'wb') as file:
+      file.write(content)
+  (root / 'train' / 'good' / f'{IDS[1]}.mp4').write_bytes(content)
+  done = run_python(
+    '-m', 'tfds_kinetics', '--config=kinetics400', f'--videos={root}', f'--data_dir={tmp_path}'
+  )
+  assert done.returncode == 0, done.stderr
+  table = next(tmp_path.rglob('build_report.txt')).read_text()
+  assert f'train/caf\\xe9/{IDS[0]}.mp4: the same clip as train/caf\\xe9/{IDS[0]}.mkv' in table
+
+
+def test_validation_clips_do_not_become_training_data(tmp_path, touch):
+  touch('kinetics400_train/a/1.mp4', 'kinetics400_val/a/2.mp4')
+  with pytest.raises(BadInput, match='has no train folder'):
+    build.plan(KINETICS, tmp_path, tmp_path, FrameOptions())

@@ -7,8 +7,16 @@ import av
 import numpy as np
 import pytest
 import simplejpeg
+from av.stream import Disposition
 
-from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs, stored_size
+from tfds_kinetics import video
+from tfds_kinetics.video import (
+  FrameOptions,
+  MachineFault,
+  UnusableVideo,
+  read_jpegs,
+  stored_size,
+)
 
 FRAMES = 6
 
@@ -179,3 +187,57 @@ def test_a_video_that_takes_too_long_is_left_out(tmp_path):
   assert refusal(path, time_limit=1e-9) == (
     'it takes longer than --time_limit=1e-09 seconds; --max_frames would take its beginning'
   )
+
+
+def test_a_cover_is_not_a_video(tmp_path):
+  path = tmp_path / 'song.mp4'
+  with av.open(str(path), 'w') as container:
+    sound = container.add_stream('aac', rate=8000)
+    cover = container.add_stream('mjpeg', rate=1)
+    cover.width, cover.height, cover.pix_fmt = 64, 48, 'yuvj420p'
+    cover.disposition = Disposition.attached_pic
+    picture = av.VideoFrame.from_ndarray(pictures(count=1)[0], 'rgb24')
+    for packet in [*cover.encode(picture), *cover.encode()]:
+      container.mux(packet)
+    silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), 'fltp', 'mono')
+    silence.sample_rate = 8000
+    container.mux(sound.encode(silence))
+    container.mux(sound.encode())
+  with av.open(str(path)) as container:
+    assert len(container.streams.video) == 1
+  assert refusal(path) == 'it has no video stream'
+
+
+def test_a_playlist_of_local_files_is_not_followed(tmp_path):
+  write_video(tmp_path / 'b.mp4')
+  (tmp_path / 'a.mp4').write_text('ffconcat version 1.0\nfile b.mp4\nfile b.mp4\n')
+  assert refusal(tmp_path / 'a.mp4') == 'it is a playlist'
+
+
+def test_an_end_that_is_cut_off_between_packets_is_noticed(tmp_path):
+  options = {'movflags': 'faststart'}
+  path = tmp_path / 'a.mp4'
+  with av.open(str(path), 'w', options=options) as container:
+    stream = container.add_stream('libx264', rate=25, options={'bf': '0', 'g': '1'})
+    stream.height, stream.width, stream.pix_fmt = 48, 64, 'yuv420p'
+    for picture in pictures():
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, 'rgb24')))
+    container.mux(stream.encode())
+  with av.open(str(path)) as container:
+    ends = [packet.pos + packet.size for packet in container.demux() if packet.size]
+  os.truncate(path, ends[3])
+  assert refusal(path).startswith('2 of 6 packets are damaged (the file is cut short)')
+  assert numbers(decoded(path, max_damage=0.4)) == [0, 1, 2, 3]
+  assert len(decoded(path, max_frames=3)) == 3
+
+
+@pytest.mark.parametrize('error', [OSError(24, 'Too many open files'), MemoryError('no memory')])
+def test_faults_of_the_machine_are_no_verdict(tmp_path, monkeypatch, error):
+  path = write_video(tmp_path / 'a.mp4')
+
+  def failing(*_, **__):
+    raise error
+
+  monkeypatch.setattr(video.av, 'open', failing)
+  with pytest.raises(MachineFault, match=r'a\.mp4: '):
+    list(read_jpegs(path, FrameOptions()))

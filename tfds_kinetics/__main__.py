@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import re
+import resource
 import signal
 import sys
 from functools import partial
@@ -14,7 +15,7 @@ from tfds_kinetics import build, report
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput, Stopped, log
 from tfds_kinetics.video import FrameOptions
-from tfds_kinetics.workers import write_shards
+from tfds_kinetics.workers import STOP_SIGNALS, write_shards
 
 STOPPED = os.EX_TEMPFAIL
 
@@ -25,8 +26,19 @@ OPTION_HELP = {
   'frame_stride': (1, 1000, 'store every n-th frame'),
   'max_frames': (0, 10**9, 'of a video, from its start; 0 is all'),
   'max_damage': (0, 1, 'share of undecodable packets that a video may have'),
-  'time_limit': (0.001, 10**6, 'seconds that a video may take'),
+  'time_limit': (0.001, 10**6, 'seconds of a core that a video may take'),
 }
+
+
+def _name(text: str) -> str:
+  """Refuses what an unset variable of the shell leaves."""
+  if not text:
+    raise argparse.ArgumentTypeError('it is empty')
+  return text
+
+
+def _path(text: str) -> pathlib.Path:
+  return pathlib.Path(_name(text))
 
 
 def _arguments() -> argparse.Namespace:
@@ -37,17 +49,20 @@ def _arguments() -> argparse.Namespace:
   )
   add = parser.add_argument
   add('--config', required=True, choices=list(COLLECTIONS))
-  add('--videos', required=True, type=pathlib.Path, help='root of the video tree')
-  add('--data_dir', required=True, type=pathlib.Path, help='TFDS data directory to write to')
-  add('--annotations', type=pathlib.Path, help="folder of Kinetics' csv files (default: in ROOT)")
-  add('--workers', type=int, default=os.cpu_count(), help='processes (all cores)')
+  add('--videos', required=True, type=_path, help='root of the video tree')
+  add('--data_dir', required=True, type=_path, help='TFDS data directory to write to')
+  add('--annotations', type=_path, help="folder of Kinetics' csv files (default: in ROOT)")
+  cores = len(os.sched_getaffinity(0))
+  add('--workers', type=int, default=cores, help='processes (all cores: %(default)s)')
   for field in dataclasses.fields(FrameOptions):
     help_text = f'{OPTION_HELP[field.name][2]} (%(default)s)'
     add(f'--{field.name}', type=field.type, default=field.default, help=help_text)
   ways = parser.add_argument_group('on a cluster').add_mutually_exclusive_group()
   ways.add_argument('--shard_range', metavar='I/N', help='write only range I of 0..N-1, of N')
   ways.add_argument('--finalise', action='store_true', help='after all ranges: the dataset')
-  ways.add_argument('--beam_runner', metavar='NAME', help='let Apache Beam write the shards')
+  ways.add_argument(
+    '--beam_runner', metavar='NAME', type=_name, help='let Apache Beam write the shards'
+  )
   add('--beam_options', default='', metavar='FLAGS', help="the Beam runner's flags, in quotes")
   arguments = parser.parse_args()
   limits = {'workers': (1, 4096)} | {name: row[:2] for name, row in OPTION_HELP.items()}
@@ -74,12 +89,12 @@ def _run(arguments: argparse.Namespace) -> str:
     FrameOptions(**{name: getattr(arguments, name) for name in fields}),
     arguments.annotations,
   )
-  if arguments.shard_range:
+  if arguments.shard_range is not None:
     return build.build_range(planned, *_range(arguments.shard_range), arguments.workers)
   if arguments.finalise:
     return report.summary(build.finalise(planned))
   write = partial(write_shards, workers=arguments.workers)
-  if arguments.beam_runner:
+  if arguments.beam_runner is not None:
     from tfds_kinetics import beam  # An extra, and slow to import.
 
     write = partial(beam.write_shards, runner=arguments.beam_runner, options=arguments.beam_options)
@@ -87,6 +102,9 @@ def _run(arguments: argparse.Namespace) -> str:
 
 
 def _interrupt(*_: object) -> None:
+  """Stops once; a second Ctrl-C may not break off what the first has begun."""
+  for each in STOP_SIGNALS:
+    signal.signal(each, signal.SIG_IGN)
   raise KeyboardInterrupt
 
 
@@ -97,7 +115,11 @@ def main() -> int:
   log.propagate = False  # Beam would show every line a second time.
   if not sys.stderr.isatty():
     log.addHandler(logging.StreamHandler())
-  signal.signal(signal.SIGTERM, _interrupt)
+  for each in STOP_SIGNALS:
+    signal.signal(each, _interrupt)
+  # Each process that decodes holds some files open here.
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
   try:
     print(_run(arguments))
   except BadInput as error:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tfds_kinetics import publish, report, shards
-from tfds_kinetics.configs import DATASET, VideoCollection
+from tfds_kinetics.configs import DATASET, SPLITS, VideoCollection
 from tfds_kinetics.messages import BadInput, log, say
 from tfds_kinetics.shards import VERSION, ShardJob
 from tfds_kinetics.tree import Listing, list_videos
 from tfds_kinetics.video import FrameOptions
 from tfds_kinetics.workers import write_shards
 
+PLAN = 'plan.txt'
 # From jobs and the folder of their shards to the shards' tables.
 Writer = Callable[[list[ShardJob], pathlib.Path], dict[ShardJob, dict[str, Any]]]
 
@@ -73,6 +74,7 @@ def plan(
   """
   if not root.is_dir():
     raise BadInput(f'--videos={root} is not a folder; give the root of the video tree.')
+  root = root.absolute()
   say(f'listing the videos in {root}')
   listing = list_videos(collection, root, annotations)
   if collection.num_classes and not _has_training_folder(listing):
@@ -110,8 +112,7 @@ def build(planned: Plan, write: Writer) -> pathlib.Path:
   """
   with _lock(planned, alone=True):
     if not _is_built(planned):
-      planned.folder.mkdir(exist_ok=True)
-      log_to(planned.folder / 'build.log')
+      _open_folder(planned, 'build.log')
       _publish(planned, write(list(planned.jobs), planned.folder))
   return planned.target
 
@@ -125,11 +126,11 @@ def build_range(planned: Plan, number: int, count: int, workers: int) -> str:
   Raises:
     BadInput, Stopped: as `build` does.
   """
-  with _lock(planned, alone=False):
+  name = f'range-{number}-of-{count}'
+  with _lock(planned, alone=False), _lock(planned, alone=True, name=name):
     if _is_built(planned):
       return 'there is nothing left to do'
-    planned.folder.mkdir(exist_ok=True)
-    log_to(planned.folder / f'build-{number}-of-{count}.log')
+    _open_folder(planned, f'build-{number}-of-{count}.log')
     jobs = list(planned.jobs[number::count])
     write_shards(jobs, planned.folder, workers)
   return (
@@ -155,35 +156,57 @@ def finalise(planned: Plan) -> pathlib.Path:
           f' them {lacking[0]}; run all ranges with the same videos and options first, or the'
           ' command without --finalise, which writes what is lacking.'
         )
-      log_to(planned.folder / 'build.log')
+      _open_folder(planned, 'build.log')
       _publish(planned, tables)
   return planned.target
 
 
 def _has_training_folder(listing: Listing) -> bool:
-  paths = (video.path for video in listing.videos.get('train', []))
-  return any('train' in path.split('/')[0] and '/' in path for path in paths)
+  paths = (video.path.split('/') for video in listing.videos.get('train', []))
+  return any(SPLITS.get(folder) == 'train' and rest for folder, *rest in paths)
 
 
 @contextlib.contextmanager
-def _lock(planned: Plan, *, alone: bool) -> Iterator[None]:
+def _lock(planned: Plan, *, alone: bool, name: str = '') -> Iterator[None]:
   """Holds a lock on a dataset while it is built; it goes with the process, however that ends."""
   planned.target.parent.mkdir(parents=True, exist_ok=True)
-  with planned.target.with_name(f'{VERSION}.lock').open('w') as lock:
+  with planned.target.with_name('.'.join(filter(None, (VERSION, name, 'lock')))).open('w') as lock:
     try:
       fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise BadInput(
-        f'another build is writing {planned.target}; wait for it, or stop it.'
+        f'another build is writing {name or "the dataset"} of {planned.target}; wait for it, or'
+        ' stop it.'
       ) from error
     except OSError as error:
       say(f'note: {lock.name} cannot be locked ({error.strerror}); start no second build of it')
     yield
 
 
+def _open_folder(planned: Plan, log_name: str) -> None:
+  """Makes the folder of the shards, or checks that it is of this plan; opens a log in it.
+
+  Raises:
+    BadInput: what is finished there is of another plan, and would be lost.
+  """
+  planned.folder.mkdir(exist_ok=True)
+  path, mine = planned.folder / PLAN, report.plan_fingerprint(planned.jobs)
+  try:
+    there = path.read_text('utf-8')
+  except FileNotFoundError:
+    shards.write_text(path, mine)
+    there = mine
+  if there != mine:
+    raise BadInput(
+      f'{planned.folder} holds an unfinished build of other videos or options; give those again to'
+      ' go on, or remove that folder.'
+    )
+  log_to(planned.folder / log_name)
+
+
 def log_to(path: pathlib.Path) -> None:
   """Adds plain, dated lines in a file to what the log shows."""
-  handler = logging.FileHandler(path)
+  handler = logging.FileHandler(path, encoding='utf-8')
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
   log.addHandler(handler)
 
@@ -193,8 +216,9 @@ def _is_built(planned: Plan) -> bool:
   if not planned.target.exists():
     return False
   try:
-    there = json.loads((planned.target / report.NAME).read_text())['plan']
-  except (OSError, ValueError, KeyError):
+    stored = json.loads((planned.target / report.NAME).read_text('utf-8'))
+    there, skipped = stored['plan'], stored['totals']['skipped']
+  except (OSError, ValueError, KeyError, TypeError):
     there = None
   if there != report.plan_fingerprint(planned.jobs):
     raise BadInput(
@@ -204,6 +228,8 @@ def _is_built(planned: Plan) -> bool:
   for left_over in ('partial', 'staging'):
     shutil.rmtree(planned.target.with_name(f'{VERSION}.{left_over}'), ignore_errors=True)
   say(f'{planned.target} is built already from these videos; nothing to do')
+  if skipped:
+    say(f'{skipped} videos were skipped then; to try them again, remove that folder')
   return True
 
 

@@ -67,7 +67,10 @@ def put_in_place(
     homepage=collection.homepage,
     citation=collection.citation,
   )
+  for path in (*staging.iterdir(), staging):
+    shards.sync(path)
   os.rename(staging, target)
+  shards.sync(target.parent)
   shutil.rmtree(folder)
 
 

@@ -3,15 +3,14 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from tfds_kinetics.configs import DATASET, VideoCollection
-from tfds_kinetics.shards import VERSION, ShardJob
-from tfds_kinetics.tree import Listing
+from tfds_kinetics.shards import VERSION, ShardJob, write_text
+from tfds_kinetics.tree import Listing, printable
 from tfds_kinetics.video import FrameOptions
 
 NAME = 'build_report.json'
@@ -38,7 +37,7 @@ def make_report(
     rows += [_row(job.split, 'kept', row) for row in table['videos']]
     rows += [_row(job.split, 'skipped', row) for row in table['skipped']]
   for split, path, reason in listing.left_out:
-    rows.append(_row(split, 'skipped', {'path': _printable(path), 'reason': reason}))
+    rows.append(_row(split, 'skipped', {'path': printable(path), 'reason': printable(reason)}))
   rows.sort(key=lambda row: (row['split'], row['path']))
   kept = [row for row in rows if row['outcome'] == 'kept']
   contents = sorted(
@@ -86,10 +85,6 @@ def _row(split: str, outcome: str, row: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _printable(path: str) -> str:
-  return os.fsencode(path).decode('utf-8', 'backslashreplace')
-
-
 def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
   """Writes both forms; a row of the json form is a line, so that line tools can read it."""
   head = json.dumps(report | {'videos': []}, indent=1)
@@ -97,9 +92,7 @@ def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
   start, videos, end = head.rpartition('"videos": []')
   body = f'{start}{videos[:-1]}\n  {rows}\n ]{end}\n' if rows else f'{head}\n'
   for name, text in ((NAME, body), (TABLE, _table(report))):
-    temporary = folder / f'{name}.{os.getpid()}.partial'
-    temporary.write_text(text)
-    os.replace(temporary, folder / name)
+    write_text(folder / name, text)
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -136,7 +129,7 @@ def _totals(report: dict[str, Any]) -> list[str]:
 
 def summary(target: pathlib.Path) -> str:
   """Returns the closing lines of a build: totals, what was skipped and why."""
-  report = json.loads((target / NAME).read_text())
+  report = json.loads((target / NAME).read_text('utf-8'))
   first, *notes = _totals(report)
   skipped = [row for row in report['videos'] if row['outcome'] == 'skipped']
   lines = [f'{target}: {first}', *notes]

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import random
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from tfds_kinetics.tree import Video
+from tfds_kinetics.tree import Video, printable
 from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
 
 # Major: what older readers cannot read. It is the version of the dataset too.
@@ -124,7 +125,7 @@ class FrameFiles:
     """Appends one frame."""
     if self._writer is None or self._records[-1] == RECORDS_PER_FILE:
       self._finish_file()
-      path = self.folder / f'{self._name}-{len(self._records)}.{os.getpid()}.partial'
+      path = self.folder / f'{self._name}-{len(self._records)}.{secrets.token_hex(8)}.partial'
       self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
       self._temporary.append(path)
       self._records.append(0)
@@ -142,6 +143,7 @@ class FrameFiles:
     rows = []
     for number, (path, records) in enumerate(zip(self._temporary, self._records, strict=True)):
       final = self.folder / f'{self._name}-{number}.array_record'
+      sync(path)
       os.replace(path, final)
       rows.append({'name': final.name, 'records': records, 'bytes': final.stat().st_size})
     return rows
@@ -183,7 +185,7 @@ def write_shard(
     for video in job.videos:
       before_video(video)
       row = {'path': video.path, 'label': video.label, 'youtube_id': video.youtube_id}
-      row = {key: _printable(value) for key, value in row.items()}
+      row = {key: printable(value) for key, value in row.items()}
       started = time.monotonic()
       try:
         if row['path'] != video.path:
@@ -210,10 +212,6 @@ def write_shard(
   return table
 
 
-def _printable(path: str) -> str:
-  return os.fsencode(path).decode('utf-8', 'backslashreplace')
-
-
 def _write_video(job: ShardJob, video: Video, files: FrameFiles) -> dict[str, Any]:
   """Writes the frames of a video; returns how many they are, their bytes and their sha256.
 
@@ -224,7 +222,7 @@ def _write_video(job: ShardJob, video: Video, files: FrameFiles) -> dict[str, An
     UnusableVideo: nothing of it was written.
     SourceChanged: it was moved or replaced meanwhile, which is no verdict on it.
   """
-  path = os.path.abspath(os.path.join(job.root, video.path))
+  path = os.path.join(job.root, video.path)
   try:
     size = os.stat(path).st_size
   except OSError:
@@ -249,15 +247,30 @@ def _write_video(job: ShardJob, video: Video, files: FrameFiles) -> dict[str, An
 def finished_table(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None:
   """Returns the table of a shard that an earlier run finished from the same videos."""
   try:
-    table = json.loads((folder / f'{job.name}.json').read_text())
+    table = json.loads((folder / f'{job.name}.json').read_text('utf-8'))
     whole = all((folder / row['name']).stat().st_size == row['bytes'] for row in table['files'])
-  except (OSError, ValueError, KeyError):
+  except (OSError, ValueError, KeyError, TypeError):
     return None
   return table if whole and table['fingerprint'] == job.fingerprint else None
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
   """Writes a json file whole or not at all."""
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.partial')
-  temporary.write_text(json.dumps(content, indent=1))
+  write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a text file whole or not at all, through a power cut too."""
+  temporary = path.with_name(f'{path.name}.{secrets.token_hex(8)}.partial')
+  temporary.write_text(text, 'utf-8')
+  sync(temporary)
   os.replace(temporary, path)
+
+
+def sync(path: pathlib.Path) -> None:
+  """Waits until a file or folder is on the disk itself."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)

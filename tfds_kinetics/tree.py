@@ -92,6 +92,11 @@ def list_videos(
   return listing
 
 
+def printable(text: str) -> str:
+  """Shows what is not UTF-8 in a file's name by its bytes."""
+  return os.fsencode(text).decode('utf-8', 'backslashreplace')
+
+
 def is_video(name: str) -> bool:
   """Whether a file is called like a video."""
   return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
@@ -112,10 +117,12 @@ def _walk(
   visited = set()
   for place, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
     real = os.path.realpath(place)
-    if real in visited:  # A link that leads back up.
+    if real in visited:
+      leave_out(pathlib.Path(place), 'the same folder as another, by a link')
       folders.clear()
       continue
     visited.add(real)
+    folders.sort()  # Which of them is taken may not depend on the file system.
     below = os.path.relpath(place, folder)
     label = '' if below == os.curdir else below.split(os.sep)[0]
     # Joined as text: a collection has hundreds of thousands.
@@ -183,7 +190,7 @@ def read_annotations(path: pathlib.Path) -> dict[ClipKey, str]:
         )
         for row in rows
       }
-  except (OSError, UnicodeDecodeError, csv.Error, TypeError, ValueError) as error:
+  except (OSError, UnicodeDecodeError, csv.Error, TypeError, ValueError, OverflowError) as error:
     if isinstance(error, BadInput):
       raise
     raise BadInput(

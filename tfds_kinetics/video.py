@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import errno
 import math
 import os
 import stat
@@ -11,12 +12,20 @@ from collections.abc import Iterator
 import av
 import numpy as np
 import simplejpeg
+from av.stream import Disposition
 
 av.logging.set_level(av.logging.PANIC)
 
 
 class UnusableVideo(Exception):
   """The video is not taken into the dataset; the message says why."""
+
+
+class MachineFault(Exception):
+  """A video could not be read, but it is the machine's fault: too many open files, no memory."""
+
+
+MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ESTALE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +39,7 @@ class FrameOptions:
     frame_stride: every how many frames one is stored, from the first on.
     max_frames: how many frames of a video are stored at most, from its start; 0 is all.
     max_damage: the share of a video's packets that may fail to decode before it is left out.
-    time_limit: seconds that one video may take before it is left out.
+    time_limit: seconds of a core that one video may take before it is left out.
   """
 
   short_side: int = 256
@@ -70,7 +79,8 @@ def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
 
   Raises:
     UnusableVideo: it cannot be opened, has no video stream or no frame, takes too long, or too
-      much of it is damaged. Nothing else is raised, whatever the file holds.
+      much of it is damaged. Nothing else is raised for what the file holds.
+    MachineFault: see there.
   """
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
@@ -78,22 +88,33 @@ def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
     yield from _read_jpegs(path, options)
   except UnusableVideo:
     raise
+  except (MemoryError, ImportError) as error:
+    # FFmpeg's own is that of a header which asks for more than there is.
+    if isinstance(error, av.error.FFmpegError):
+      raise UnusableVideo(f'it cannot be opened: {error.strerror}') from error
+    raise MachineFault(f'{path}: {error}') from error
   except (av.error.FFmpegError, OSError) as error:
+    if error.errno in MACHINE_ERRORS:
+      raise MachineFault(f'{path}: {error.strerror}') from error
     raise UnusableVideo(f'it cannot be opened: {error.strerror}') from error
   except Exception as error:
     raise UnusableVideo(f'{type(error).__name__}: {error}') from error
 
 
 def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
-  failures: list[str] = []
+  failures: collections.Counter[str] = collections.Counter()
   packets = number = stored = 0
-  deadline = time.monotonic() + options.time_limit
+  # Of the core, not of the clock: neither a loaded nor a suspended machine is the video's fault.
+  deadline = time.process_time() + options.time_limit
   # A playlist under a video's name may not fetch what it lists.
   whitelist = {'protocol_whitelist': 'file'}
   with av.open(f'file:{path}', options=whitelist) as container:
-    if not container.streams.video:
+    if container.format.name in ('concat', 'hls'):
+      raise UnusableVideo('it is a playlist')
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
       raise UnusableVideo('it has no video stream')
-    stream = container.streams.video[0]
+    stream = streams[0]
     if stream.codec_context is None:
       raise UnusableVideo('its codec is unknown')
     stream.codec_context.thread_count = 1
@@ -103,32 +124,38 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
         packet = next(demuxer, None)
         if packet is None:
           break
-        packets += 1
+        packets += packet.size > 0  # The last one only asks for what is held back.
         frames = packet.decode()
       except av.error.FFmpegError as error:
         # A failed demuxer is at its end, so the next round stops.
-        failures.append(error.strerror)
+        failures[error.strerror] += 1
         continue
       for frame in frames:
-        if time.monotonic() > deadline:
+        if time.process_time() > deadline:
           raise UnusableVideo(
             f'it takes longer than --time_limit={options.time_limit:g} seconds;'
             ' --max_frames would take its beginning'
           )
         if frame.is_corrupt:
-          failures.append('a corrupt frame')
+          failures['a corrupt frame'] += 1
         elif number % options.frame_stride == 0 and stored < (options.max_frames or math.inf):
           yield _encode(frame, options)
           stored += 1
         number += 1
+    if 'mp4' in container.format.name and not options.max_frames:
+      # Its header counts the packets, so those behind a cut are known to be missing.
+      missing = max(0, stream.frames - packets)
+      failures['the file is cut short'] += missing
+      packets += missing
   if not stored:
     raise UnusableVideo(f'no frame of it could be decoded ({_most_common(failures)})')
-  if len(failures) > options.max_damage * packets:
+  damaged = failures.total()
+  if damaged > options.max_damage * packets:
     raise UnusableVideo(
-      f'{len(failures)} of {packets} packets are damaged ({_most_common(failures)});'
-      f' --max_damage={math.ceil(1000 * len(failures) / packets) / 1000} would take it'
+      f'{damaged} of {packets} packets are damaged ({_most_common(failures)});'
+      f' --max_damage={math.ceil(1000 * damaged / packets) / 1000} would take it'
     )
 
 
-def _most_common(failures: list[str]) -> str:
-  return collections.Counter(failures).most_common(1)[0][0] if failures else 'it holds none'
+def _most_common(failures: collections.Counter[str]) -> str:
+  return failures.most_common(1)[0][0] if failures.total() else 'it holds none'

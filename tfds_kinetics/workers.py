@@ -21,11 +21,13 @@ from tfds_kinetics import shards
 from tfds_kinetics.messages import BadInput, Stopped, log, say
 from tfds_kinetics.shards import ShardJob
 from tfds_kinetics.tree import Video
+from tfds_kinetics.video import MachineFault
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-# The decoder is asked to stop at the time limit; a process in which it does not listen is ended
-# when the limit has passed by this share and these seconds.
-GRACE = (1.1, 5.0)
+# The decoder is asked to stop at the time limit, of its core. A process in which it does not listen
+# is ended after this many times the limit on the clock, and these seconds.
+GRACE = (3.0, 5.0)
+TICK = 0.5
 MOST_UNEXPLAINED = 3
 
 
@@ -122,6 +124,11 @@ def write_shards(
       f'stopped; {len(tables)} of {len(jobs)} shards are kept, and the same command goes on'
       ' from there'
     ) from None
+  except MachineFault as error:
+    raise BadInput(
+      f'a video cannot be read now, which is not its own fault ({error}); mend that and give the'
+      ' command again. What is finished is kept.'
+    ) from error
   except KilledAgain:
     raise BadInput(
       'the processes of this build are killed again and again, by no single video; free'
@@ -202,10 +209,12 @@ def _completed(
       for future in concurrent.futures.as_completed(running):
         yield running[future], future.result()
     finally:
+      signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
       stop.set()
       threads.shutdown(cancel_futures=True)
       for process in processes:
         process.close()
+      signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _marker(job: ShardJob, folder: pathlib.Path) -> pathlib.Path:
@@ -227,21 +236,21 @@ def _last_read(job: ShardJob, folder: pathlib.Path) -> tuple[str | None, bool]:
 # What follows runs in the process of a ShardProcess.
 
 
-class _GivenUp(Exception):
-  """The builder asked to stop."""
-
-
 class _Watch:
-  """Ends this process when its builder is gone, or when a video takes far too long."""
+  """Ends this process when its builder is gone or stops, or when a video takes far too long.
+
+  It may end at any point: what it was writing has a temporary name.
+  """
 
   def __init__(self, stop: Any, builder: int) -> None:
-    self.stop, self._builder = stop, builder
-    self._reading: tuple[float, pathlib.Path, str] | None = None
+    self._stop, self._builder = stop, builder
+    self._reading: tuple[pathlib.Path, str] | None = None
+    self._left = 0.0
 
-  def read(self, deadline: float, marker: pathlib.Path, path: str) -> None:
-    """Notes which video is read now, and until when."""
+  def read(self, seconds: float, marker: pathlib.Path, path: str) -> None:
+    """Notes which video is read now, and how long that may take."""
     marker.write_text(json.dumps({'path': path, 'stuck': False}))
-    self._reading = deadline, marker, path
+    self._left, self._reading = seconds, (marker, path)
 
   def rest(self) -> None:
     """Notes that no video is read now."""
@@ -249,12 +258,14 @@ class _Watch:
 
   def run(self) -> None:
     """Watches for ever."""
-    while os.getppid() == self._builder:
+    while os.getppid() == self._builder and not self._stop.is_set():
       reading = self._reading
-      if reading and time.monotonic() > reading[0]:
-        reading[1].write_text(json.dumps({'path': reading[2], 'stuck': True}))
+      if reading and self._left < 0:
+        with contextlib.suppress(OSError):
+          reading[0].write_text(json.dumps({'path': reading[1], 'stuck': True}))
         break
-      time.sleep(0.5)
+      time.sleep(TICK)
+      self._left -= TICK  # Counted, not read off the clock, which runs on in a suspended process.
     os._exit(1)
 
 
@@ -270,19 +281,14 @@ def _start(stop: Any, builder: int) -> None:
   threading.Thread(target=_watch.run, daemon=True).start()
 
 
-def _write(job: ShardJob, folder: pathlib.Path, verdicts: dict[str, str]) -> dict[str, Any] | None:
+def _write(job: ShardJob, folder: pathlib.Path, verdicts: dict[str, str]) -> dict[str, Any]:
   marker = _marker(job, folder)
 
   def before_video(video: Video) -> None:
-    if _watch.stop.is_set():
-      raise _GivenUp
-    deadline = time.monotonic() + job.options.time_limit * GRACE[0] + GRACE[1]
-    _watch.read(deadline, marker, video.path)
+    _watch.read(job.options.time_limit * GRACE[0] + GRACE[1], marker, video.path)
 
   try:
     return shards.write_shard(job, folder, verdicts=verdicts, before_video=before_video)
-  except _GivenUp:
-    return None
   finally:
     _watch.rest()
     marker.unlink(missing_ok=True)

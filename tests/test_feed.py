@@ -1,0 +1,204 @@
+"""Batches on the devices: in order and without a gap, whatever happens to the loader."""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from sources import (
+  FaultyVideos,
+  MortalVideos,
+  NumberedVideos,
+  exit_without_a_word,
+  kill_self,
+  raise_bad_input,
+  raise_runtime_error,
+  wait_for_ever,
+)
+
+from dropmae_jax import data, feed
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.data import DataOptions
+from dropmae_jax.feed import Feed, LoaderFailed
+
+STEPS = 12
+
+
+def make_batches(videos, num_workers=0, num_threads=0):
+  options = DataOptions(frame_gap=4, num_workers=num_workers, num_threads=num_threads)
+  return lambda step: data.pair_batches(
+    videos, options, image_size=16, batch_size=4, seed=7, first_step=step
+  )
+
+
+@contextlib.contextmanager
+def feeding(make, *, first_step=0, stall_seconds=60.0):
+  """Yields a feed of frames, and the list of what it says."""
+  said = []
+  fed = Feed(
+    make,
+    first_step=first_step,
+    to_device=lambda batch: jax.device_put(batch['frames'].copy()),
+    stall_seconds=stall_seconds,
+    say=said.append,
+  )
+  with contextlib.closing(fed):
+    yield fed, said
+
+
+def plain(count, first_step=0):
+  stream = make_batches(NumberedVideos([10] * 24))(first_step)
+  return [next(stream)['frames'] for _ in range(count)]
+
+
+def assert_fed(fed, count, first_step=0):
+  for expected in plain(count, first_step):
+    np.testing.assert_array_equal(next(fed), expected)
+
+
+def loader_processes():
+  return [each for each in multiprocessing.active_children() if 'grain' in each.name]
+
+
+@pytest.mark.parametrize(('num_workers', 'num_threads'), [(0, 0), (0, 2), (2, 0)])
+def test_the_feed_is_the_plain_stream(num_workers, num_threads):
+  videos = NumberedVideos([10] * 24)
+  with feeding(make_batches(videos, num_workers, num_threads), first_step=3) as (fed, said):
+    assert_fed(fed, STEPS, first_step=3)
+  assert said == []
+  assert not loader_processes()
+  assert 'feed' not in {thread.name for thread in threading.enumerate()}
+
+
+def test_two_batches_lie_ahead_on_the_device_and_no_more():
+  copied = []
+  fed = Feed(
+    make_batches(NumberedVideos([10] * 24)),
+    first_step=0,
+    to_device=lambda batch: (
+      copied.append(threading.current_thread().name),
+      jax.device_put(batch['frames']),
+    )[1],
+    stall_seconds=60.0,
+    say=print,
+  )
+  with contextlib.closing(fed):
+    for taken in range(3):
+      deadline = time.monotonic() + 10
+      while len(copied) < taken + feed.AHEAD and time.monotonic() < deadline:
+        time.sleep(0.01)
+      time.sleep(0.2)
+      assert copied == ['feed'] * (taken + feed.AHEAD)
+      next(fed)
+
+
+@pytest.mark.parametrize(
+  ('fault', 'how'),
+  [(kill_self, 'killed by signal 9'), (exit_without_a_word, 'exit status 0')],
+)
+def test_the_stream_goes_on_after_a_dead_process(tmp_path, fault, how):
+  videos = FaultyVideos(fault, str(tmp_path / 'marker'))
+  began = time.monotonic()
+  with feeding(make_batches(videos, num_workers=2)) as (fed, said):
+    assert_fed(fed, STEPS)
+  assert (tmp_path / 'marker').exists()
+  assert len(said) == 1
+  assert said[0].startswith(f'a process of the loader died ({how}), death 1 of this run; it is')
+  assert time.monotonic() - began < 50
+  assert not loader_processes()
+
+
+@pytest.mark.parametrize('fault', [kill_self, exit_without_a_word])
+def test_deaths_in_a_row_end_it(fault):
+  with (
+    feeding(make_batches(FaultyVideos(fault), num_workers=1)) as (fed, said),
+    pytest.raises(LoaderFailed, match=r'died 3 times in a row \(the last: .*lower config'),
+  ):
+    for _ in range(STEPS):
+      next(fed)
+  assert len(said) == 2
+  assert not loader_processes()
+
+
+def test_deaths_with_batches_between_do_not(tmp_path):
+  with feeding(make_batches(MortalVideos(tmp_path, 4), num_workers=1)) as (fed, said):
+    assert_fed(fed, 6)
+  assert len(said) == 4
+  assert 'death 4 of this run' in said[-1]
+
+
+@pytest.mark.parametrize(('num_workers', 'num_threads'), [(0, 0), (0, 1), (2, 0)])
+def test_a_loader_that_hangs_ends_with_stacks(num_workers, num_threads, capfd):
+  release = threading.Event()
+  videos = FaultyVideos(wait_for_ever if num_workers else release.wait)
+  stall = 15 if num_workers else 2  # Processes have to start within it.
+  make = make_batches(videos, num_workers, num_threads)
+  began = time.monotonic()
+  message = f'no batch came within data.stall_seconds={stall}; log.txt shows where'
+  with (
+    feeding(make, stall_seconds=stall) as (fed, said),
+    pytest.raises(LoaderFailed, match=message),
+  ):
+    for _ in range(STEPS):
+      next(fed)
+  assert time.monotonic() - began < 2 * stall + 10
+  assert 'the loader hangs' in said[0]
+  assert '__next__' in said[0]
+  assert 'feed.py' in said[0]
+  if num_workers:
+    err = capfd.readouterr().err
+    print(err)
+    assert 'wait_for_ever' in err
+  release.set()
+  time.sleep(0.2)
+  assert not loader_processes()
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('fault', [raise_bad_input, raise_runtime_error])
+def test_an_error_of_reading_is_told_and_nothing_is_built_anew(num_workers, fault):
+  with (
+    feeding(make_batches(FaultyVideos(fault), num_workers)) as (fed, said),
+    pytest.raises((BadInput, RuntimeError), match='video 5 is') as told,
+  ):
+    for _ in range(STEPS):
+      next(fed)
+  assert not isinstance(told.value, LoaderFailed)
+  assert said == []
+  assert not loader_processes()
+
+
+def test_an_error_of_starting_is_told():
+  def make(step):
+    raise BadInput(f'nothing at {step}')
+
+  with feeding(make, first_step=5) as (fed, _), pytest.raises(BadInput, match='nothing at 5'):
+    next(fed)
+
+
+def test_copies_are_explicit_and_leave_the_guard_of_the_loop_alone():
+  with feeding(make_batches(NumberedVideos([10] * 24))) as (fed, _), jax.transfer_guard('disallow'):
+    frames = [next(fed) for _ in range(3)]
+    jax.jit(lambda x: x + x)(frames[0])
+    with pytest.raises(Exception, match=r'[Dd]isallow'):
+      jax.jit(lambda x: x + x)(np.ones(3))
+
+
+def test_stop_signals_do_not_reach_processes_that_are_starting(tmp_path):
+  """Their first act would be to die of it: it takes them a second to say that they ignore it."""
+  with feeding(make_batches(NumberedVideos([10] * 24), num_workers=2)) as (fed, said):
+    hit = set()
+    deadline = time.monotonic() + 30
+    while len(hit) < 2 and time.monotonic() < deadline:
+      for process in loader_processes():
+        if process.pid not in hit:
+          for number in data.STOP_SIGNALS:
+            os.kill(process.pid, number)
+          hit.add(process.pid)
+    assert len(hit) == 2
+    assert_fed(fed, 4)
+  assert said == []

@@ -1,0 +1,173 @@
+"""Training runs whose loader is killed, stopped or fed damaged records, as a user meets them."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import COMPILE_ONCE, ROOT, run_python, train_arguments
+from test_commands import assert_one_sentence, losses
+
+WORKERS = '--config.data.num_workers=2'
+SHM = pathlib.Path('/dev/shm')
+# Twelve pairs of 32 x 32 pixels: a size that tells a batch of this test from those of others.
+BATCH = '--config.batch_size=12'
+BATCH_BYTES = 12 * 2 * 32 * 32 * 3
+
+
+@contextlib.contextmanager
+def training(data_dir, workdir, *more):
+  process = subprocess.Popen(
+    [sys.executable, *map(str, train_arguments(data_dir, workdir, WORKERS, *more))],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1', **COMPILE_ONCE},
+  )
+  try:
+    yield process
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def processes_of(trainer, ready=b'spawn_main'):
+  """The loader's processes, once both are there."""
+  deadline = time.monotonic() + 60
+  while time.monotonic() < deadline:
+    children = ' '.join(
+      task.read_text() for task in pathlib.Path(f'/proc/{trainer}/task').glob('*/children')
+    )
+    found = [
+      int(child)
+      for child in children.split()
+      if ready in pathlib.Path(f'/proc/{child}/cmdline').read_bytes()
+    ]
+    if len(found) == 2:
+      return found
+    time.sleep(0.02)
+  raise AssertionError('the loader has no processes')
+
+
+def shared_files(pids):
+  """Names in /dev/shm that processes have open: batches, and the semaphores of queues."""
+  lines = [line for p in pids for line in pathlib.Path(f'/proc/{p}/maps').read_text().split('\n')]
+  return {line.split('/dev/shm/')[1].split()[0] for line in lines if '/dev/shm/' in line}
+
+
+def batches_in_memory():
+  found = set()
+  for path in SHM.glob('psm_*'):
+    with contextlib.suppress(FileNotFoundError):
+      if path.stat().st_size == BATCH_BYTES:
+        found.add(path.name)
+  return found
+
+
+def assert_gone(pids, names, before):
+  deadline = time.monotonic() + 20
+  while time.monotonic() < deadline:
+    alive = [pid for pid in pids if pathlib.Path(f'/proc/{pid}').exists()]
+    left = {name for name in names if (SHM / name).exists()} | (batches_in_memory() - before)
+    if not alive and not left:
+      return
+    time.sleep(0.1)
+  raise AssertionError(f'{alive=}, {left=}')
+
+
+def wait_for_line(process, text):
+  for line in process.stdout:
+    if text in line:
+      return
+  raise AssertionError(f'no line with {text!r}: {process.stderr.read()}')
+
+
+def test_a_run_whose_loader_loses_a_process_ends_as_any_other(trained, data_dir, tmp_path):
+  with training(data_dir, tmp_path, '--config.num_steps=8') as process:
+    os.kill(processes_of(process.pid)[1], signal.SIGKILL)
+    output, errors = process.communicate(timeout=120)
+  assert process.returncode == 0, errors
+  assert 'a process of the loader died (killed by signal 9), death 1 of this run;' in output
+  assert 'Traceback' not in errors
+  assert losses(tmp_path) == losses(trained)
+
+
+def test_a_killed_trainer_takes_its_loader_along(data_dir, tmp_path):
+  before = batches_in_memory()
+  with training(data_dir, tmp_path, BATCH, '--config.num_steps=100000') as process:
+    wait_for_line(process, 'step 3/')
+    pids = processes_of(process.pid)
+    names = shared_files([process.pid, *pids])
+    assert names
+    assert batches_in_memory() - before
+    process.kill()
+    process.wait()
+    assert_gone(pids, names, before)
+
+
+def test_a_loader_that_hangs_ends_the_run_with_stacks(data_dir, tmp_path):
+  before = batches_in_memory()
+  more = (BATCH, '--config.num_steps=100000', '--config.data.stall_seconds=20')
+  with training(data_dir, tmp_path, *more) as process:
+    wait_for_line(process, 'step 3/')
+    pids = processes_of(process.pid)
+    names = shared_files([process.pid, *pids])
+    for pid in pids:
+      os.kill(pid, signal.SIGSTOP)
+    _, errors = process.communicate(timeout=120)
+    assert_gone(pids, names, before)
+  assert process.returncode == 1
+  (told,) = [line for line in errors.splitlines() if line.startswith('error: ')]
+  assert 'no batch came within data.stall_seconds=20; log.txt shows where' in told
+  assert 'Traceback' not in errors
+  log = (tmp_path / 'log.txt').read_text()
+  assert 'the loader hangs; all threads of this process:' in log
+  assert 'in train' in log
+
+
+# Reads in threads of the trainer, and from the tenth frame on for ever.
+HANGING = """
+import itertools, threading
+from absl import app
+from dropmae_jax import command_line, main, videos
+count, real = itertools.count(), videos.TfdsVideos.frame
+def frame(self, video, number):
+  if next(count) >= 10:
+    threading.Event().wait()
+  return real(self, video, number)
+videos.TfdsVideos.frame = frame
+command_line.run(lambda: app.run(main.main, flags_parser=main.parse))
+"""
+
+
+def test_a_run_whose_own_threads_hang_does_end(data_dir, tmp_path):
+  done = run_python(
+    '-c', HANGING, *train_arguments(data_dir, tmp_path, '--config.data.num_threads=2')[2:],
+    '--config.num_steps=100', '--config.data.stall_seconds=3',
+  )  # fmt: skip
+  assert done.returncode == 1, done.stderr
+  assert 'error: no batch came within data.stall_seconds=3' in done.stderr
+  assert 'Traceback' not in done.stderr
+  assert ' in frame' in (tmp_path / 'log.txt').read_text()
+
+
+@pytest.mark.parametrize('workers', ['--config.data.num_workers=0', WORKERS])
+def test_a_damaged_record_ends_the_run_in_one_sentence(data_dir, tmp_path, workers):
+  shutil.copytree(data_dir, tmp_path / 'data')
+  for shard in (tmp_path / 'data').glob('**/*-train.array_record*'):
+    with shard.open('r+b') as file:
+      file.seek(500)
+      file.write(b'damage')
+  done = run_python(
+    *train_arguments(tmp_path / 'data', tmp_path / 'run', '--config.num_steps=100', workers)
+  )
+  assert_one_sentence(done, 'cannot be read: record ')
+  assert 'a process of the loader died' not in done.stdout
