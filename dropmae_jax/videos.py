@@ -141,6 +141,11 @@ class TfdsVideos:
   def _unreadable(self, video: int, record: int, error: Exception) -> BadInput:
     instructions = self._records.dataset_info.splits[self._split].file_instructions
     ends = np.cumsum([each.take for each in instructions])
+    if 'Too many open files' in str(error):
+      return BadInput(
+        f'this process may not open the {len(instructions)} shards of {self.folder} at once; raise'
+        ' the hard limit of open files (ulimit -Hn, or LimitNOFILE and the like of a scheduler).'
+      )
     file = instructions[int(np.searchsorted(ends, record, side='right'))].filename
     try:
       path = self.path(video)

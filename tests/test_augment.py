@@ -33,7 +33,7 @@ def test_crops_lie_inside_the_frame(seed, height, width):
 def test_crop_law():
   """In a huge frame nothing is rejected, so area and log ratio are uniform."""
   rng = np.random.default_rng(0)
-  boxes = [augment.random_resized_crop_box(rng, 20_000, 20_000) for _ in range(20_000)]
+  boxes = [augment.random_resized_crop_box(rng, 20_000, 20_000) for _ in range(100_000)]
   kept = [b for b in boxes if b.height * b.width <= 0.5 * 20_000**2]
   area = np.array([b.height * b.width for b in kept]) / 20_000**2
   ratio = np.log([b.width / b.height for b in kept])
@@ -46,6 +46,36 @@ def test_crop_law():
     (place[:, 1], 0, 1),
   ):
     assert scipy.stats.kstest(sample, 'uniform', (start, width)).pvalue > 1e-3
+
+
+def simulated_boxes(rng, height, width, count):
+  """The law once more, for all draws at a time: top, left, height, width, and which fell back."""
+  shape = (count, augment.CROP_ATTEMPTS)
+  area = height * width * rng.uniform(0.2, 1, shape)
+  ratio = np.exp(rng.uniform(-np.log(4 / 3), np.log(4 / 3), shape))
+  widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+  fits = (widths <= width) & (heights <= height)
+  take = np.arange(count), fits.argmax(axis=1)
+  size = np.stack([heights[take], widths[take]], axis=1)
+  corner = np.floor(rng.random((count, 2)) * (np.array([height, width]) - size + 1))
+  return np.concatenate([corner, size], axis=1)[fits.any(axis=1)], 1 - fits.any(axis=1).mean()
+
+
+@pytest.mark.parametrize(('height', 'width'), [(256, 340), (340, 256), (256, 800)])
+def test_crops_are_those_of_a_simulation(height, width):
+  count = 100_000
+  rng = np.random.default_rng(3)
+  drawn = [augment.random_resized_crop_box(rng, height, width) for _ in range(count)]
+  ours = np.array([box for box in drawn if box != augment.centre_box(height, width)])
+  theirs, fallback = simulated_boxes(np.random.default_rng(4), height, width, count)
+  assert 1 - len(ours) / count == pytest.approx(fallback, abs=0.007)
+
+  def features(boxes):
+    top, left, tall, wide = boxes.T
+    yield from (top, left, tall, wide, tall * wide, tall / wide, top + tall / 2, left + wide / 2)
+
+  for sample, other in zip(features(ours), features(theirs), strict=True):
+    assert scipy.stats.ks_2samp(sample, other).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -122,6 +152,22 @@ def test_the_boxes_of_a_seed_are_the_recorded_ones():
   boxes = [augment.random_resized_crop_box(rng, 256, 340) for _ in range(400)]
   expected = [(16, 159, 165, 142), (0, 45, 251, 255), (7, 44, 170, 166), (20, 101, 141, 166)]
   assert [tuple(box) for box in boxes[::100]] == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_exact_resize_is_pils_at_any_box(drawn):
+  """Up to the thinnest crops, where PIL's own rounding of the two passes would show first."""
+  height, width = drawn.draw(st.integers(1, 300)), drawn.draw(st.integers(1, 300))
+  tall, wide = drawn.draw(st.integers(1, height)), drawn.draw(st.integers(1, width))
+  top = drawn.draw(st.integers(0, height - tall))
+  left = drawn.draw(st.integers(0, width - wide))
+  frame = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), np.uint8)
+  size = drawn.draw(st.sampled_from([16, 224]))
+  image = Image.fromarray(frame).crop((left, top, left + wide, top + tall))
+  expected = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.int16)
+  ours = augment.crop_and_resize(frame, Box(top, left, tall, wide), size, resize='exact')
+  assert np.abs(ours - expected).max() <= 1
 
 
 def test_normalise_is_imagenets_and_has_an_inverse():

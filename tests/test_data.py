@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import ROOT
+from conftest import ROOT, run_python
 from sources import NumberedVideos
 
 from dropmae_jax import augment, data
@@ -22,6 +22,10 @@ def batches(videos, count, *, options=OPTIONS, **keywords):
   stream = data.pair_batches(videos, options, **keywords)
   with contextlib.closing(stream):
     return [{k: v.copy() for k, v in next(stream).items()} for _ in range(count)]
+
+
+def column(drawn, name):
+  return np.concatenate([batch[name] for batch in drawn])
 
 
 def assert_same(first, second):
@@ -96,9 +100,71 @@ def test_the_seed_changes_everything():
   assert any((a['video'] != b['video']).any() for a, b in zip(first, second, strict=True))
 
 
-def test_a_stream_goes_on_at_any_step():
+@pytest.mark.parametrize('step', range(8))
+def test_a_stream_goes_on_at_any_step(step):
+  """Six videos in batches of four: epochs end inside of batches and between them."""
   videos = NumberedVideos([10] * 6)
-  assert_same(batches(videos, 5)[3:], batches(videos, 2, first_step=3))
+  assert_same(batches(videos, 8)[step:], batches(videos, 8 - step, first_step=step))
+
+
+# Prints a digest of every pair of three batches, two epochs of the six videos.
+HOST = """
+import contextlib, hashlib, sys
+from absl import flags
+from dropmae_jax import data, videos
+if __name__ == '__main__':
+  flags.FLAGS.mark_as_parsed()
+  host, num_hosts, num_workers = map(int, sys.argv[2:])
+  dataset = videos.open_dataset(sys.argv[1], 'kinetics_frames/folder')
+  options = data.DataOptions(frame_gap=4, num_workers=num_workers)
+  stream = data.pair_batches(dataset, options, image_size=16, batch_size=4, seed=7,
+                             host=host, num_hosts=num_hosts)
+  with contextlib.closing(stream):
+    for batch in [next(stream) for _ in range(3)]:
+      pairs = zip(batch['frames'], batch['video'], batch['frame_numbers'], strict=True)
+      print(*(hashlib.sha256(b''.join(a.tobytes() for a in pair)).hexdigest() for pair in pairs))
+"""
+
+
+def test_two_epochs_are_the_same_on_any_processes_and_hosts(data_dir, tmp_path):
+  program = tmp_path / 'host.py'  # A file, because processes are started that import it.
+  program.write_text(HOST)
+
+  def digests(host, num_hosts, num_workers):
+    done = run_python(program, data_dir, host, num_hosts, num_workers)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+  whole = digests(0, 1, 1)
+  assert [len(batch) for batch in whole] == [4, 4, 4]
+  assert len({pair for batch in whole for pair in batch}) == 12
+  assert digests(0, 1, 3) == whole
+  halves = digests(0, 2, 1), digests(1, 2, 0)
+  assert [first + second for first, second in zip(*halves, strict=True)] == whole
+
+
+def test_pairs_follow_the_law_through_the_whole_pipeline():
+  """Clips of 1, 2, 3, gap and gap + 1 frames, in one stream; the law is written out here again."""
+  gap, lengths, epochs = 5, [1, 2, 3, 5, 6], 4000
+  videos = NumberedVideos(lengths)
+  options = DataOptions(frame_gap=gap, num_workers=2)  # They check no types, which takes longest.
+  drawn = batches(videos, epochs // 10, options=options, batch_size=50, image_size=2)
+  video, pairs = column(drawn, 'video'), column(drawn, 'frame_numbers')
+  for number, length in enumerate(lengths):
+    of_it = pairs[video == number]
+    assert len(of_it) == epochs
+    observed = np.zeros((length, length))
+    np.add.at(observed, tuple(of_it.T), 1)
+    expected = np.zeros((length, length))
+    for start in range(length - 1):
+      ends = [end for end in range(length) if 0 < end - start < gap]
+      expected[start, ends] = epochs / (length - 1) / len(ends)
+    if length == 1:
+      expected[0, 0] = epochs
+    possible = expected > 0
+    assert not observed[~possible].any()
+    if possible.sum() > 1:
+      assert scipy.stats.chisquare(observed[possible], expected[possible]).pvalue > 1e-4
 
 
 def test_the_stream_is_the_recorded_one():
@@ -131,10 +197,6 @@ MIXTURE = Mixture(
   (NumberedVideos([10] * 4), NumberedVideos([20] * 6), NumberedVideos([1] * 3)),
   (Fraction(3), Fraction('0.5'), Fraction('0.5')),
 )
-
-
-def column(drawn, name):
-  return np.concatenate([batch[name] for batch in drawn])
 
 
 def test_a_mixture_keeps_its_proportions_everywhere():

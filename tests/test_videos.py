@@ -3,11 +3,15 @@
 import os
 import re
 import shutil
+import time
 from fractions import Fraction
 
+import cloudpickle
 import numpy as np
 import pytest
+from conftest import run_python
 
+from benchmarks import loader_memory
 from dropmae_jax import data, videos
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
@@ -202,3 +206,35 @@ def test_a_mixture_opens_its_datasets(data_dir, tmp_path):
 def test_a_mixture_that_is_not_one_is_refused(data_dir, text, part):
   with pytest.raises(BadInput, match=re.escape(f'dataset={text!r} is not understood at {part};')):
     videos.open_mixture(str(data_dir), text)
+
+
+LIMITED = """
+import os, resource, sys
+from dropmae_jax import command_line, videos
+dataset = videos.open_dataset(sys.argv[1], 'kinetics_frames/folder')
+opened = len(os.listdir('/proc/self/fd'))
+resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 1, opened + 1))
+command_line.run(lambda: [dataset.frame(video, 0) for video in range(6)])
+"""
+
+
+def test_too_few_open_files_are_not_taken_for_damage(data_dir):
+  done = run_python('-c', LIMITED, data_dir)
+  assert done.returncode == 2, done.stderr
+  assert 'may not open the 6 shards of' in done.stderr
+  assert 'ulimit -Hn' in done.stderr
+
+
+def test_a_whole_kinetics_opens_fast_and_travels_light(tmp_path):
+  """Every loader process is sent the opened dataset, and opens shards only as it reads them."""
+  loader_memory.write_dataset(tmp_path, num_videos=240_000, num_frames=300)
+  began = time.monotonic()
+  dataset = videos.open_dataset(str(tmp_path), loader_memory.DATASET)
+  assert time.monotonic() - began < 10
+  assert len(dataset) == 240_000
+  before = len(os.listdir('/proc/self/fd'))
+  sent = cloudpickle.dumps(dataset)
+  assert len(sent) < 8e6
+  arrived = cloudpickle.loads(sent)
+  assert arrived.frame(239_999, 299).shape == arrived.frame(0, 0).shape == (64, 64, 3)
+  assert len(os.listdir('/proc/self/fd')) <= before + 2

@@ -1,0 +1,148 @@
+"""What a loader process of a full Kinetics-400 costs: python -m benchmarks.loader_memory [--json].
+
+The index is of 240,000 videos of 300 frames in 9,000 shards, as many as the real dataset has; all
+shards are links to one file of 8,000 small records, so that it needs no disk. An opened shard
+keeps its index in memory, so it is what a process has opened so far that counts.
+"""
+
+import json
+import multiprocessing
+import os
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import tensorflow_datasets as tfds
+from absl import flags
+from array_record.python import array_record_module
+
+from dropmae_jax import command_line, data, videos
+from dropmae_jax.data import DataOptions
+from tfds_kinetics import shards
+from tfds_kinetics.tree import Video
+
+DATASET = 'kinetics_frames/synthetic'
+RECORDS = 8000
+SIDE = 64
+
+
+def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -> None:
+  """Writes a dataset of one real shard and links to it.
+
+  Args:
+    data_dir: where the dataset's folders go.
+    num_videos: of the index.
+    num_frames: of every video.
+  """
+  folder = data_dir / DATASET / f'{max(videos.SUPPORTED_VERSIONS)}.0.0'
+  folder.mkdir(parents=True)
+  real = data_dir / 'shard'
+  writer = array_record_module.ArrayRecordWriter(str(real), 'group_size:1')
+  noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+  jpeg = simplejpeg.encode_jpeg(noise, colorspace='RGB')
+  record = shards.frame_serializer()(jpeg, Video('train/class/video.mp4', 'class', 0), 0)
+  for _ in range(RECORDS):
+    writer.write(record)
+  writer.close()
+  num_shards = -(-num_videos * num_frames // RECORDS)
+  template = tfds.core.ShardedFileTemplate(
+    data_dir=folder, dataset_name='kinetics_frames', split='train', filetype_suffix='array_record'
+  )
+  for number in range(num_shards):
+    os.link(real, template.sharded_filepath(shard_index=number, num_shards=num_shards))
+  frames = np.full(num_videos, num_frames, np.int32)
+  paths = np.array([f'train/class/video_{number:07d}.mp4' for number in range(num_videos)])
+  first = np.cumsum(frames, dtype=np.int64) - frames
+  index = {'first': first, 'frames': frames, 'path': paths, 'fingerprint': 'synthetic'}
+  np.savez(folder / 'index-train.npz', **index)
+  tfds.folder_dataset.write_metadata(
+    data_dir=folder,
+    features=shards.frame_features(),
+    split_infos=[
+      tfds.core.SplitInfo(
+        name='train',
+        shard_lengths=[RECORDS] * num_shards,
+        num_bytes=real.stat().st_size * num_shards,
+        filename_template=template,
+      )
+    ],
+    version=folder.name,
+    check_data=False,  # The check reads with TensorFlow.
+  )
+
+
+def memory_of(pid: int) -> dict[str, float]:
+  """Returns a process's `rss_mb`, `pss_mb` (shared pages divided up) and its `open_files`."""
+  lines = pathlib.Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()[1:]
+  sizes = {line.split(':')[0]: int(line.split()[1]) / 1024 for line in lines}
+  files = len(os.listdir(f'/proc/{pid}/fd'))
+  return {'rss_mb': sizes['Rss'], 'pss_mb': sizes['Pss'], 'open_files': files}
+
+
+def measure(data_dir: pathlib.Path, *, num_pairs: int, num_workers: int) -> dict[str, Any]:
+  """Reads pairs and returns times, and memory at the start and at the end.
+
+  Args:
+    data_dir: see `write_dataset`.
+    num_pairs: to read after the first batch.
+    num_workers: processes that read.
+  """
+  began = time.perf_counter()
+  dataset = videos.open_dataset(str(data_dir), DATASET)
+  opened = time.perf_counter()
+  options = DataOptions(num_workers=num_workers)
+  batch_size = 50
+  stream = data.pair_batches(dataset, options, image_size=SIDE, batch_size=batch_size, seed=0)
+  next(stream)
+  first = time.perf_counter()
+  rows = []
+  for count in sorted({0, num_pairs}):
+    for _ in range(count // batch_size):
+      next(stream)
+    for process in multiprocessing.active_children():
+      rows.append({'process': process.pid, 'pairs': count, **memory_of(process.pid)})
+  took = time.perf_counter() - first
+  stream.close()
+  return {
+    'videos': len(dataset),
+    'seconds_to_open': opened - began,
+    'seconds_to_first_batch': first - began,
+    'pairs_per_second': num_pairs / took,
+    'processes': rows,
+  }
+
+
+def main() -> None:
+  """Builds the dataset in a temporary folder, measures, and prints."""
+  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser.add_argument('--videos', type=int, default=240_000)
+  parser.add_argument('--frames', type=int, default=300)
+  parser.add_argument('--pairs', type=int, default=8_000, help='read after the first batch')
+  parser.add_argument('--workers', type=int, default=2)
+  parser.add_argument('--json', action='store_true')
+  arguments = parser.parse_args()
+  flags.FLAGS.mark_as_parsed()  # Grain's processes read absl flags.
+  with tempfile.TemporaryDirectory() as folder:
+    data_dir = pathlib.Path(folder)
+    write_dataset(data_dir, num_videos=arguments.videos, num_frames=arguments.frames)
+    found = measure(data_dir, num_pairs=arguments.pairs, num_workers=arguments.workers)
+  if arguments.json:
+    print(json.dumps(found))
+    return
+  print(
+    f'{found["videos"]} videos: opened in {found["seconds_to_open"]:.1f} s, first batch after'
+    f' {found["seconds_to_first_batch"]:.1f} s, {found["pairs_per_second"]:.0f} pairs/s'
+  )
+  print(f'{"process":>10} {"pairs read":>10} {"RSS MB":>8} {"PSS MB":>8} {"open files":>10}')
+  for row in found['processes']:
+    print(
+      f'{row["process"]:>10} {row["pairs"]:>10} {row["rss_mb"]:>8.0f} {row["pss_mb"]:>8.0f}'
+      f' {row["open_files"]:>10}'
+    )
+
+
+if __name__ == '__main__':
+  command_line.run(main)
