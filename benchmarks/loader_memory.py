@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from array_record.python import array_record_module
 
+from benchmarks import clips
 from dropmae_jax import command_line, data, videos
 from dropmae_jax.data import DataOptions
 from tfds_kinetics import shards
@@ -122,16 +123,14 @@ def main() -> None:
   parser.add_argument('--frames', type=int, default=300)
   parser.add_argument('--pairs', type=int, default=8_000, help='read after the first batch')
   parser.add_argument('--workers', type=int, default=2)
-  parser.add_argument('--json', action='store_true')
+  parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
   arguments = parser.parse_args()
+  clips.check_output(arguments.json)
   flags.FLAGS.mark_as_parsed()  # Grain's processes read absl flags.
   with tempfile.TemporaryDirectory() as folder:
     data_dir = pathlib.Path(folder)
     write_dataset(data_dir, num_videos=arguments.videos, num_frames=arguments.frames)
     found = measure(data_dir, num_pairs=arguments.pairs, num_workers=arguments.workers)
-  if arguments.json:
-    print(json.dumps(found))
-    return
   print(
     f'{found["videos"]} videos: opened in {found["seconds_to_open"]:.1f} s, first batch after'
     f' {found["seconds_to_first_batch"]:.1f} s, {found["pairs_per_second"]:.0f} pairs/s'
@@ -142,6 +141,8 @@ def main() -> None:
       f'{row["process"]:>10} {row["pairs"]:>10} {row["rss_mb"]:>8.0f} {row["pss_mb"]:>8.0f}'
       f' {row["open_files"]:>10}'
     )
+  if arguments.json:
+    arguments.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == '__main__':
