@@ -41,6 +41,7 @@ setup(
       'beartype>=0.22',
       'hypothesis>=6.100',
       'pytest>=8',
+      'pytest-xdist>=3.6',
       'ruff>=0.9',
       'scipy>=1.13',
       'timm>=1.0',

@@ -19,12 +19,15 @@ from absl import flags
 jaxtyping.install_import_hook('dropmae_jax', 'typecheck.check')
 jax.config.update('jax_num_cpu_devices', 4)
 # The same programs are compiled again and again, by commands in processes of their own too.
-CACHE = tempfile.TemporaryDirectory(prefix='dropmae_test_cache')
+# The first process to come here is the parent of all others, those that share out the tests too.
+if 'DROPMAE_TEST_CACHE' not in os.environ:
+  CACHE = tempfile.TemporaryDirectory(prefix='dropmae_test_cache')
+  os.environ['DROPMAE_TEST_CACHE'] = CACHE.name
 COMPILE_ONCE = {
-  'JAX_COMPILATION_CACHE_DIR': CACHE.name,
+  'JAX_COMPILATION_CACHE_DIR': os.environ['DROPMAE_TEST_CACHE'],
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
 }
-jax.config.update('jax_compilation_cache_dir', CACHE.name)
+jax.config.update('jax_compilation_cache_dir', COMPILE_ONCE['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 # Grain's worker processes read absl flags, which a command line would have parsed.
 flags.FLAGS.mark_as_parsed()

@@ -112,7 +112,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(data_dir, tmp_path, number, w
     if when in line:
       break
   os.killpg(process.pid, number)
-  output, errors = process.communicate(timeout=60)
+  output, errors = process.communicate(timeout=120)
   assert process.returncode == 75, errors
   assert 'Traceback' not in errors
   name = signal.Signals(number).name

@@ -28,7 +28,7 @@ def commands(module):
   return found
 
 
-@pytest.mark.parametrize('script', SCRIPTS, ids=lambda script: script.split()[3][:20])
+@pytest.mark.parametrize('script', SCRIPTS, ids=range(len(SCRIPTS)))
 def test_the_shell_understands(script):
   subprocess.run(['bash', '-n'], input=script, text=True, check=True)
 
