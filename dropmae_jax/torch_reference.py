@@ -20,6 +20,9 @@ from dropmae_jax.masking import Masking
 
 # Well above what float32 leaves; a tanh GELU instead of the exact one makes 1e-4.
 TOLERANCE = 2e-5
+# Two libraries round in different orders: where weights amplify rounding, JAX was seen to differ by
+# seven times what PyTorch's own float32 and float64 do, and by less on another processor.
+ROUNDINGS = 32
 # Never allowed to differ by more, however much the weights amplify rounding: outputs that have
 # nothing to do with one another differ by about 1.
 LARGEST_TOLERANCE = 0.25
@@ -184,7 +187,7 @@ def rounding(tensors: Mapping[str, np.ndarray], architecture: Architecture) -> f
 
 def tolerance_of(rounding: float) -> float:
   """Returns what may differ where rounding alone makes this much."""
-  return min(max(TOLERANCE, 4 * rounding), LARGEST_TOLERANCE)
+  return min(max(TOLERANCE, ROUNDINGS * rounding), LARGEST_TOLERANCE)
 
 
 def _relative(outputs: list[np.ndarray], expected: list[np.ndarray]) -> float:
