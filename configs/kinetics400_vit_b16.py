@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
   config.batch_size = 4096
   config.accumulation_steps = 1
   config.dtype = 'bfloat16'
+  config.remat = 'none'
   config.log_every = 20
 
   config.model = ConfigDict()
@@ -58,6 +59,10 @@ def get_config() -> ConfigDict:
   config.optimizer.weight_decay = 0.05
   config.optimizer.beta1 = 0.9
   config.optimizer.beta2 = 0.95
+
+  config.mesh = ConfigDict()
+  config.mesh.data = 0
+  config.mesh.fsdp = 1
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every_steps = 10 * STEPS_PER_EPOCH

@@ -120,6 +120,14 @@ def normal(key: Array, width: int, *, deviation: float = 1.0) -> nnx.Param:
   return nnx.Param(deviation * jax.random.normal(key, (1, 1, width)))
 
 
+# What of a block's activations is kept for its gradient; the rest is computed anew.
+REMATERIALISATIONS = {
+  'none': None,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
 class MaskedAutoencoder(nnx.Module):
   """Encodes the visible patches of two frames and reconstructs the masked ones.
 
@@ -129,11 +137,17 @@ class MaskedAutoencoder(nnx.Module):
   """
 
   def __init__(
-    self, architecture: Architecture, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    self,
+    architecture: Architecture,
+    *,
+    rngs: nnx.Rngs,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = 'none',
   ) -> None:
     a = architecture
     self.architecture = architecture
     self.dtype = dtype
+    self.remat = remat
     self.pos_embed = nnx.Param(jnp.asarray(position.sincos_table(a.grid, a.width)))
     self.temporal_pos_embed_x = normal(rngs.params(), a.width)
     self.temporal_pos_embed_z = normal(rngs.params(), a.width)
@@ -163,7 +177,7 @@ class MaskedAutoencoder(nnx.Module):
     tokens = self.patch_embed(masking.select(patch_vectors, masked.visible))
     tokens = tokens + masking.select(code, masked.visible)
     for block in self.blocks:
-      tokens = block(tokens, attention.dense_attention)
+      tokens = self._run(block, tokens, attention.dense_attention)
     return self.norm(tokens)
 
   def decode(
@@ -176,8 +190,15 @@ class MaskedAutoencoder(nnx.Module):
     visible = self.decoder_embed(latents).astype(jnp.float32)
     tokens = masking.restore(visible, self.mask_token[...], masked) + code
     for block, attend in zip(self.decoder_blocks, attentions, strict=True):
-      tokens = block(tokens, attend)
+      tokens = self._run(block, tokens, attend)
     return self.decoder_pred(self.decoder_norm(tokens)).astype(jnp.float32)
+
+  def _run(self, block: vit.Block, tokens: Array, attend: Attention) -> Array:
+    """Runs a block; its gradient finds what `remat` keeps, and computes the rest anew."""
+    policy = REMATERIALISATIONS[self.remat]
+    if policy is None:
+      return block(tokens, attend)
+    return jax.checkpoint(lambda tokens: block(tokens, attend), policy=policy)(tokens)
 
   def __call__(
     self, patch_vectors: Float[Array, 'b l p'], masked: Masking, attentions: list[Attention]
@@ -244,7 +265,7 @@ def pretraining_loss(
 
 @functools.lru_cache(maxsize=16)
 def abstract_model(
-  architecture: Architecture, *, dtype: DTypeLike = jnp.float32
+  architecture: Architecture, *, dtype: DTypeLike = jnp.float32, remat: str = 'none'
 ) -> tuple[nnx.GraphDef, dict]:
   """Returns the graph and the shapes of the parameters, without making any.
 
@@ -252,7 +273,7 @@ def abstract_model(
   second for a ViT-B, so the result is remembered: do not change it.
   """
   model = nnx.eval_shape(
-    lambda: MaskedAutoencoder(architecture, rngs=nnx.Rngs(params=0), dtype=dtype)
+    lambda: MaskedAutoencoder(architecture, rngs=nnx.Rngs(params=0), dtype=dtype, remat=remat)
   )
   graphdef, state = nnx.split(model)
   return graphdef, nnx.to_pure_dict(state)

@@ -19,6 +19,12 @@ STOPPED = os.EX_TEMPFAIL
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='A file in configs/.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and reports go.')
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False, 'Join the processes that a TPU pod, SLURM or the like has started.'
+)
+_COORDINATOR = flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Of the whole run.', lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Of this one, from 0.', lower_bound=0)
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
@@ -65,8 +71,14 @@ def main(_: list[str]) -> int:
       f'--config cannot be read: {_last_line(error)}; configs/ has examples.'
     ) from error
   logging.set_verbosity(logging.WARNING)
-  from dropmae_jax import feed, report, train  # After the checks, which then answer at once.
+  from dropmae_jax import feed, hosts, report, train  # After the checks, which answer at once.
 
+  hosts.join(
+    distributed=_DISTRIBUTED.value,
+    coordinator_address=_COORDINATOR.value,
+    num_processes=_NUM_PROCESSES.value,
+    process_id=_PROCESS_ID.value,
+  )
   try:
     return 0 if train.train(checked, pathlib.Path(_WORKDIR.value)) else STOPPED
   except report.NonFiniteLoss as error:

@@ -15,6 +15,7 @@ from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
 from dropmae_jax.mae import Architecture, Objective
 from dropmae_jax.optimizer import OptimizerOptions
+from dropmae_jax.sharding import MeshOptions
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -33,11 +34,14 @@ class Recipe:
     batch_size: pairs per update, over all devices and micro-batches.
     accumulation_steps: micro-batches that a batch is split into, to save memory.
     dtype: of the matrix products; parameters are float32 always.
+    remat: which activations are computed anew for the gradient, to save memory: of 'none', of
+      'full' blocks, or of all but the 'dots' (matrix products with parameters).
     log_every: steps between two lines of metrics.
     model: `size` of the size table, `image_size`, and any other field of `Architecture`.
     objective: see `mae.Objective`.
     data: see `data.DataOptions`.
     optimizer: see `optimizer.OptimizerOptions`.
+    mesh: see `sharding.MeshOptions`.
     checkpoint: see `checkpoint.CheckpointOptions`.
   """
 
@@ -50,10 +54,12 @@ class Recipe:
   seed: int = 0
   accumulation_steps: int = 1
   dtype: str = 'bfloat16'
+  remat: str = 'none'
   log_every: int = 20
   objective: Objective = dataclasses.field(default_factory=Objective)
   data: DataOptions = dataclasses.field(default_factory=DataOptions)
   optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+  mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
   checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
 
   def __post_init__(self) -> None:
@@ -62,8 +68,11 @@ class Recipe:
         raise ValueError(f'{name}={getattr(self, name)} is not positive; use 1 or more.')
     if not 0 <= self.seed < 2**32:
       raise ValueError(f'seed={self.seed} is not in 0..2**32 - 1.')
-    if self.dtype not in DTYPES:
-      raise ValueError(f'dtype={self.dtype!r} is unknown; use one of {", ".join(DTYPES)}.')
+    for name, known in (('dtype', DTYPES), ('remat', mae.REMATERIALISATIONS)):
+      if getattr(self, name) not in known:
+        raise ValueError(
+          f'{name}={getattr(self, name)!r} is unknown; use one of {", ".join(known)}.'
+        )
     masking.num_visible(self.model.num_tokens, self.objective.mask_ratio)
     if self.optimizer.warmup_steps < 0:
       raise ValueError(f'optimizer.warmup_steps={self.optimizer.warmup_steps} is negative.')

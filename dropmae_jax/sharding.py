@@ -1,9 +1,11 @@
 """The device mesh, and the one place that says what lies where on it.
 
-One axis so far, `data`: batches are split over it, the state is whole on every device. More axes
-belong here and nowhere else.
+Two axes: a batch is split over both; parameters and moments are split over `fsdp` and repeated
+over `data`. Devices are numbered host by host, so that a host's devices hold one block of the
+batch, and that a group which shares parameters stays within a host or slice as far as it can.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +13,78 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Returns a mesh of the given devices, or of all devices of all processes."""
-  devices = devices or jax.devices()
-  return jax.make_mesh((len(devices),), ('data',), devices=devices, axis_types=(AxisType.Auto,))
+AXES = ('data', 'fsdp')
 
 
-def state_sharding(mesh: Mesh) -> NamedSharding:
-  """Where parameters, moments and the step count lie: on every device."""
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+  """How many devices do what; their product is the number of devices.
+
+  Attributes:
+    data: groups of devices, each of which has the whole state; 0 is what `fsdp` leaves.
+    fsdp: devices of a group, among which parameters and moments are split (ZeRO-3).
+  """
+
+  data: int = 0
+  fsdp: int = 1
+
+  def __post_init__(self) -> None:
+    for name, least in (('data', 0), ('fsdp', 1)):
+      if getattr(self, name) < least:
+        raise ValueError(f'mesh.{name}={getattr(self, name)} is too small; use {least} or more.')
+
+
+def make_mesh(
+  devices: Sequence[jax.Device] | None = None, options: MeshOptions = MeshOptions()
+) -> Mesh:
+  """Returns a mesh of the given devices, or of all devices of all processes.
+
+  Raises:
+    ValueError: the options ask for another number of devices than there are.
+  """
+  devices = sorted(devices or jax.devices(), key=_by_neighbourhood)
+  shape = (options.data or len(devices) // options.fsdp, options.fsdp)
+  if shape[0] * shape[1] != len(devices):
+    raise ValueError(
+      f'mesh.data={options.data} and mesh.fsdp={options.fsdp} do not share out the'
+      f' {len(devices)} devices that there are; mesh.fsdp must divide them, and mesh.data=0 takes'
+      ' what is left.'
+    )
+  # Explicit axes would need every reshape of the model to name its sharding.
+  return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _by_neighbourhood(device: jax.Device) -> tuple[int, int, int]:
+  return getattr(device, 'slice_index', 0) or 0, device.process_index, device.id
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Where small things lie: whole on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Where a batch lies: its first axis split over the devices."""
-  return NamedSharding(mesh, PartitionSpec('data'))
+  """Where a batch lies: its first axis split over all devices."""
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def state_sharding(mesh: Mesh, state: Any) -> Any:
+  """Says for every array of a state where it lies; `state` may be abstract.
+
+  Matrices, of parameters and of moments alike, are split over `fsdp` along their longest axis that
+  it divides. All else (biases, norms, embeddings, the step) is whole on every device: it is
+  little, and splitting it would cost a message each.
+  """
+  return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh)), state)
+
+
+def _spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  parts = mesh.shape['fsdp']
+  fitting = [axis for axis in range(len(shape)) if shape[axis] % parts == 0]
+  if len(shape) != 2 or parts == 1 or not fitting:
+    return PartitionSpec()
+  longest = max(fitting, key=lambda axis: shape[axis])
+  return PartitionSpec(*('fsdp' if axis == longest else None for axis in range(2)))
 
 
 def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
@@ -44,11 +103,19 @@ def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
 
 
 def to_devices(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-  """Makes one global array of the shares that all processes hold."""
+  """Makes one global array of the blocks that all processes hold, in the order of processes."""
   return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
 
 
-def abstract_on(mesh: Mesh, tree: Any) -> Any:
+def put_everywhere(value: jax.Array, mesh: Mesh) -> jax.Array:
+  """Copies a value that every process has made alike to all devices."""
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))(value)
+
+
+def abstract_on(mesh: Mesh, state: Any) -> Any:
   """Gives every shape of an abstract state its place, for restoring into."""
-  place = state_sharding(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    state,
+    state_sharding(mesh, state),
+  )

@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import FrameType
 from typing import NamedTuple
 
 import jax
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dropmae_jax import data, mae, optimizer, sharding, videos
+from dropmae_jax import data, hosts, mae, optimizer, sharding, videos
 from dropmae_jax.checkpoint import Checkpoints, describe
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.feed import Feed
@@ -24,32 +22,12 @@ from dropmae_jax.report import Report
 from dropmae_jax.train_step import Metrics, TrainState, derive_seeds, init_state, train_step
 
 
-class Interruption:
-  """Turns the first Ctrl-C or SIGTERM into a flag; a second one ends the process at once."""
-
-  signal_name: str | None = None
-
-  def _note(self, number: int, _: FrameType | None) -> None:
-    self.signal_name = signal.Signals(number).name
-    for each in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(each, signal.SIG_DFL)
-
-  @contextlib.contextmanager
-  def watched(self) -> Iterator[None]:
-    """Catches the signals inside, and gives the old handlers back."""
-    old = {each: signal.signal(each, self._note) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-      yield
-    finally:
-      for each, handler in old.items():
-        signal.signal(each, handler)
-
-
 class Program(NamedTuple):
-  """What runs on the devices: fresh states, and updates of them."""
+  """What runs on the devices: fresh states, updates of them, and a state's shapes and places."""
 
   init: Callable[[jax.Array], TrainState]
   step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+  abstract_state: TrainState
 
 
 def build_program(recipe: Recipe, mesh: Mesh) -> Program:
@@ -64,7 +42,7 @@ def build_program(recipe: Recipe, mesh: Mesh) -> Program:
     sharding.check_batch(recipe.batch_size, recipe.accumulation_steps, mesh)
   except ValueError as error:
     raise BadInput(f'config: {error}') from error
-  graphdef, _ = mae.abstract_model(recipe.model, dtype=jnp.dtype(recipe.dtype))
+  graphdef, _ = mae.abstract_model(recipe.model, dtype=jnp.dtype(recipe.dtype), remat=recipe.remat)
   schedule = optimizer.learning_rate(
     peak=recipe.peak_learning_rate,
     floor=recipe.optimizer.min_learning_rate,
@@ -81,15 +59,20 @@ def build_program(recipe: Recipe, mesh: Mesh) -> Program:
     shared_flip=recipe.data.shared_augmentation,
     accumulation_steps=recipe.accumulation_steps,
   )
-  place = sharding.state_sharding(mesh)
+  init = partial(init_state, architecture=recipe.model, tx=tx)
+  # A state is born in its place, and never whole on one device.
+  state = sharding.abstract_on(mesh, jax.eval_shape(init, jax.random.key(0)))
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  everywhere = sharding.replicated(mesh)
   return Program(
-    init=jax.jit(partial(init_state, architecture=recipe.model, tx=tx), out_shardings=place),
+    init=jax.jit(init, out_shardings=places),
     step=jax.jit(
       step,
       donate_argnames='state',
-      in_shardings=(place, sharding.batch_sharding(mesh), place),
-      out_shardings=place,
+      in_shardings=(places, sharding.batch_sharding(mesh), everywhere),
+      out_shardings=(places, everywhere),
     ),
+    abstract_state=state,
   )
 
 
@@ -121,7 +104,7 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
     NonFiniteLoss: training diverged.
     LoaderFailed: the loader hangs or dies again and again; end the process by os._exit.
   """
-  interruption = Interruption()
+  interruption = hosts.Interruption()
   with interruption.watched(), contextlib.ExitStack() as stack:
     run = _open(recipe, workdir, stack)
     stack.enter_context(jax.transfer_guard('disallow'))
@@ -137,7 +120,7 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
       if previous is None:
         run.report.compiled(step)
       previous = metrics
-      stopped = interruption.signal_name is not None
+      stopped = interruption.is_due(step)
       if run.checkpoints.is_due(step) or stopped or step == recipe.num_steps:
         run.report.check_finite()
         run.checkpoints.save(step, state)
@@ -153,14 +136,12 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
 
 def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) -> Run:
   """Opens data, checkpoints, report and loader of a run; the stack closes them again."""
-  if jax.process_count() > 1:
-    raise BadInput(
-      f'{jax.process_count()} processes are joined; training runs in one process so far, on all'
-      ' of its devices.'
-    )
-  mesh = sharding.make_mesh()
+  try:
+    mesh = sharding.make_mesh(options=recipe.mesh)
+  except ValueError as error:
+    raise BadInput(f'config: {error}') from error
   program = build_program(recipe, mesh)
-  dataset = videos.open_mixture(recipe.data_dir, recipe.dataset, recipe.split)
+  dataset = _open_dataset(recipe)
   steps_per_epoch = max(len(dataset) // recipe.batch_size, 1)
   seeds = derive_seeds(recipe.seed)
 
@@ -182,8 +163,7 @@ def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) ->
   if checkpoints.latest_step is None:
     state = program.init(seeds.init)
   else:
-    shapes = jax.eval_shape(program.init, seeds.init)
-    state = checkpoints.restore(sharding.abstract_on(mesh, shapes))
+    state = checkpoints.restore(program.abstract_state)
 
   report = Report(
     workdir,
@@ -203,8 +183,25 @@ def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) ->
       report.say(f'changed since that checkpoint: {change}')
   batches = _feed(recipe, dataset, mesh, seed=seeds.data, first_step=first_step, say=report.say)
   stack.callback(batches.close)
-  step_key = jax.device_put(seeds.steps, sharding.state_sharding(mesh))
+  step_key = sharding.put_everywhere(seeds.steps, mesh)
   return Run(program, state, step_key, first_step, batches, checkpoints, report)
+
+
+def _open_dataset(recipe: Recipe) -> videos.Mixture:
+  """Opens the dataset, once all processes are there and mean the same run."""
+  facts = {
+    'code version': hosts.code_version(),
+    'config': repr(dataclasses.replace(recipe, data_dir='')),
+  }
+  try:
+    dataset = videos.open_mixture(recipe.data_dir, recipe.dataset, recipe.split)
+  except BadInput:
+    # The others must hear of it, or they would wait for this process.
+    with contextlib.suppress(BadInput):
+      hosts.agree({**facts, 'dataset': 'cannot be opened'})
+    raise
+  hosts.agree({**facts, 'dataset': dataset.fingerprint})
+  return dataset
 
 
 def _feed(

@@ -17,7 +17,7 @@ from absl import flags
 
 # Shapes in signatures are checked in tests only, and several devices are there to shard over.
 jaxtyping.install_import_hook('dropmae_jax', 'typecheck.check')
-jax.config.update('jax_num_cpu_devices', 4)
+jax.config.update('jax_num_cpu_devices', 8)
 # The same programs are compiled again and again, by commands in processes of their own too.
 # The first process to come here is the parent of all others, those that share out the tests too.
 if 'DROPMAE_TEST_CACHE' not in os.environ:

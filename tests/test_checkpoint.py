@@ -46,10 +46,10 @@ def test_the_last_few_and_every_kth_are_kept(saved):
   assert steps == [4, 8, 10, 12]
 
 
-@pytest.mark.parametrize('devices', [1, 4])
-def test_restore_is_bit_for_bit_on_any_mesh(saved, devices):
+@pytest.mark.parametrize(('devices', 'fsdp'), [(1, 1), (4, 1), (4, 2), (8, 8)])
+def test_restore_is_bit_for_bit_on_any_mesh(saved, devices, fsdp):
   checkpoints = Checkpoints(saved, CheckpointOptions(), DESCRIPTION)
-  mesh = sharding.make_mesh(jax.devices()[:devices])
+  mesh = sharding.make_mesh(jax.devices()[:devices], sharding.MeshOptions(fsdp=fsdp))
   restored = checkpoints.restore(abstract_on(mesh))
   checkpoints.close()
   expected = state_at(12)

@@ -15,7 +15,7 @@ LAYERS = [
   {'command_line', 'patches', 'position', 'masking', 'asad'},
   {'attention', 'vit'},
   {'mae', 'augment', 'synthetic_clips', 'videos'},
-  {'data', 'optimizer', 'sharding', 'train_step', 'torch_export', 'torch_files'},
+  {'data', 'hosts', 'optimizer', 'sharding', 'train_step', 'torch_export', 'torch_files'},
   {
     'checkpoint',
     'feed',

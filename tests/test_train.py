@@ -10,6 +10,7 @@ from dropmae_jax.data import DataOptions
 from dropmae_jax.mae import Objective
 from dropmae_jax.optimizer import OptimizerOptions
 from dropmae_jax.recipe import Recipe
+from dropmae_jax.sharding import MeshOptions
 
 TINY = mae.architecture_of_size(
   'XXS', image_size=32, decoder_width=32, decoder_depth=2, decoder_num_heads=2
@@ -26,14 +27,17 @@ def batches(count, seed=0):
 class Trainer:
   """A jitted step on some devices, as train.py puts it together."""
 
-  def __init__(self, *, devices=1, accumulation_steps=1, dtype='float32', shared=False):
-    self.mesh = sharding.make_mesh(jax.devices()[:devices])
+  def __init__(
+    self, *, devices=1, fsdp=1, accumulation_steps=1, dtype='float32', shared=False, remat='none'
+  ):
+    self.mesh = sharding.make_mesh(jax.devices()[:devices], MeshOptions(fsdp=fsdp))
     made = Recipe(
       data_dir='',
       num_steps=20,
       batch_size=BATCH,
       accumulation_steps=accumulation_steps,
       dtype=dtype,
+      remat=remat,
       model=TINY,
       data=DataOptions(shared_augmentation=shared),
       objective=Objective(attention_dropout=0.2),
@@ -41,7 +45,7 @@ class Trainer:
     )
     self.program = train.build_program(made, self.mesh)
     self.state = self.program.init(jax.random.key(0))
-    self.key = jax.device_put(jax.random.key(1), sharding.state_sharding(self.mesh))
+    self.key = jax.device_put(jax.random.key(1), sharding.replicated(self.mesh))
 
   def run(self, batches):
     losses = []
@@ -64,10 +68,23 @@ def assert_same_state(first, second, *, rtol):
     assert np.linalg.norm(one - other) <= rtol * np.linalg.norm(other)
 
 
-@pytest.mark.parametrize(('devices', 'accumulation_steps'), [(4, 1), (1, 2), (2, 2)])
-def test_devices_and_micro_batches_do_not_change_the_numbers(plain, devices, accumulation_steps):
+@pytest.mark.parametrize(
+  ('devices', 'fsdp', 'accumulation_steps', 'remat'),
+  [
+    (8, 1, 1, 'none'),
+    (8, 8, 1, 'none'),
+    (8, 4, 1, 'none'),
+    (1, 1, 2, 'none'),
+    (4, 2, 2, 'full'),
+    (1, 1, 1, 'full'),
+    (1, 1, 1, 'dots'),
+  ],
+)
+def test_devices_micro_batches_and_remat_do_not_change_the_numbers(
+  plain, devices, fsdp, accumulation_steps, remat
+):
   trainer, losses = plain
-  other = Trainer(devices=devices, accumulation_steps=accumulation_steps)
+  other = Trainer(devices=devices, fsdp=fsdp, accumulation_steps=accumulation_steps, remat=remat)
   np.testing.assert_allclose(other.run(batches(4)), losses, rtol=1e-5)
   weights, expected = other.state.params, trainer.state.params
   assert_same_state(weights['patch_embed'], expected['patch_embed'], rtol=1e-3)
@@ -79,6 +96,33 @@ def test_batches_are_really_split_over_the_devices():
   frames = sharding.to_devices(batches(1)[0], mesh)
   assert {shard.data.shape[0] for shard in frames.addressable_shards} == {BATCH // 4}
   assert len({shard.device for shard in frames.addressable_shards}) == 4
+
+
+def test_matrices_and_their_moments_are_really_split():
+  trainer = Trainer(devices=8, fsdp=4)
+  trainer.run(batches(1))
+  state = trainer.state
+  adam = state.opt_state[0]
+  for tree in (state.params, adam.mu, adam.nu):
+    for path, leaf in jax.tree.leaves_with_path(tree):
+      held = {shard.data.size for shard in leaf.addressable_shards}
+      assert held == {leaf.size // (4 if leaf.ndim == 2 else 1)}, jax.tree_util.keystr(path)
+  split = sum(leaf.size for leaf in jax.tree.leaves(state.params) if leaf.ndim == 2)
+  assert split > 0.9 * mae.num_parameters(state.params)
+
+
+def test_a_matrix_that_nothing_divides_stays_whole():
+  mesh = sharding.make_mesh(jax.devices()[:4], MeshOptions(fsdp=4))
+  places = sharding.state_sharding(
+    mesh, [np.zeros(shape) for shape in [(6, 5), (6, 8), (8, 12), (8,), (4, 4, 4)]]
+  )
+  assert [tuple(place.spec) for place in places] == [(), (None, 'fsdp'), (None, 'fsdp'), (), ()]
+
+
+@pytest.mark.parametrize('options', [MeshOptions(fsdp=3), MeshOptions(data=2, fsdp=2)])
+def test_a_mesh_of_other_devices_is_refused(options):
+  with pytest.raises(ValueError, match=r'do not share out the 8 devices that there are; mesh.fsdp'):
+    sharding.make_mesh(options=options)
 
 
 def test_one_compilation_and_the_old_state_is_given_up(plain):
@@ -140,6 +184,7 @@ def test_the_first_update_has_no_learning_rate(plain):
   ],
 )
 def test_a_batch_that_does_not_divide_is_refused(batch, accumulation, message):
+  mesh = sharding.make_mesh(jax.devices()[:4], MeshOptions(fsdp=2))
   with pytest.raises(ValueError, match=message):
-    sharding.check_batch(batch, accumulation, sharding.make_mesh())
-  sharding.check_batch(8, 2, sharding.make_mesh())
+    sharding.check_batch(batch, accumulation, mesh)
+  sharding.check_batch(8, 2, mesh)

@@ -1,0 +1,141 @@
+"""Several processes as one run: how they find one another, agree, and stop at the same step."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import signal
+from collections.abc import Iterator, Mapping
+from types import FrameType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dropmae_jax.command_line import BadInput
+
+# How launchers say that they have started more than one process for a job.
+LAUNCHED = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+
+
+def join(
+  *,
+  distributed: bool,
+  coordinator_address: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+) -> None:
+  """Makes this process one of several; to be called before anything else of JAX.
+
+  Args:
+    distributed: find the others through the environment: TPU pods, SLURM, Open MPI, Kubernetes.
+    coordinator_address: 'HOST:PORT' of process 0, where nothing in the environment tells.
+    num_processes: likewise.
+    process_id: likewise, from 0.
+
+  Raises:
+    BadInput: the options do not fit one another, or the others were not found.
+  """
+  explicit = (coordinator_address, num_processes, process_id)
+  if any(value is not None for value in explicit) and None in explicit:
+    raise BadInput(
+      '--coordinator_address, --num_processes and --process_id go together; give all three, or'
+      ' --distributed where the environment tells them.'
+    )
+  if coordinator_address is None and not distributed:
+    _refuse_strangers()
+    return
+  if coordinator_address is not None and not 0 <= process_id < num_processes:
+    raise BadInput(f'--process_id={process_id} is not in 0..{num_processes - 1}.')
+  try:
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).strip().splitlines()[0]
+    raise BadInput(
+      f'the other processes were not found ({reason}); give --coordinator_address=HOST:PORT,'
+      ' --num_processes and --process_id to each.'
+    ) from error
+
+
+def _refuse_strangers() -> None:
+  """Refuses to be one of several runs that know nothing of one another, in one workdir."""
+  for name in LAUNCHED:
+    if int(os.environ.get(name, '1')) > 1:
+      raise BadInput(
+        f'{name}={os.environ[name]}: a launcher has started several processes, which would all'
+        ' write to the same --workdir; add --distributed to make them one run, or start one.'
+      )
+
+
+def code_version() -> str:
+  """Returns a hash of this package's source and of JAX's version."""
+  digest = hashlib.sha256(jax.__version__.encode())
+  for path in sorted(pathlib.Path(__file__).parent.glob('*.py')):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()
+
+
+def agree(facts: Mapping[str, str]) -> None:
+  """Waits for all processes, and compares what must be the same on each.
+
+  Args:
+    facts: by name; the names are the same everywhere.
+
+  Raises:
+    BadInput: on every process; names what differs, and where.
+  """
+  if jax.process_count() == 1:
+    return
+  digests = [hashlib.sha256(value.encode()).digest() for value in facts.values()]
+  mine = np.frombuffer(b''.join(digests), np.uint8).reshape(len(facts), -1)
+  all_of_them = multihost_utils.process_allgather(mine)
+  differs = (all_of_them != all_of_them[0]).any(axis=2)
+  if differs.any():
+    found = [
+      f'{name} (process {", ".join(map(str, np.flatnonzero(differs[:, fact])))})'
+      for fact, name in enumerate(facts)
+      if differs[:, fact].any()
+    ]
+    raise BadInput(
+      f'the processes of this run disagree with process 0 about: {"; ".join(found)}; start all with'
+      ' the same command, code and data.'
+    )
+
+
+class Interruption:
+  """Turns the first Ctrl-C or SIGTERM into a stop at the next step, which is the same on all hosts.
+
+  A second signal ends the process at once. Where there are several processes, JAX's preemption
+  service hears SIGTERM (and of maintenance, on a TPU) and chooses the step.
+  """
+
+  signal_name: str | None = None
+
+  def _note(self, number: int, _: FrameType | None) -> None:
+    self.signal_name = signal.Signals(number).name
+    for each in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(each, signal.SIG_DFL)
+
+  def _pass_on(self, number: int, _: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  @contextlib.contextmanager
+  def watched(self) -> Iterator[None]:
+    """Catches the signals inside, and gives the old handlers back."""
+    if jax.process_count() > 1:
+      handlers = {signal.SIGINT: self._pass_on}
+    else:
+      handlers = {signal.SIGINT: self._note, signal.SIGTERM: self._note}
+    old = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+    try:
+      yield
+    finally:
+      for each, handler in old.items():
+        signal.signal(each, handler)
+
+  def is_due(self, step: int) -> bool:
+    """Whether to stop after this step; to be asked after every step, by all processes."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self.signal_name = 'SIGTERM'
+    return self.signal_name is not None
