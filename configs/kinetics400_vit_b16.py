@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
   config.dataset = 'kinetics_frames/kinetics400'
   config.split = 'train'
   config.seed = 0
+  config.init_from = ''
   config.num_steps = 400 * STEPS_PER_EPOCH
   config.batch_size = 4096
   config.accumulation_steps = 1

@@ -30,6 +30,7 @@ class Recipe:
       that they are mixed by, as 'kinetics_frames/kinetics400=3,kinetics_frames/folder=1'.
     split: of the dataset.
     seed: of everything that is random.
+    init_from: a workdir or a PyTorch file whose weights a run begins with; '' draws fresh ones.
     num_steps: optimizer updates in all.
     batch_size: pairs per update, over all devices and micro-batches.
     accumulation_steps: micro-batches that a batch is split into, to save memory.
@@ -52,6 +53,7 @@ class Recipe:
   dataset: str = 'kinetics_frames/folder'
   split: str = 'train'
   seed: int = 0
+  init_from: str = ''
   accumulation_steps: int = 1
   dtype: str = 'bfloat16'
   remat: str = 'none'

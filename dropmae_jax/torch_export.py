@@ -115,7 +115,7 @@ def from_torch(state: Mapping[str, np.ndarray], architecture: Architecture) -> d
   expected = tensors(architecture)
   check_shapes(state, {t.name: t.shape for t in expected}, architecture)
   return traverse_util.unflatten_dict(
-    {t.path: _leaf_of(np.asarray(state[t.name]), t) for t in expected}
+    {t.path: leaf_of(np.asarray(state[t.name]), t) for t in expected}
   )
 
 
@@ -216,7 +216,7 @@ def _tensor_of(leaf: np.ndarray, tensor: Tensor) -> np.ndarray:
   return leaf.T if tensor.is_kernel else leaf
 
 
-def _leaf_of(array: np.ndarray, tensor: Tensor) -> np.ndarray:
+def leaf_of(array: np.ndarray, tensor: Tensor) -> np.ndarray:
   """Undoes `_tensor_of`."""
   array = array.astype(np.float32, copy=False)
   if tensor.name == _PATCHES:

@@ -87,11 +87,11 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   other = collections.Counter(str(a.dtype) for a in taken.values() if a.dtype != np.float32)
   report += [f'converted to float32: {count} of {dtype}' for dtype, count in other.items()]
   if dropped:
-    report.append(f'dropped: {_grouped(dropped)}')
+    report.append(f'dropped: {grouped(dropped)}')
     if any(name.endswith(torch_export.CLASS_TOKEN) for name in dropped):
       report.append('  (the class token: this method has none)')
   if fresh:
-    report.append(f'freshly made (seed 0), since the file has none: {_grouped(fresh)}')
+    report.append(f'freshly made (seed 0), since the file has none: {grouped(fresh)}')
   return Model(state, architecture, fresh, report)
 
 
@@ -161,7 +161,7 @@ def _architecture(
   except (KeyError, ValueError, IndexError) as error:
     raise BadInput(
       f'the file holds no vision transformer ({error} is missing or misshapen); its tensors are'
-      f' {_grouped(tensors)}.'
+      f' {grouped(tensors)}.'
     ) from error
   if size is None:
     rows = [name for name, row in vit.SIZES.items() if row.width == width]
@@ -196,7 +196,7 @@ def _fresh_tensors(architecture: Architecture, names: list[str]) -> dict[str, np
   return {name: state[name] for name in names}
 
 
-def _grouped(names: Iterable[str]) -> str:
+def grouped(names: Iterable[str]) -> str:
   """Names tensors in a line: those with a common first part are counted together."""
   names = list(names)
   groups = collections.Counter(name.split('.')[0] for name in names)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dropmae_jax import data, hosts, mae, optimizer, sharding, videos
+from dropmae_jax import data, hosts, mae, optimizer, sharding, videos, warm_start
 from dropmae_jax.checkpoint import Checkpoints, describe
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.feed import Feed
@@ -159,9 +159,13 @@ def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) ->
   )
   checkpoints = Checkpoints(workdir, recipe.checkpoint, description)
   stack.callback(checkpoints.close)
-  first_step = checkpoints.latest_step or 0
+  first_step, began_with = checkpoints.latest_step or 0, []
   if checkpoints.latest_step is None:
     state = program.init(seeds.init)
+    if recipe.init_from:
+      start = warm_start.read(pathlib.Path(recipe.init_from), recipe.model)
+      state = state.replace(params=warm_start.put(start.taken, state.params))
+      began_with = start.report
   else:
     state = checkpoints.restore(program.abstract_state)
 
@@ -177,6 +181,8 @@ def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) ->
     f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
     f' {steps_per_epoch} steps per epoch, {mesh.size} x {jax.devices()[0].device_kind}'
   )
+  for line in began_with:
+    report.say(line)
   if first_step:
     report.say(f'going on after step {first_step} of {recipe.num_steps}')
     for change in checkpoints.changed_fields():

@@ -25,7 +25,7 @@ LAYERS = [
     'torch_import',
     'torch_reference',
   },
-  {'convert', 'torch_inspect'},
+  {'convert', 'torch_inspect', 'warm_start'},
   {'figures', 'recipe'},
   {'train', 'inspect_data'},
   {'main'},
