@@ -48,7 +48,13 @@ def join(
   if coordinator_address is not None and not 0 <= process_id < num_processes:
     raise BadInput(f'--process_id={process_id} is not in 0..{num_processes - 1}.')
   try:
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    jax.distributed.initialize(
+      coordinator_address,
+      num_processes,
+      process_id,
+      # What is said here goes before what a launcher says: then a process has all of its devices.
+      cluster_detection_method='deactivate' if coordinator_address else None,
+    )
   except (RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]
     raise BadInput(

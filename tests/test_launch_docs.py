@@ -1,0 +1,42 @@
+"""The recipes of docs/launch.md are at least what a shell and a cluster can parse."""
+
+import re
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from dropmae_jax import recipe
+
+TEXT = (ROOT / 'docs' / 'launch.md').read_text()
+SHELL = re.findall(r'```bash\n(.*?)```', TEXT, re.DOTALL)
+YAML = re.findall(r'```yaml\n(.*?)```', TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize('script', SHELL)
+def test_shell(script):
+  done = subprocess.run(['bash', '-n'], input=script, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stderr) == (0, '')
+
+
+def test_every_recipe_is_found():
+  assert len(SHELL) == 4
+  assert len(YAML) == 1
+
+
+def test_the_job_set_runs_the_command():
+  (found,) = map(yaml.safe_load, YAML)
+  template = found['spec']['replicatedJobs'][0]['template']['spec']
+  assert template['parallelism'] == template['completions']
+  (container,) = template['template']['spec']['containers']
+  assert container['command'][:4] == ['python', '-m', 'dropmae_jax.main', '--distributed']
+
+
+def test_fields_and_configs_that_are_named_exist():
+  fields = set(re.findall(r'--config\.([a-z_.]+)=', TEXT)) | set(
+    re.findall(r'`((?:mesh|data|checkpoint)\.[a-z_]+)`', TEXT)
+  )
+  assert fields <= set(recipe.known_fields())
+  for path in re.findall(r'configs/\w+\.py', TEXT):
+    assert (ROOT / path).exists()
