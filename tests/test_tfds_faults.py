@@ -236,7 +236,7 @@ def test_ctrl_c_does_not_wait_for_the_video_nor_break_off_when_repeated(clips, t
   assert 'Traceback' not in errors
 
 
-def test_a_suspended_build_blames_no_video(data_dir, clips, tmp_path):
+def test_a_suspended_build_blames_no_video(clips, tmp_path):
   process = started(clips, tmp_path, deed='time.sleep(0.2)', options=['--time_limit=2'])
   until_reading(tmp_path)
   os.killpg(process.pid, signal.SIGSTOP)

@@ -19,7 +19,7 @@ from tfds_kinetics import build, shards, workers
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput
 from tfds_kinetics.tree import Video, list_videos
-from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs, stored_size
+from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
 
 DATASET = pathlib.Path('kinetics_frames/folder', shards.VERSION)
 PARTIAL = DATASET.with_name(f'{shards.VERSION}.partial')
@@ -148,19 +148,6 @@ def test_damaged_videos(clips, tmp_path):
   path.write_bytes(torn)
   kept = list(read_jpegs(str(path), FrameOptions(max_damage=suggested)))
   assert 0 < len(kept) <= 8
-
-
-@pytest.mark.parametrize(
-  ('size', 'expected'),
-  [
-    ((340, 256), (340, 256)),
-    ((1280, 720), (455, 256)),
-    ((720, 1280), (256, 455)),
-    ((64, 48), (64, 48)),
-  ],
-)
-def test_short_side(size, expected):
-  assert stored_size(*size, 256) == expected
 
 
 def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
