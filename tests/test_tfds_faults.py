@@ -1,6 +1,5 @@
 """A build goes on whatever the videos do to it, and many machines may share it."""
 
-import fcntl
 import json
 import os
 import pathlib
@@ -258,14 +257,18 @@ def test_a_mistyped_option_does_not_cost_what_is_finished(data_dir, clips, tmp_p
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
-def test_a_range_is_written_by_one_task_only(clips, tmp_path):
-  lock = tmp_path / DATASET.with_name(f'{shards.VERSION}.range-1-of-3.lock')
-  lock.parent.mkdir(parents=True)
-  with lock.open('w') as held:
-    fcntl.flock(held, fcntl.LOCK_EX)
-    done = run_python(*command(clips, tmp_path, '--shard_range=1/3'))
-  assert done.returncode == 2
-  assert 'another build is writing range-1-of-3' in done.stderr
+def test_a_shard_is_written_by_one_task_only(clips, tmp_path):
+  """Whatever the number of ranges: 1/3 is shards 1, 4, 7 of 0..8; 0/4 is 0, 4, 8; 0/2 the even."""
+  first = started(clips, tmp_path, deed='time.sleep(2)', options=['--shard_range=1/3'])
+  until_reading(tmp_path)
+  for other in ('--shard_range=1/3', '--shard_range=0/4', '--workers=1'):
+    refused = run_python(*command(clips, tmp_path, other))
+    assert refused.returncode == 2
+    assert 'another build is writing ' in refused.stderr
+  assert run_python(*command(clips, tmp_path, '--shard_range=0/3')).returncode == 0
+  _, errors = first.communicate(timeout=60)
+  assert first.returncode == 0, errors
+  assert len(list((tmp_path / PARTIAL).glob('*-0*.json'))) == 6
 
 
 def test_a_root_with_a_way_up_behind_a_link(data_dir, clips, tmp_path):

@@ -15,7 +15,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from conftest import ROOT, run_python
 
-from tfds_kinetics import build, shards, workers
+from tfds_kinetics import build, records, shards, workers
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput
 from tfds_kinetics.tree import Video, list_videos
@@ -167,7 +167,7 @@ def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
 
 
 def test_long_videos_are_spread_over_files(clips, tmp_path, monkeypatch):
-  monkeypatch.setattr(shards, 'RECORDS_PER_FILE', 5)
+  monkeypatch.setattr(records, 'RECORDS_PER_FILE', 5)
   job = job_of(clips, 'val')
   table = write(job, tmp_path)
   assert [row['records'] for row in table['files']] == [5, 3]
@@ -235,11 +235,12 @@ def test_two_builders_do_not_meet(clips, tmp_path):
   lock = tmp_path / DATASET.with_name(f'{shards.VERSION}.lock')
   lock.parent.mkdir(parents=True)
   with lock.open('w') as held:
-    fcntl.flock(held, fcntl.LOCK_EX)
+    fcntl.lockf(held, fcntl.LOCK_EX)
     done = run_python(*command(clips, tmp_path))
     assert done.returncode == 2
     assert 'another build is writing' in done.stderr
   assert run_python(*command(clips, tmp_path)).returncode == 0
+  assert not lock.exists()
 
 
 def test_shards_deal_out_all_videos_and_stay_small():
