@@ -12,9 +12,10 @@ import time
 import mutations
 import pytest
 from conftest import ROOT, run_python
-from test_tfds_kinetics import DATASET, PARTIAL, command, contents, skipped_of
+from test_tfds_kinetics import DATASET, PARTIAL, command, contents, job_of, skipped_of, write
 
 from tfds_kinetics import shards
+from tfds_kinetics.video import UnusableVideo
 
 # Runs the builder, with another `read_jpegs` in its processes.
 SCRIPT = """
@@ -65,6 +66,50 @@ def test_a_video_that_kills_or_blocks_its_reader_is_listed_like_any_other(
   assert {reasons[name] for name in culprits} == {reason}
   assert report_of(tmp_path)['totals']['videos'] == 8 - len(culprits)
   assert not list(tmp_path.glob('kinetics_frames/folder/*.partial'))
+
+
+def unprivileged(*arguments):
+  """Runs the builder without the right of root to read everything."""
+  bounds = ['setpriv', '--bounding-set=-all', '--inh-caps=-all'] if os.geteuid() == 0 else []
+  return subprocess.run(
+    [*bounds, sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+
+
+def test_videos_that_may_not_be_read_are_listed_and_tried_again(data_dir, clips, tmp_path):
+  root = tmp_path / 'videos'
+  shutil.copytree(clips / 'train', root / 'train')
+  shutil.copytree(clips / 'val', root / 'val')
+  locked = sorted(root.glob('*/swaying/*.mp4'))
+  for path in locked:
+    path.chmod(0)
+  names = {path.relative_to(root).as_posix() for path in locked}
+  reason = 'it cannot be opened: Permission denied'
+  assert unprivileged(*command(root, tmp_path / 'whole')).returncode == 0
+  assert {skipped_of(tmp_path / 'whole')[name] for name in names} == {reason}
+  # An unfinished build is whole as long as they cannot be read, and goes on when they can be.
+  assert unprivileged(*command(root, tmp_path, '--shard_range=0/1')).returncode == 0
+  again = unprivileged(*command(root, tmp_path, '--shard_range=0/1'))
+  assert 'going on: 9 of 9 shards are there' in again.stderr
+  for path in locked:
+    path.chmod(0o644)
+  done = unprivileged(*command(root, tmp_path))
+  assert done.returncode == 0, done.stderr
+  assert f'going on: {9 - len(locked)} of 9 shards are there' in done.stderr
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+
+
+def test_a_disk_that_fails_is_tried_again(clips, tmp_path, monkeypatch):
+  """Whatever FFmpeg makes of it: the verdict is marked by whether the bytes can be had."""
+  job = job_of(clips, 'val')
+  monkeypatch.setattr(shards, '_is_unreadable', lambda path: True)
+  monkeypatch.setattr(shards, 'read_jpegs', lambda *_: (_ for _ in ()).throw(UnusableVideo('EIO')))
+  table = write(job, tmp_path)
+  assert [row['unread'] for row in table['skipped']] == [True] * len(job.videos)
+  assert shards.finished_table(job, tmp_path) == table
+  monkeypatch.undo()
+  assert shards.finished_table(job, tmp_path) is None
+  assert write(job, tmp_path)['videos']
 
 
 def test_a_process_that_is_killed_once_costs_nothing(data_dir, clips, tmp_path):
@@ -178,7 +223,6 @@ def test_an_array_job_writes_what_one_machine_does(data_dir, clips, tmp_path):
 
 def test_a_full_disk_is_no_fault_of_the_video(clips, tmp_path, monkeypatch):
   """Frames are spooled while a video is read; what that disk says is the builder's business."""
-  from test_tfds_kinetics import job_of, write
 
   class Full:
     def __enter__(self):
