@@ -240,13 +240,6 @@ def test_a_full_disk_is_no_fault_of_the_video(clips, tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_beam_writes_what_one_machine_does(data_dir, clips, tmp_path):
-  pytest.importorskip('apache_beam', reason='Apache Beam is an extra that is not installed here')
-  done = run_python(*command(clips, tmp_path, '--beam_runner=DirectRunner'))
-  assert done.returncode == 0, done.stderr
-  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
-
-
 def started(clips, folder, *, deed, options=()):
   """A builder in a process group of its own, in whose processes something happens at each video."""
   script = folder / 'build.py'

@@ -59,7 +59,7 @@ def runner_options(runner: str, options: str) -> PipelineOptions:
   try:
     flags = shlex.split(options)
   except ValueError as error:
-    raise BadInput(f'--beam_options={options} has {str(error).lower()}; mend that.') from error
+    raise BadInput(f'--beam_options={options} has {str(error).lower()}; close it.') from error
   return PipelineOptions(flags, runner=runner, save_main_session=False)
 
 
