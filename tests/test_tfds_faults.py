@@ -13,6 +13,7 @@ import mutations
 import pytest
 from conftest import ROOT, run_python
 from test_tfds_kinetics import DATASET, PARTIAL, command, contents, job_of, skipped_of, write
+from test_tfds_videos import pictures, write_video
 
 from tfds_kinetics import shards
 from tfds_kinetics.video import UnusableVideo
@@ -127,12 +128,34 @@ def test_a_process_that_is_killed_once_costs_nothing(data_dir, clips, tmp_path):
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
+def other_containers(folder):
+  """A small video in each of the containers that mutations are called after."""
+  folder.mkdir()
+  for name, (codec, pixels) in {
+    'a.avi': ('mpeg4', 'yuv420p'),
+    'a.mkv': ('libx264', 'yuv420p'),
+    'a.webm': ('libvpx', 'yuv420p'),
+    'a.ts': ('libx264', 'yuv420p'),
+    'a.flv': ('flv', 'yuv420p'),
+    'a.mpg': ('mpeg2video', 'yuv420p'),
+    'a.mov': ('mjpeg', 'yuvj420p'),
+    'a.wmv': ('wmv2', 'yuv420p'),
+    'faststart.mp4': ('libx264', 'yuv420p'),
+  }.items():
+    movflags = 'faststart' * (name == 'faststart.mp4')
+    write_video(folder / name, codec, pixels, pictures(64, 96), movflags=movflags)
+  files = sorted(folder.iterdir())
+  assert {path.suffix for path in files} == set(mutations.SUFFIXES)
+  return files
+
+
 def test_a_thousand_damaged_videos(clips, tmp_path):
   good = sorted(clips.glob('*/*/*_*.mp4'))
   root = tmp_path / 'videos'
   shutil.copytree(clips / 'train', root / 'train')
   shutil.copytree(clips / 'val', root / 'val')
-  count = mutations.write_mutations(good, root, count=1000, seed=0)
+  sources = [*good[:2], *other_containers(tmp_path / 'sources')]
+  count = mutations.write_mutations(sources, root, count=1000, seed=0)
   done = run_python(*command(root, tmp_path, '--time_limit=30'))
   assert done.returncode == 0, done.stderr
   rows = report_of(tmp_path)['videos']
