@@ -298,7 +298,7 @@ def test_options_reach_the_frames(clips, tmp_path):
     (['--videos='], 'argument --videos: it is empty'),
     (['--videos={tmp}/junk', '--finalise'], '1 of 1 shards are not in '),
     (['--videos={tmp}/none', '--shard_range=3'], '--shard_range=3 is not I/N'),
-    (['--videos={tmp}/junk', '--config=kinetics400', '--annotations=no'], 'has no train folder'),
+    (['--videos={tmp}/none', '--beam_runner=DirectRunner'], "pip install -e '.[beam]'"),
     (['--videos={tmp}/none', '--beam_options=--x'], 'no meaning without --beam_runner'),
     (['--videos={tmp}', '--beam_runner=x', '--workers=2'], '--workers is not for --beam_runner'),
     (['--videos={tmp}/junk', '--data_dir={tmp}/o\udce9'], 'o\\xe9 is not valid UTF-8'),

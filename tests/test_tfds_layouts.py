@@ -245,8 +245,10 @@ def test_annotations_that_are_none(tmp_path, touch, content, message):
   tree.list_videos(FOLDER, tmp_path)
 
 
-def test_an_annotations_folder_that_is_none(tmp_path, touch):
+def test_an_annotations_folder_that_is_none(tmp_path, touch, monkeypatch):
+  """It is told before the videos are listed, which may take long."""
   touch('train/a/1.mp4')
+  monkeypatch.setattr(tree, '_walk', None)
   for place, message in (('none', 'is not a folder'), ('train', 'holds no train.csv')):
     with pytest.raises(BadInput, match=message):
       tree.list_videos(KINETICS, tmp_path, tmp_path / place)
