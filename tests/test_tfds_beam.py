@@ -133,7 +133,7 @@ def test_it_goes_on_where_another_stopped_and_removes_what_that_left(tmp_path, b
   ('error', 'reason'),
   [
     (MachineFault('a.mp4: Too many open files'), 'a.mp4: Too many open files'),
-    (workers.KilledAgain(), 'KilledAgain'),
+    (workers.KilledAgain('killed again and again'), 'killed again and again'),
     (shards.SourceChanged('a.mp4 is gone now'), 'a.mp4 is gone now'),
     (RuntimeError('\nno such worker\nTraceback ...'), 'no such worker'),
     (ValueError('unknown runner'), 'unknown runner'),

@@ -74,7 +74,7 @@ class ShardProcess:
       path, stuck = _last_read(job, self._folder)
       kills[path] += 1
       if path is None and kills[path] == MOST_UNEXPLAINED:
-        raise KilledAgain
+        raise KilledAgain('its processes are killed again and again, by no single video')
       if path is not None and stuck:
         limit = job.options.time_limit
         verdicts[path] = f'it takes longer than --time_limit={limit:g} seconds, at one point of it'
