@@ -22,7 +22,7 @@ from array_record.python import array_record_module
 from benchmarks import clips
 from dropmae_jax import command_line, data, videos
 from dropmae_jax.data import DataOptions
-from tfds_kinetics import shards
+from tfds_kinetics import records
 from tfds_kinetics.tree import Video
 
 DATASET = 'kinetics_frames/synthetic'
@@ -44,7 +44,7 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
   writer = array_record_module.ArrayRecordWriter(str(real), 'group_size:1')
   noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
   jpeg = simplejpeg.encode_jpeg(noise, colorspace='RGB')
-  record = shards.frame_serializer()(jpeg, Video('train/class/video.mp4', 'class', 0), 0)
+  record = records.frame_serializer()(jpeg, Video('train/class/video.mp4', 'class', 0), 0)
   for _ in range(RECORDS):
     writer.write(record)
   writer.close()
@@ -61,7 +61,7 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
   np.savez(folder / 'index-train.npz', **index)
   tfds.folder_dataset.write_metadata(
     data_dir=folder,
-    features=shards.frame_features(),
+    features=records.frame_features(),
     split_infos=[
       tfds.core.SplitInfo(
         name='train',
