@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dropmae_jax import mae, torch_clients, torch_export, torch_files
+from dropmae_jax import file_checks, mae, torch_clients, torch_export, torch_files
 
 TEXT = (ROOT / 'docs' / 'convert.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', TEXT, flags=re.DOTALL)
@@ -28,7 +28,7 @@ def files(tmp_path_factory):
     torch_files.write(
       folder / name,
       torch_export.in_layout(state, layout),
-      file_format=torch_files.format_of(folder / name),
+      file_format=file_checks.format_of(folder / name),
       key='' if layout == 'timm' else 'model',
     )
   return folder, state
