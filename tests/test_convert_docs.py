@@ -57,6 +57,14 @@ def test_the_key_lists_are_those_that_an_export_prints():
       assert f'`{name}`' in row, client.name
     if client.new_heads:
       assert f'{client.new_heads + 1}: `cls_token` and {client.new_heads} tensors' in row
+    if layout == 'mae':
+      assert answer.unexpected == [*torch_export.FRAME_IDENTITIES]
+      assert torch_clients.GLOBAL_POOL == (
+        'with --global_pool, fc_norm.* is missing too and norm.* unexpected'
+      )
+      missing, unexpected = row.split('|')[3:5]
+      assert '(with `--global_pool` also `fc_norm.*`)' in missing
+      assert 'the two `temporal_pos_embed_*` (with `--global_pool` also `norm.*`)' in unexpected
     if len(answer.unexpected) == 1:
       assert f'`{answer.unexpected[0]}` (of `full`)' in row
     if client.name == 'OSTrack':
