@@ -211,5 +211,5 @@ def write(
     try:
       torch.save(with_tensors(content), file)
     except RuntimeError as error:
-      # PyTorch's writer hides the system's refusal behind an error of its own.
-      raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+      # PyTorch's writer hides the system's refusal, or a signal, behind an error of its own.
+      raise error.__context__ or error from None

@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickletools
 import sys
+import unittest.mock
 import zipfile
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 from conftest import run_python
 
-from dropmae_jax import destination, file_checks, torch_files
+from dropmae_jax import command_line, destination, file_checks, torch_files
 from dropmae_jax.command_line import BadInput
 
 TENSORS = {
@@ -313,6 +314,21 @@ def test_a_write_that_the_system_refuses_keeps_the_old_file(tmp_path, name):
   assert done.stderr.count('\n') == 1
   assert path.read_bytes() == b'old'
   assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+class Interrupted(type(pathlib.Path())):
+  """A path to whose file a signal comes while it is written."""
+
+  def open(self, mode):
+    file = super().open(mode, buffering=0)
+    several = [len, len, unittest.mock.Mock(side_effect=command_line.Terminated), *[len] * 99]
+    wrapped = unittest.mock.Mock(wraps=file, write=lambda content: several.pop(0)(content))
+    return unittest.mock.MagicMock(__enter__=lambda _: wrapped)
+
+
+def test_a_signal_while_writing_stays_a_signal(tmp_path):
+  with pytest.raises(command_line.Terminated):
+    torch_files.write(Interrupted(tmp_path / 'out.pth'), TENSORS, file_format='pth')
 
 
 def test_what_cannot_fit_is_refused_before_writing(tmp_path):
