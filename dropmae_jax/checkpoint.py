@@ -6,6 +6,7 @@ the whole `config`. Orbax writes to a temporary name and renames, so what is lis
 """
 
 import dataclasses
+import os
 import pathlib
 import tempfile
 from typing import Any
@@ -15,8 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from dropmae_jax import mae, optimizer
-from dropmae_jax.command_line import BadInput
+from dropmae_jax import destination, mae, optimizer
+from dropmae_jax.command_line import BadInput, refusing
 from dropmae_jax.mae import Architecture, Objective
 from dropmae_jax.optimizer import Moments
 from dropmae_jax.train_step import TrainState
@@ -172,48 +173,43 @@ def load_weights(
   Raises:
     BadInput: there is no checkpoint, not this one, none with moments, or it cannot be read.
   """
-  root, steps = _stored_steps(folder)
-  if step is None and folder.name.isdigit() and root == folder.parent:
-    step = int(folder.name)
-  step = max(steps) if step is None else step
-  if step not in steps:
+  with refusing(f'{folder} cannot be read', 'give a folder that may be.'):
+    root, steps = _stored_steps(folder.absolute())
+  if not steps:
     raise BadInput(
-      f'--checkpoint={folder} has no step {step}; it has {", ".join(map(str, sorted(steps)))}.'
+      f'{folder} holds no checkpoint; give the --workdir of a training run that has saved one.'
     )
+  step = max(steps) if step is None else step
+  others = ', '.join(str(each) for each in sorted(steps) if each != step)
+  if step not in steps:
+    raise BadInput(f'{folder} has no step {step}; it has {others}.')
   if with_moments and not (root / str(step) / 'opt_state').is_dir():
     raise BadInput(
-      f'step {step} of --checkpoint={folder} holds weights without optimizer state; leave'
-      ' --with_optimizer out.'
+      f'step {step} of {folder} holds weights without optimizer state; leave --with_optimizer out.'
     )
   try:
-    with ocp.CheckpointManager(root.absolute()) as manager:
+    with ocp.CheckpointManager(root) as manager:
       return _restore_weights(manager, step, with_moments)
   except (OSError, ValueError, KeyError, TypeError) as error:
     reason = next(iter(str(error).splitlines()), '') or type(error).__name__
-    raise BadInput(
-      f'step {step} of --checkpoint={folder} cannot be read ({reason}); give --step with another'
-      f' one of {", ".join(map(str, sorted(steps)))}.'
-    ) from error
+    remedy = f'give another step: {others}' if others else 'it is the only one; give another run'
+    raise BadInput(f'step {step} of {folder} cannot be read ({reason}); {remedy}.') from error
 
 
 def _stored_steps(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
-  """Returns the folder that holds a run's checkpoints, and the steps in it."""
+  """Returns the folder that holds a run's checkpoints, and the steps in it: one, if it is one's."""
   root = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-  if root.name.isdigit() and (root / 'params').is_dir():
-    root = root.parent
-  steps = [int(p.name) for p in root.glob('*') if p.name.isdigit()] if root.is_dir() else []
-  steps = [step for step in steps if (root / str(step) / 'params').is_dir()]
-  if not steps:
-    raise BadInput(
-      f'--checkpoint={folder} holds no checkpoint; give the --workdir of a training run that has'
-      ' saved one.'
-    )
-  return root, steps
+  names = os.listdir(root) if root.is_dir() else []
+  if root.name.isdecimal() and 'params' in names:
+    root, names = root.parent, [root.name]
+  return root, [int(x) for x in names if x.isdecimal() and (root / x / 'params').is_dir()]
 
 
 def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bool) -> Weights:
   stored = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
   architecture = Architecture(**stored.description['architecture'])
+  # None is what a file that was read in did not tell.
+  objective = stored.description['objective']
   _, abstract = mae.abstract_model(architecture)
   items = {'params': abstract}
   if with_moments:
@@ -230,7 +226,7 @@ def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bo
     params=arrays['params'],
     step=step,
     architecture=architecture,
-    objective=Objective(**stored.description['objective']),
+    objective=Objective(**{k: v for k, v in objective.items() if v is not None}),
     description=stored.description,
     moments=optimizer.moments_of(arrays['opt_state']) if with_moments else None,
   )
@@ -249,17 +245,16 @@ def save_weights(
   Written under a temporary name first: on failure nothing is there.
 
   Raises:
-    BadInput: the folder holds something already.
+    BadInput: the folder holds something already, or cannot be written.
   """
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise BadInput(f'--output={folder} is not empty; give a new folder.')
+  destination.check_folder(folder)
   items = {'params': ocp.args.StandardSave(params), 'description': ocp.args.JsonSave(description)}
   if moments is not None:
     items['opt_state'] = ocp.args.StandardSave(optimizer.state_of(moments))
   try:
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-      prefix=f'.{folder.name}.', dir=folder.absolute().parent, ignore_cleanup_errors=True
+      prefix=destination.PREFIX, dir=folder.absolute().parent, ignore_cleanup_errors=True
     ) as temporary:
       staged = pathlib.Path(temporary).absolute() / FOLDER
       with ocp.CheckpointManager(staged) as manager:
