@@ -5,16 +5,9 @@ the epoch) alone. Workers, hosts and restarts therefore never change what is fed
 on at step s takes the same stream, sliced at s. Of a mixture each dataset has its own epochs.
 """
 
-import atexit
 import dataclasses
-import faulthandler
 import functools
 import os
-import resource
-import signal
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
@@ -24,18 +17,18 @@ import grain
 import numpy as np
 from jaxtyping import UInt8
 
-from dropmae_jax import augment
+from dropmae_jax import augment, loader_process
 from dropmae_jax.augment import Box
 from dropmae_jax.videos import Mixture, VideoSource
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-# On this signal a loader process writes the stacks of its threads to the terminal.
-SHOW_STACKS = signal.SIGUSR1
-# The exit status of a loader process that was told to end. Grain waits for ever on one that ends
-# with 0; so 0 is left to those that nobody told to.
-ORDERLY_END = 75
 # More than any run takes.
 EPOCHS = 10**9
+# A loader process makes blocks of at most so many pairs, which the trainer gathers into batches:
+# so the shared memory that is needed depends on the number of processes, not on the batch.
+BLOCK_PAIRS = 16
+# Of each process: one block that it makes, one in grain's queue, one in grain's thread of it in the
+# trainer, one on the way between these, and one that is gathered or whose memory is given back.
+BLOCKS_PER_WORKER = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,41 +167,6 @@ def pair_stream(
   return grain.MapDataset.source(orders).seed(seed).random_map(transform)
 
 
-def allow_many_files() -> None:
-  """Raises the limit of open files as far as it goes: every shard that is read stays open."""
-  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-  resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def start_worker(worker: int, num_workers: int, *, trainer: int) -> None:
-  """Prepares a loader process: one core, many files, an end when the process `trainer` ends.
-
-  Signals are the trainer's to answer, which needs its loader until it has saved.
-  """
-  del worker, num_workers
-  cv2.setNumThreads(0)
-  for each in STOP_SIGNALS:
-    signal.signal(each, signal.SIG_IGN)
-  signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-  faulthandler.register(SHOW_STACKS)
-  atexit.register(_end_orderly)
-  threading.Thread(target=_end_without, args=(trainer,), daemon=True).start()
-  allow_many_files()
-
-
-def _end_orderly() -> None:
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(ORDERLY_END)
-
-
-def _end_without(parent: int) -> None:
-  """Ends this process once its parent is gone, however that was killed."""
-  while os.getppid() == parent:
-    time.sleep(1)
-  os._exit(1)
-
-
 def pairs_of(
   videos: VideoSource | Mixture, options: DataOptions, *, image_size: int, seed: int
 ) -> grain.MapDataset:
@@ -233,6 +191,44 @@ def pairs_of(
   return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
 
 
+class HostPairs:
+  """The pairs of one host: an equal share of every batch, in one piece; a source of grain."""
+
+  def __init__(self, pairs: grain.MapDataset, share: int, host: int, num_hosts: int) -> None:
+    self._pairs, self._share, self._host, self._num_hosts = pairs, share, host, num_hosts
+
+  def __len__(self) -> int:
+    return len(self._pairs) // self._num_hosts
+
+  def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+    step, place = divmod(number, self._share)
+    return self._pairs[(step * self._num_hosts + self._host) * self._share + place]
+
+
+class GatheredBatches(Iterator[dict[str, np.ndarray]]):
+  """Batches put together from blocks; each lies in memory of its own.
+
+  Devices may read a batch for as long as they like, even where they make no copy of it. Blocks are
+  let go one by one.
+  """
+
+  def __init__(self, blocks: grain.DatasetIterator, blocks_per_batch: int) -> None:
+    self._blocks, self._blocks_per_batch = blocks, blocks_per_batch
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    batch = {}
+    for number in range(self._blocks_per_batch):
+      for name, array in next(self._blocks).items():
+        if number == 0:
+          batch[name] = np.empty((self._blocks_per_batch, *array.shape), array.dtype)
+        batch[name][number] = array
+    return {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
+
+  def close(self) -> None:
+    """Ends the loader that makes the blocks."""
+    self._blocks.close()
+
+
 def pair_batches(
   videos: VideoSource | Mixture,
   options: DataOptions,
@@ -243,7 +239,7 @@ def pair_batches(
   first_step: int = 0,
   host: int = 0,
   num_hosts: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> GatheredBatches:
   """Returns the endless stream of this host's batches, from `first_step` on.
 
   Args:
@@ -255,19 +251,48 @@ def pair_batches(
     first_step: batches to leave out.
     host: number of this process.
     num_hosts: number of processes.
+
+  Raises:
+    ValueError: the hosts do not divide the batch.
+    BadInput: the shared memory is too small for the loader processes.
   """
+  if batch_size % num_hosts:
+    raise ValueError(
+      f'{batch_size=} is not divisible by {num_hosts=}; use for example'
+      f' batch_size={-(-batch_size // num_hosts) * num_hosts}.'
+    )
   cv2.setNumThreads(0)
-  allow_many_files()
-  pairs = pairs_of(videos, options, image_size=image_size, seed=seed)
-  # A host's share is a block of every global batch: the blocks, in turn, are the hosts'.
-  batches = pairs.batch(batch_size // num_hosts)[host::num_hosts][first_step:]
-  threads = 0 if options.num_workers else options.num_threads
-  stream = batches.to_iter_dataset(
-    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  loader_process.allow_many_files()
+  share = batch_size // num_hosts
+  # Threads hand over single pairs, which costs nothing; it is their batch that is made of them.
+  block = _largest_divisor(share, BLOCK_PAIRS if options.num_workers else 1)
+  pairs = HostPairs(
+    pairs_of(videos, options, image_size=image_size, seed=seed), share, host, num_hosts
+  )
+  first_block = first_step * (share // block)
+  stream = (
+    grain.MapDataset.source(pairs)
+    .batch(block)[first_block:]
+    .to_iter_dataset(_read_options(options))
   )
   if options.num_workers:
+    loader_process.unlink_blocks_of_dead_runs()
+    num_blocks = BLOCKS_PER_WORKER * options.num_workers
+    block_bytes = block * 2 * 3 * image_size**2
+    loader_process.check_room(num_blocks * block_bytes, options.num_workers)
     stream = stream.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=options.num_workers, per_worker_buffer_size=2),
-      worker_init_fn=functools.partial(start_worker, trainer=os.getpid()),
+      grain.MultiprocessingOptions(num_workers=options.num_workers, per_worker_buffer_size=1),
+      worker_init_fn=functools.partial(loader_process.start_worker, trainer=os.getpid()),
     )
-  return iter(stream)
+  return GatheredBatches(iter(stream), share // block)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+  return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
+
+
+def _read_options(options: DataOptions) -> grain.ReadOptions:
+  """Returns what grain reads by: without processes, threads are ahead as far as a process is."""
+  threads = 0 if options.num_workers else options.num_threads
+  ahead = BLOCKS_PER_WORKER * BLOCK_PAIRS if threads else 0
+  return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)

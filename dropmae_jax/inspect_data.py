@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
-from dropmae_jax import augment, command_line, data, figures
+from dropmae_jax import augment, command_line, data, figures, loader_process
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions, DrawnPair, FramePair
 from dropmae_jax.train_step import derive_seeds
@@ -217,7 +217,7 @@ def parse() -> tuple[argparse.Namespace, DataOptions]:
 def main() -> None:
   """The command line."""
   arguments, options = parse()
-  data.allow_many_files()
+  loader_process.allow_many_files()
   videos = open_dataset(arguments.data_dir, arguments.dataset, arguments.split)
   index = read_index(videos.folder, arguments.split)
   counts = gap_counts(index.frames, options.frame_gap, seed=arguments.seed, draws=GAP_DRAWS)

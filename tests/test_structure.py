@@ -14,7 +14,7 @@ PACKAGE = ROOT / 'dropmae_jax'
 LAYERS = [
   {'command_line', 'patches', 'position', 'masking', 'asad'},
   {'attention', 'vit'},
-  {'mae', 'augment', 'synthetic_clips', 'videos'},
+  {'mae', 'augment', 'loader_process', 'synthetic_clips', 'videos'},
   {'data', 'optimizer', 'sharding', 'train_step', 'torch_export', 'torch_files'},
   {
     'checkpoint',
