@@ -7,8 +7,6 @@ on at step s takes the same stream, sliced at s. Of a mixture each dataset has i
 
 import dataclasses
 import functools
-import os
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -17,18 +15,12 @@ import grain
 import numpy as np
 from jaxtyping import UInt8
 
-from dropmae_jax import augment, loader_process
+from dropmae_jax import augment, blocks, loader_process
 from dropmae_jax.augment import Box
 from dropmae_jax.videos import Mixture, VideoSource
 
 # More than any run takes.
 EPOCHS = 10**9
-# A loader process makes blocks of at most so many pairs, which the trainer gathers into batches:
-# so the shared memory that is needed depends on the number of processes, not on the batch.
-BLOCK_PAIRS = 16
-# Of each process: one block that it makes, one in grain's queue, one in grain's thread of it in the
-# trainer, one on the way between these, and one that is gathered or whose memory is given back.
-BLOCKS_PER_WORKER = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +98,16 @@ class FramePair(grain.transforms.RandomMap):
     self._videos = videos
     self._options = options
     self._image_size = image_size
-    self._dataset = dataset
+    self.dataset = dataset
 
   def draw(self, video: int, rng: np.random.Generator) -> DrawnPair:
     """Draws two frames, reads them, and draws their crops."""
     numbers = sample_pair(rng, self._videos.num_frames(video), self._options.frame_gap)
     images = [self._videos.frame(video, number) for number in numbers]
-    boxes = [augment.random_resized_crop_box(rng, *image.shape[:2]) for image in images]
+    sizes = [image.shape[:2] for image in images]
+    boxes = [augment.random_resized_crop_box(rng, *size) for size in sizes]
     if self._options.shared_augmentation:
-      boxes[1] = boxes[0]
+      boxes[1] = augment.same_place(boxes[0], *sizes)
     return DrawnPair(numbers, images, boxes)
 
   def crop(self, drawn: DrawnPair) -> UInt8[np.ndarray, 'f size size c']:
@@ -130,7 +123,7 @@ class FramePair(grain.transforms.RandomMap):
     drawn = self.draw(int(element), rng)
     return {
       'frames': self.crop(drawn),
-      'dataset': np.int32(self._dataset),
+      'dataset': np.int32(self.dataset),
       'video': np.int32(element),
       'frame_numbers': np.array(drawn.frame_numbers, np.int32),
     }
@@ -168,7 +161,12 @@ def pair_stream(
 
 
 def pairs_of(
-  videos: VideoSource | Mixture, options: DataOptions, *, image_size: int, seed: int
+  videos: VideoSource | Mixture,
+  options: DataOptions,
+  *,
+  image_size: int,
+  seed: int,
+  pair: type[FramePair] = FramePair,
 ) -> grain.MapDataset:
   """Returns the endless stream of single pairs, by number.
 
@@ -178,55 +176,18 @@ def pairs_of(
     options: how pairs are drawn.
     image_size: pixels along a side.
     seed: of order, pairs and crops.
+    pair: what makes a pair of a video.
   """
   mixture = videos if isinstance(videos, Mixture) else Mixture((videos,), (Fraction(1),))
   parts = [
     pair_stream(
       each,
-      FramePair(each, options, image_size, dataset=number),
+      pair(each, options, image_size, dataset=number),
       seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0]),
     )
     for number, each in enumerate(mixture.datasets)
   ]
   return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
-
-
-class HostPairs:
-  """The pairs of one host: an equal share of every batch, in one piece; a source of grain."""
-
-  def __init__(self, pairs: grain.MapDataset, share: int, host: int, num_hosts: int) -> None:
-    self._pairs, self._share, self._host, self._num_hosts = pairs, share, host, num_hosts
-
-  def __len__(self) -> int:
-    return len(self._pairs) // self._num_hosts
-
-  def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-    step, place = divmod(number, self._share)
-    return self._pairs[(step * self._num_hosts + self._host) * self._share + place]
-
-
-class GatheredBatches(Iterator[dict[str, np.ndarray]]):
-  """Batches put together from blocks; each lies in memory of its own.
-
-  Devices may read a batch for as long as they like, even where they make no copy of it. Blocks are
-  let go one by one.
-  """
-
-  def __init__(self, blocks: grain.DatasetIterator, blocks_per_batch: int) -> None:
-    self._blocks, self._blocks_per_batch = blocks, blocks_per_batch
-
-  def __next__(self) -> dict[str, np.ndarray]:
-    batch = {}
-    for number in range(self._blocks_per_batch):
-      for name, array in next(self._blocks).items():
-        if number == 0:
-          batch[name] = np.empty((self._blocks_per_batch, *array.shape), array.dtype)
-        batch[name][number] = array
-    return {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
-
-  def close(self) -> None:
-    """Ends the loader that makes the blocks."""
-    self._blocks.close()
 
 
 def pair_batches(
@@ -239,14 +200,14 @@ def pair_batches(
   first_step: int = 0,
   host: int = 0,
   num_hosts: int = 1,
-) -> GatheredBatches:
+) -> blocks.GatheredBatches:
   """Returns the endless stream of this host's batches, from `first_step` on.
 
   Args:
     videos: where frames come from.
     options: how pairs are drawn and fed.
     image_size: pixels along a side.
-    batch_size: of all hosts together; every host gets an equal block of each.
+    batch_size: of all hosts together; every host gets an equal share of each.
     seed: of order, pairs and crops.
     first_step: batches to leave out.
     host: number of this process.
@@ -256,43 +217,15 @@ def pair_batches(
     ValueError: the hosts do not divide the batch.
     BadInput: the shared memory is too small for the loader processes.
   """
-  if batch_size % num_hosts:
-    raise ValueError(
-      f'{batch_size=} is not divisible by {num_hosts=}; use for example'
-      f' batch_size={-(-batch_size // num_hosts) * num_hosts}.'
-    )
   cv2.setNumThreads(0)
   loader_process.allow_many_files()
-  share = batch_size // num_hosts
-  # Threads hand over single pairs, which costs nothing; it is their batch that is made of them.
-  block = _largest_divisor(share, BLOCK_PAIRS if options.num_workers else 1)
-  pairs = HostPairs(
-    pairs_of(videos, options, image_size=image_size, seed=seed), share, host, num_hosts
+  return blocks.batches_of(
+    pairs_of(videos, options, image_size=image_size, seed=seed),
+    pair_bytes=2 * 3 * image_size**2,
+    batch_size=batch_size,
+    first_step=first_step,
+    host=host,
+    num_hosts=num_hosts,
+    num_workers=options.num_workers,
+    num_threads=options.num_threads,
   )
-  first_block = first_step * (share // block)
-  stream = (
-    grain.MapDataset.source(pairs)
-    .batch(block)[first_block:]
-    .to_iter_dataset(_read_options(options))
-  )
-  if options.num_workers:
-    loader_process.unlink_blocks_of_dead_runs()
-    num_blocks = BLOCKS_PER_WORKER * options.num_workers
-    block_bytes = block * 2 * 3 * image_size**2
-    loader_process.check_room(num_blocks * block_bytes, options.num_workers)
-    stream = stream.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=options.num_workers, per_worker_buffer_size=1),
-      worker_init_fn=functools.partial(loader_process.start_worker, trainer=os.getpid()),
-    )
-  return GatheredBatches(iter(stream), share // block)
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-  return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
-
-
-def _read_options(options: DataOptions) -> grain.ReadOptions:
-  """Returns what grain reads by: without processes, threads are ahead as far as a process is."""
-  threads = 0 if options.num_workers else options.num_threads
-  ahead = BLOCKS_PER_WORKER * BLOCK_PAIRS if threads else 0
-  return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)

@@ -5,13 +5,14 @@ import hashlib
 import itertools
 from fractions import Fraction
 
+import cv2
 import numpy as np
 import pytest
 import scipy.stats
 from conftest import ROOT, run_python
 from sources import NumberedVideos, PictureVideos
 
-from dropmae_jax import augment, data
+from dropmae_jax import augment, blocks, data
 from dropmae_jax.data import DataOptions
 from dropmae_jax.videos import Mixture, open_dataset
 
@@ -192,7 +193,7 @@ def test_hosts_share_the_global_batch():
 
 @pytest.mark.parametrize('num_workers', [0, 2, 3])
 def test_batches_of_many_blocks_are_the_plain_stream(num_workers):
-  videos, size = NumberedVideos([10] * 50), 6 * data.BLOCK_PAIRS
+  videos, size = NumberedVideos([10] * 50), 6 * blocks.BLOCK_PAIRS
   options = DataOptions(frame_gap=4, num_workers=num_workers)
   pairs = data.pairs_of(videos, options, image_size=16, seed=7)
   shares = [
@@ -316,6 +317,21 @@ def test_shared_augmentation_crops_both_frames_alike(monkeypatch):
   boxes.clear()
   batches(videos, 2)
   assert any(first != second for first, second in zip(boxes[::2], boxes[1::2], strict=True))
+
+
+def test_shared_augmentation_shows_the_same_place_of_frames_that_differ_in_size():
+  """Both frames are one picture, the later one stored in another shape."""
+
+  class Growing(NumberedVideos):
+    def frame(self, video, number):
+      rows, columns = np.mgrid[:120, :160]
+      picture = np.stack([2 * rows, columns, rows], axis=-1).astype(np.uint8)
+      return picture if number == 0 else cv2.resize(picture, (90, 160))
+
+  options = DataOptions(frame_gap=4, num_threads=0, shared_augmentation=True)
+  (drawn,) = batches(Growing([2] * 20), 1, options=options, batch_size=20, image_size=32)
+  earlier, later = drawn['frames'].astype(int).swapaxes(0, 1)
+  assert np.abs(earlier - later).max() <= 6
 
 
 def test_the_resize_is_the_one_asked_for(data_dir):

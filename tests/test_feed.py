@@ -26,7 +26,7 @@ from sources import (
   wait_for_ever,
 )
 
-from dropmae_jax import data, feed, loader_process
+from dropmae_jax import blocks, data, feed, loader_process
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
 from dropmae_jax.feed import Feed, LoaderFailed
@@ -219,7 +219,7 @@ def test_the_memory_that_is_shared_does_not_grow_with_the_batch():
   """A loader that nobody waits for fills what it may, and no more."""
   num_workers, blocks_per_batch = 2, 40
   videos = NumberedVideos([10] * 24)
-  make = make_batches(videos, num_workers, batch_size=blocks_per_batch * data.BLOCK_PAIRS)
+  make = make_batches(videos, num_workers, batch_size=blocks_per_batch * blocks.BLOCK_PAIRS)
   counts, deadline = [], time.monotonic() + 6
   with feeding(make) as (fed, _):
     next(fed)
@@ -227,7 +227,7 @@ def test_the_memory_that_is_shared_does_not_grow_with_the_batch():
       counts.append(sum(map(is_of_frames, blocks_in_memory())))
       time.sleep(0.01)
   assert max(counts) < blocks_per_batch
-  assert num_workers < counts[-1] <= data.BLOCKS_PER_WORKER * num_workers
+  assert num_workers < counts[-1] <= blocks.BLOCKS_PER_WORKER * num_workers
 
 
 def test_no_room_for_the_processes_is_told_before_they_start(monkeypatch):

@@ -13,8 +13,8 @@ PACKAGE = ROOT / 'dropmae_jax'
 # An import points to a lower layer only.
 LAYERS = [
   {'command_line', 'patches', 'position', 'masking', 'asad'},
-  {'attention', 'vit'},
-  {'mae', 'augment', 'loader_process', 'synthetic_clips', 'videos'},
+  {'attention', 'vit', 'loader_process'},
+  {'mae', 'augment', 'blocks', 'synthetic_clips', 'videos'},
   {'data', 'optimizer', 'sharding', 'train_step', 'torch_export', 'torch_files'},
   {
     'checkpoint',
