@@ -220,12 +220,13 @@ def test_the_memory_that_is_shared_does_not_grow_with_the_batch():
   num_workers, blocks_per_batch = 2, 40
   videos = NumberedVideos([10] * 24)
   make = make_batches(videos, num_workers, batch_size=blocks_per_batch * blocks.BLOCK_PAIRS)
-  counts, deadline = [], time.monotonic() + 6
+  counts = []
   with feeding(make) as (fed, _):
     next(fed)
-    while time.monotonic() < deadline:
+    # Until it has not changed for two seconds.
+    while len(set(counts[-100:])) > 1 or len(counts) < 100:
       counts.append(sum(map(is_of_frames, blocks_in_memory())))
-      time.sleep(0.01)
+      time.sleep(0.02)
   assert max(counts) < blocks_per_batch
   assert num_workers < counts[-1] <= blocks.BLOCKS_PER_WORKER * num_workers
 
