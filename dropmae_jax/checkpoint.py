@@ -133,17 +133,21 @@ class Checkpoints:
     count = jax.device_put(np.int32(step), abstract.step.sharding)
     return TrainState(step=count, params=restored.params, opt_state=restored.opt_state)
 
-  def changed_fields(self) -> list[str]:
-    """Lists the config fields that differ from those of the newest checkpoint, old and new."""
+  def changes(self) -> dict[str, str]:
+    """Returns the config fields that differ from those of the newest checkpoint, 'old -> new'.
+
+    `data_fingerprint` is among them, if the dataset is another one.
+    """
     items = ocp.args.Composite(description=ocp.args.JsonRestore())
     stored = self._manager.restore(self.latest_step, args=items).description
     old, new = (
       traverse_util.flatten_dict(description.get('config', {}), sep='.')
+      | {key: description[key] for key in ('data_fingerprint',) if description.get(key)}
       for description in (stored, self._description)
     )
-    return [
-      f'{name}: {old[name]} -> {new[name]}' for name in new if old.get(name, new[name]) != new[name]
-    ]
+    return {
+      name: f'{old[name]} -> {new[name]}' for name in new if old.get(name, new[name]) != new[name]
+    }
 
   def close(self) -> None:
     """Waits until everything is on disk."""

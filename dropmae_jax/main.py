@@ -19,6 +19,9 @@ STOPPED = os.EX_TEMPFAIL
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='A file in configs/.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and reports go.')
+_ALLOW_CHANGES = flags.DEFINE_bool(
+  'allow_changes', False, 'Go on from a checkpoint with other data or another objective.'
+)
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
@@ -68,7 +71,9 @@ def main(_: list[str]) -> int:
   from dropmae_jax import feed, report, train  # After the checks, which then answer at once.
 
   try:
-    return 0 if train.train(checked, pathlib.Path(_WORKDIR.value)) else STOPPED
+    workdir = pathlib.Path(_WORKDIR.value)
+    finished = train.train(checked, workdir, allow_changes=_ALLOW_CHANGES.value)
+    return 0 if finished else STOPPED
   except report.NonFiniteLoss as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

@@ -17,6 +17,22 @@ from dropmae_jax.mae import Architecture, Objective
 from dropmae_jax.optimizer import OptimizerOptions
 
 DTYPES = ('float32', 'bfloat16')
+# Fields, and groups of them, that a run may go on with changed: they alter neither the pairs that
+# it is fed, nor its noise, nor what it learns. Every other one makes it another run.
+MAY_CHANGE = frozenset(
+  {
+    'data_dir',
+    'num_steps',
+    'accumulation_steps',
+    'dtype',
+    'log_every',
+    'data.num_workers',
+    'data.num_threads',
+    'data.stall_seconds',
+    'optimizer',
+    'checkpoint',
+  }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +91,11 @@ class Recipe:
 
 
 MODEL_FIELDS = {'size': str, **typing.get_type_hints(Architecture)}
+
+
+def may_change(name: str) -> bool:
+  """Whether a run may go on with another value of this field, by its dotted name."""
+  return not MAY_CHANGE.isdisjoint({name, name.partition('.')[0]})
 
 
 def known_fields() -> list[str]:

@@ -19,7 +19,7 @@ from dropmae_jax import data, mae, optimizer, sharding, videos
 from dropmae_jax.checkpoint import Checkpoints, describe
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.feed import Feed
-from dropmae_jax.recipe import Recipe
+from dropmae_jax.recipe import Recipe, may_change
 from dropmae_jax.report import Report
 from dropmae_jax.train_step import Metrics, TrainState, derive_seeds, init_state, train_step
 
@@ -105,25 +105,26 @@ class Run(NamedTuple):
   report: Report
 
 
-def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
+def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False) -> bool:
   """Trains to `recipe.num_steps`, going on from the newest checkpoint of `workdir` if there is one.
 
   Args:
     recipe: what to do.
     workdir: where checkpoints and reports are written; made if it is not there.
+    allow_changes: go on even if that makes it another run than the one that was begun.
 
   Returns:
     Whether the last step was reached; if not, a signal stopped the run after a checkpoint.
 
   Raises:
     BadInput: the data are not there or cannot be read, the batch does not fit the devices, or the
-      workdir holds another model.
+      workdir holds another model or run.
     NonFiniteLoss: training diverged.
     LoaderFailed: the loader hangs or dies again and again; end the process by os._exit.
   """
   interruption = Interruption()
   with interruption.watched(), contextlib.ExitStack() as stack:
-    run = _open(recipe, workdir, stack)
+    run = _open(recipe, workdir, stack, allow_changes=allow_changes)
     stack.enter_context(jax.transfer_guard('disallow'))
     state, previous = run.state, None
     for step in range(run.first_step + 1, recipe.num_steps + 1):
@@ -151,7 +152,9 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
   return True
 
 
-def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) -> Run:
+def _open(
+  recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack, *, allow_changes: bool
+) -> Run:
   """Opens data, checkpoints, report and loader of a run; the stack closes them again."""
   if jax.process_count() > 1:
     raise BadInput(
@@ -180,10 +183,13 @@ def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) ->
   stack.callback(checkpoints.close)
   first_step = checkpoints.latest_step or 0
   if checkpoints.latest_step is None:
-    state = program.init(seeds.init)
+    state, changes = program.init(seeds.init), {}
   else:
     shapes = jax.eval_shape(program.init, seeds.init)
     state = checkpoints.restore(sharding.abstract_on(mesh, shapes))
+    changes = checkpoints.changes()
+    if not allow_changes:
+      _refuse_another_run(changes, workdir)
 
   report = Report(
     workdir,
@@ -199,12 +205,22 @@ def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) ->
   )
   if first_step:
     report.say(f'going on after step {first_step} of {recipe.num_steps}')
-    for change in checkpoints.changed_fields():
-      report.say(f'changed since that checkpoint: {change}')
+    for name, change in changes.items():
+      report.say(f'changed since that checkpoint: {name}: {change}')
   batches = _feed(recipe, dataset, mesh, seed=seeds.data, first_step=first_step, say=report.say)
   stack.callback(batches.close)
   step_key = jax.device_put(seeds.steps, sharding.state_sharding(mesh))
   return Run(program, state, step_key, first_step, batches, checkpoints, report)
+
+
+def _refuse_another_run(changes: dict[str, str], workdir: pathlib.Path) -> None:
+  """Refuses changes after which a checkpoint would not go on with the run that it is of."""
+  found = [f'{name}: {change}' for name, change in changes.items() if not may_change(name)]
+  if found:
+    raise BadInput(
+      f'--workdir={workdir} holds another run ({", ".join(found)}); give its dataset and config'
+      ' again, or another --workdir, or --allow_changes to go on from it all the same.'
+    )
 
 
 def _feed(
