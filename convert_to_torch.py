@@ -9,7 +9,7 @@ python convert_to_torch.py --compare FILE_OR_DIR FILE_OR_DIR
 import argparse
 import pathlib
 
-from dropmae_jax import command_line, convert, torch_export, torch_files, torch_inspect, vit
+from dropmae_jax import command_line, convert, file_checks, torch_export, torch_inspect, vit
 from dropmae_jax.command_line import BadInput
 
 # Which options go with which job; what is given beside them is refused.
@@ -21,22 +21,29 @@ OPTIONS = {
 }
 
 
+def _path(text: str) -> pathlib.Path:
+  if not text:
+    raise argparse.ArgumentTypeError('it is empty')
+  return pathlib.Path(text)
+
+
 def parse() -> argparse.Namespace:
   """Reads the command line; an option that was not given is None."""
   parser = command_line.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   job = parser.add_mutually_exclusive_group(required=True)
-  path = pathlib.Path
-  job.add_argument('--checkpoint', type=path, metavar='DIR', help='a training workdir to export')
-  job.add_argument('--from_torch', type=path, metavar='FILE', help='a .pth or .safetensors to read')
-  job.add_argument('--list', type=path, metavar='PATH', help='tensors of a file or checkpoint')
-  job.add_argument('--compare', type=path, nargs=2, metavar='PATH', help='two of them, per tensor')
+  job.add_argument('--checkpoint', type=_path, metavar='DIR', help='a training workdir to export')
+  job.add_argument(
+    '--from_torch', type=_path, metavar='FILE', help='a .pth or .safetensors to read'
+  )
+  job.add_argument('--list', type=_path, metavar='PATH', help='tensors of a file or checkpoint')
+  job.add_argument('--compare', type=_path, nargs=2, metavar='PATH', help='two of them, per tensor')
   add = parser.add_argument
-  add('--output', type=path, metavar='PATH', help='the file (or the folder) to write')
+  add('--output', type=_path, metavar='PATH', help='the file (or the folder) to write')
   add('--step', type=int, metavar='N', help='of the checkpoint; default: the newest')
   add('--layout', choices=torch_export.LAYOUTS, help='who will load it; default: full')
-  add('--format', choices=torch_files.FORMATS, help="default: by the output's ending")
+  add('--format', choices=file_checks.FORMATS, help="default: by the output's ending")
   add(
     '--model', metavar='SIZE', help=f'of the file, where it does not tell: {", ".join(vit.SIZES)}'
   )

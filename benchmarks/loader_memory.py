@@ -1,10 +1,12 @@
 """What a loader process of a full Kinetics-400 costs: python -m benchmarks.loader_memory [--json].
 
 The index is of 240,000 videos of 300 frames in 9,000 shards, as many as the real dataset has; all
-shards are links to one file of 8,000 small records, so that it needs no disk. An opened shard
+shards are links to one file of 8,000 small records, so that it needs no disk. Frames are of 340x256
+pixels, crops of 224. An opened shard
 keeps its index in memory, so it is what a process has opened so far that counts.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -21,13 +23,17 @@ from array_record.python import array_record_module
 
 from benchmarks import clips
 from dropmae_jax import command_line, data, videos
+from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
-from tfds_kinetics import shards
+from tfds_kinetics import records
 from tfds_kinetics.tree import Video
 
 DATASET = 'kinetics_frames/synthetic'
 RECORDS = 8000
-SIDE = 64
+FRAME = (256, 340)
+IMAGE_SIZE = 224
+# Of several blocks, as that of a training is.
+BATCH = 128
 
 
 def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -> None:
@@ -42,9 +48,10 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
   folder.mkdir(parents=True)
   real = data_dir / 'shard'
   writer = array_record_module.ArrayRecordWriter(str(real), 'group_size:1')
-  noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-  jpeg = simplejpeg.encode_jpeg(noise, colorspace='RGB')
-  record = shards.frame_serializer()(jpeg, Video('train/class/video.mp4', 'class', 0), 0)
+  # Smooth, so that all of them together stay small.
+  picture = np.tile(np.linspace(0, 255, FRAME[1]).astype(np.uint8)[None, :, None], (FRAME[0], 1, 3))
+  jpeg = simplejpeg.encode_jpeg(picture, colorspace='RGB')
+  record = records.frame_serializer()(jpeg, Video('train/class/video.mp4', 'class', 0), 0)
   for _ in range(RECORDS):
     writer.write(record)
   writer.close()
@@ -61,7 +68,7 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
   np.savez(folder / 'index-train.npz', **index)
   tfds.folder_dataset.write_metadata(
     data_dir=folder,
-    features=shards.frame_features(),
+    features=records.frame_features(),
     split_infos=[
       tfds.core.SplitInfo(
         name='train',
@@ -95,13 +102,12 @@ def measure(data_dir: pathlib.Path, *, num_pairs: int, num_workers: int) -> dict
   dataset = videos.open_dataset(str(data_dir), DATASET)
   opened = time.perf_counter()
   options = DataOptions(num_workers=num_workers)
-  batch_size = 50
-  stream = data.pair_batches(dataset, options, image_size=SIDE, batch_size=batch_size, seed=0)
+  stream = data.pair_batches(dataset, options, image_size=IMAGE_SIZE, batch_size=BATCH, seed=0)
   next(stream)
   first = time.perf_counter()
   rows = []
   for count in sorted({0, num_pairs}):
-    for _ in range(count // batch_size):
+    for _ in range(-(-count // BATCH)):
       next(stream)
     for process in multiprocessing.active_children():
       rows.append({'process': process.pid, 'pairs': count, **memory_of(process.pid)})
@@ -116,20 +122,33 @@ def measure(data_dir: pathlib.Path, *, num_pairs: int, num_workers: int) -> dict
   }
 
 
-def main() -> None:
-  """Builds the dataset in a temporary folder, measures, and prints."""
+def parse() -> argparse.Namespace:
+  """Reads the command line.
+
+  Raises:
+    BadInput: a flag is wrong.
+  """
   parser = command_line.Parser(description=__doc__.splitlines()[0])
-  parser.add_argument('--videos', type=int, default=240_000)
-  parser.add_argument('--frames', type=int, default=300)
-  parser.add_argument('--pairs', type=int, default=8_000, help='read after the first batch')
-  parser.add_argument('--workers', type=int, default=2)
+  parser.add_argument('--num_videos', type=int, default=240_000, help='of the index (%(default)s)')
+  parser.add_argument('--frames', type=int, default=300, help='of a video (%(default)s)')
+  parser.add_argument('--pairs', type=int, default=8_000, help='to read then (%(default)s)')
+  parser.add_argument('--workers', type=int, default=2, help='of the loader (%(default)s)')
   parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
   arguments = parser.parse_args()
+  for name, least in (('num_videos', 1), ('frames', 1), ('pairs', 0), ('workers', 1)):
+    if getattr(arguments, name) < least:
+      raise BadInput(f'--{name}={getattr(arguments, name)} is too small; give at least {least}.')
   clips.check_output(arguments.json)
+  return arguments
+
+
+def main() -> None:
+  """Builds the dataset in a temporary folder, measures, and prints."""
+  arguments = parse()
   flags.FLAGS.mark_as_parsed()  # Grain's processes read absl flags.
   with tempfile.TemporaryDirectory() as folder:
     data_dir = pathlib.Path(folder)
-    write_dataset(data_dir, num_videos=arguments.videos, num_frames=arguments.frames)
+    write_dataset(data_dir, num_videos=arguments.num_videos, num_frames=arguments.frames)
     found = measure(data_dir, num_pairs=arguments.pairs, num_workers=arguments.workers)
   print(
     f'{found["videos"]} videos: opened in {found["seconds_to_open"]:.1f} s, first batch after'

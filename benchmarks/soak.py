@@ -2,10 +2,10 @@ r"""Trains under faults, and shows that they change nothing.
 
     python -m benchmarks.soak --minutes=10
 
-A tiny model trains on generated clips while faults are drawn at random: kill -9 of the trainer or of
-a loader process, SIGTERM, and damage of the newest checkpoint after a kill. The same command goes
-on each time. A run that has come to its end is compared, parameters and moments, bit for bit, with
-one that nobody disturbed; then the next one begins, until the time is over.
+A tiny model trains on generated clips while faults are drawn at random: kill -9 of the trainer or
+of a loader process, SIGTERM, and damage of the newest checkpoint after a kill. The same command
+goes on each time. A run that has come to its end is compared, parameters and moments, bit for bit,
+with one that nobody disturbed; then the next one begins, until the time is over.
 """
 
 import collections
@@ -145,9 +145,9 @@ FAULTS: dict[str, Callable[[Trainer, pathlib.Path, random.Random], None]] = {
 
 def make_data(folder: pathlib.Path) -> None:
   """Generates clips and builds their dataset."""
+  clips = ['--train=12', '--val=1', '--frames=8', '--height=48', '--width=64']
   for command in (
-    ['dropmae_jax.synthetic_clips', f'--output={folder}/clips', '--train=12', '--val=1']
-    + ['--frames=8', '--height=48', '--width=64'],
+    ['dropmae_jax.synthetic_clips', f'--output={folder}/clips', *clips],
     ['tfds_kinetics', '--config=folder', f'--videos={folder}/clips', f'--data_dir={folder}/data'],
   ):
     subprocess.run([sys.executable, '-m', *command], cwd=ROOT, check=True, capture_output=True)

@@ -57,6 +57,23 @@ def random_resized_crop_box(rng: np.random.Generator, height: int, width: int) -
   return centre_box(height, width)
 
 
+def same_place(box: Box, frame: tuple[int, int], other: tuple[int, int]) -> Box:
+  """Returns the crop of another frame that shows what a crop shows of this one.
+
+  It is the same box where the frames are equally large, and never empty.
+
+  Args:
+    box: inside the frame.
+    frame: its height and width.
+    other: height and width of the other.
+  """
+  (height, width), (other_height, other_width) = frame, other
+  top, left = box.top * other_height // height, box.left * other_width // width
+  bottom = -(-(box.top + box.height) * other_height // height)
+  right = -(-(box.left + box.width) * other_width // width)
+  return Box(top, left, bottom - top, right - left)
+
+
 def centre_box(height: int, width: int) -> Box:
   """Returns the largest centred crop whose aspect ratio is within 3/4..4/3."""
   low, high = CROP_RATIO

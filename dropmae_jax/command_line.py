@@ -1,14 +1,23 @@
-"""How every command line of the package answers bad input: one sentence, exit status 2."""
+"""How every command line of the package ends: bad input is one sentence, and a stop is clean."""
 
 import argparse
+import contextlib
 import difflib
+import os
+import select
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import NoReturn
 
 
 class BadInput(ValueError):
   """Input that the user can mend; the message names the value and the remedy in one sentence."""
+
+
+class Terminated(KeyboardInterrupt):
+  """SIGTERM, which unwinds the program as Ctrl-C does, so that temporary folders go."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,13 +29,59 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-  """Runs a command and ends the process: with its status, or with 2 after bad input."""
+  """Runs a command and ends the process.
+
+  The status is that of the command; 2 after bad input; and as shells count, 128 + its number after
+  a signal: Ctrl-C, SIGTERM, or SIGPIPE where nobody reads the output any more. A command that has
+  handlers of its own for the first two sets them later, and keeps them.
+  """
+  before = signal.signal(signal.SIGTERM, _terminate)
   try:
     status = main()
+    sys.stdout.flush()
   except BadInput as error:
     print(f'error: {error}', file=sys.stderr)
     status = 2
+  except KeyboardInterrupt as error:
+    number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+    print(f'stopped by {number.name}', file=sys.stderr)
+    status = 128 + number
+  except BrokenPipeError:
+    if not _is_output_closed():
+      raise
+    # Python writes what is left when it ends, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    status = 128 + signal.SIGPIPE
+  finally:
+    signal.signal(signal.SIGTERM, before)
   sys.exit(status)
+
+
+def _terminate(number: int, _: FrameType | None) -> NoReturn:
+  # A second one must not interrupt the cleaning up.
+  signal.signal(number, signal.SIG_IGN)
+  raise Terminated
+
+
+def _is_output_closed() -> bool:
+  """Whether it was the standard output that broke, and not another pipe of the command."""
+  poll = select.poll()
+  poll.register(sys.stdout.fileno(), 0)
+  return bool(poll.poll(0))
+
+
+@contextlib.contextmanager
+def refusing(what: str, remedy: str) -> Iterator[None]:
+  """Makes one sentence of what the system refuses inside, such as a path that may not be read.
+
+  Args:
+    what: cannot be done; the system's reason follows it.
+    remedy: the end of the sentence.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise BadInput(f'{what} ({error.strerror or error}); {remedy}') from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,8 +10,11 @@ import numpy as np
 
 from dropmae_jax import (
   checkpoint,
+  destination,
+  file_checks,
   optimizer,
   torch_adamw,
+  torch_arguments,
   torch_clients,
   torch_export,
   torch_files,
@@ -19,14 +22,12 @@ from dropmae_jax import (
 )
 from dropmae_jax.checkpoint import Weights
 from dropmae_jax.command_line import BadInput
-from dropmae_jax.mae import Architecture
+from dropmae_jax.mae import Architecture, Objective
 from dropmae_jax.optimizer import OptimizerOptions
 from dropmae_jax.torch_adamw import TorchAdamW
 
 # Models of other patches fit no program of the field, so they keep the tables they have.
 PUBLISHED_PATCH_SIZES = (14, 16)
-# What a checkpoint's description keeps through a file and back.
-_KEPT = ('frame_gap', 'steps_per_epoch', 'config', 'data_fingerprint', 'epoch', 'score', 'source')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ExportOptions:
 
   Attributes:
     layout: one of `torch_export.LAYOUTS`.
-    file_format: one of `torch_files.FORMATS`; None takes it from the file's ending.
+    file_format: one of `file_checks.FORMATS`; None takes it from the file's ending.
     with_optimizer: write AdamW's moments too; full layout in a .pth only.
     verify: compare the written file with the checkpoint; None does so where PyTorch is installed.
     image_size: resample the position tables to this resolution; None leaves them as they are,
@@ -59,9 +60,10 @@ def export(
       be written or is not what the checkpoint is; then nothing is written.
   """
   file_format = _checked_format(path, options)
+  destination.check_file(path)
   weights = checkpoint.load_weights(folder, step=step, with_moments=options.with_optimizer)
   state = torch_export.to_torch(weights.params, weights.architecture)
-  _check_finite(state, f'step {weights.step} of --checkpoint={folder}')
+  _check_finite(state, f'step {weights.step} of {folder}')
   state, architecture = _at_resolution(state, weights.architecture, options.image_size)
   if architecture.image_size != weights.architecture.image_size:
     yield f'position tables: of {architecture.image_size} pixels' + (
@@ -73,11 +75,11 @@ def export(
   if file_format == 'safetensors':
     entries = {name: card[name] for name in ('layout', 'epoch', 'args', 'versions')}
   elif options.layout == 'full':
-    entries = {name: card[name] for name in ('epoch', 'args')}
+    entries = {name: card[name] for name in ('epoch', 'args') if card[name] is not None}
     if options.with_optimizer:
       entries['optimizer'] = _optimizer_state(weights)
   num_bytes = sum(array.nbytes for array in tensors.values()) * (3 if options.with_optimizer else 1)
-  with torch_files.staged(path, num_bytes=num_bytes) as partial:
+  with destination.staged(path, num_bytes=num_bytes) as partial:
     key = '' if options.layout == 'timm' else 'model'
     torch_files.write(partial, tensors, file_format=file_format, key=key, entries=entries)
     written = torch_files.read(partial).tensors
@@ -89,13 +91,15 @@ def export(
       raise BadInput(f'--output={path} does not read back as written, in {changed[0]}; try again.')
     params = weights.params | {name: state[name] for name in torch_export.POSITION_TABLES}
     difference = yield from _verified(written, params, architecture, options.layout, options.verify)
-    torch_files.write_card(partial, card | {'largest_relative_difference': difference})
+    destination.write_card(partial, card | {'largest_relative_difference': difference})
   yield f'{path}: {len(tensors)} tensors of step {weights.step}, layout {options.layout}'
   fresh = [
     name for name in weights.description.get('source', {}).get('fresh', []) if name in tensors
   ]
   if fresh:
     yield f'Note: {len(fresh)} of them are fresh: what was read in had none ({fresh[0]}, ...)'
+  if options.with_optimizer and 'epoch' not in entries:
+    yield 'Note: its epoch is unknown, and without one the published code takes the weights alone'
   yield from torch_clients.closing_lines(
     path, architecture, layout=options.layout, file_format=file_format
   )
@@ -115,7 +119,9 @@ def import_(
   Raises:
     BadInput: the file cannot be read or fits no model of ours; then nothing is written.
   """
+  destination.check_folder(folder)
   file = torch_files.read(path)
+  yield file.wholeness
   model = torch_import.read_model(file, size=size)
   state, architecture = model.state, model.architecture
   yield from model.report
@@ -123,25 +129,19 @@ def import_(
   if image_size not in (None, architecture.image_size):
     yield f'position tables: resampled from {architecture.image_size} to {image_size} pixels'
     state, architecture = _at_resolution(state, architecture, image_size)
-  arguments = torch_import.arguments_of(file)
-  # Other programs' arguments of these names mean other things.
-  ours = arguments if 'architecture' in arguments else {}
-  known = {name: ours[name] for name in _KEPT if name in ours}
-  step, adamw = ours.get('step', 0), None
-  if not isinstance(step, int):
-    raise BadInput(f'{path} says that it is of step {step!r}, which is no number.')
+  arguments = torch_arguments.read(file.entries)
+  step, known, adamw = arguments.step, dict(arguments.kept), None
   if with_optimizer:
     if 'optimizer' not in file.entries:
       raise BadInput(f'{path} holds no optimizer state; leave --with_optimizer out.')
     adamw = torch_adamw.from_torch(file.entries['optimizer'], architecture)
     step = adamw.moments.count
     known['optimizer_groups'] = adamw.groups
-  if model.fresh or not ours:
-    known['source'] = {'file': path.name, 'fresh': model.fresh}
-  if not ours and isinstance(file.entries.get('epoch'), int):
-    known['epoch'] = file.entries['epoch']
-  objective = torch_import.objective_of(arguments)
-  description = checkpoint.describe(architecture, objective, **known)
+  if model.fresh or not arguments.is_ours:
+    fresh = [*known.get('source', {}).get('fresh', []), *model.fresh]
+    known['source'] = {'file': path.name, 'fresh': list(dict.fromkeys(fresh))}
+  description = checkpoint.describe(architecture, Objective(), **known)
+  description['objective'] = arguments.objective
   params = torch_export.from_torch(state, architecture)
   yield from _verified(state, params, architecture, 'full', verify)
   moments = adamw.moments if adamw is not None else None
@@ -150,8 +150,8 @@ def import_(
 
 
 def _checked_format(path: pathlib.Path, options: ExportOptions) -> str:
-  file_format = options.file_format or torch_files.format_of(path)
-  if file_format != torch_files.format_of(path):
+  file_format = options.file_format or file_checks.format_of(path)
+  if file_format != file_checks.ENDINGS.get(path.suffix, file_format):
     raise BadInput(
       f'--output={path} and --format={file_format} do not go together: loaders tell the format by'
       ' the ending; let .safetensors end files of that format, and no other.'
@@ -216,16 +216,16 @@ def _card(
   """Returns what the json beside a file says of it, but for the file itself."""
   description = weights.description
   epoch = description.get('epoch')
-  if epoch is None:
+  if epoch is None and 'steps_per_epoch' in description:
     # As published: the number, from 0, of the last epoch that is done.
-    epoch = weights.step // description.get('steps_per_epoch', 1) - 1
+    epoch = weights.step // description['steps_per_epoch'] - 1
   shape = dataclasses.asdict(architecture)
   return {
     'layout': layout,
     'format': file_format,
     'step': weights.step,
     'epoch': epoch,
-    'normalised_targets': weights.objective.normalise_targets,
+    'normalised_targets': description['objective']['normalise_targets'],
     'data_fingerprint': description.get('data_fingerprint'),
     'score': description.get('score'),
     'args': {**description, 'architecture': shape, 'step': weights.step},
@@ -247,13 +247,15 @@ def _verified(
   verify: bool | None,
 ) -> Iterator[str]:
   """Compares tensors with parameters through both networks; returns the difference, or None."""
-  if verify is None and not _has_torch():
-    yield 'not verified: PyTorch is not installed'
-    return None
   if verify is False:
     yield 'not verified: --no-verify'
     return None
-  torch_files.torch_or_refuse()
+  fault = torch_files.torch_fault()
+  if fault and verify:
+    raise BadInput(f'{fault}, and --verify runs the network in it; leave --verify out.')
+  if fault:
+    yield f'not verified: {fault}'
+    return None
   from dropmae_jax import torch_reference
 
   difference = torch_reference.largest_difference(tensors, params, architecture, layout)
@@ -270,11 +272,3 @@ def _verified(
     )
   yield f'verified: features in PyTorch and in JAX differ by {difference:.1e} (relative){reason}'
   return difference
-
-
-def _has_torch() -> bool:
-  try:
-    torch_files.torch_or_refuse()
-  except BadInput:
-    return False
-  return True

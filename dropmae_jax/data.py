@@ -5,17 +5,8 @@ the epoch) alone. Workers, hosts and restarts therefore never change what is fed
 on at step s takes the same stream, sliced at s. Of a mixture each dataset has its own epochs.
 """
 
-import atexit
 import dataclasses
-import faulthandler
 import functools
-import os
-import resource
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -24,16 +15,10 @@ import grain
 import numpy as np
 from jaxtyping import UInt8
 
-from dropmae_jax import augment
+from dropmae_jax import augment, blocks, loader_process
 from dropmae_jax.augment import Box
 from dropmae_jax.videos import Mixture, VideoSource
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-# On this signal a loader process writes the stacks of its threads to the terminal.
-SHOW_STACKS = signal.SIGUSR1
-# The exit status of a loader process that was told to end. Grain waits for ever on one that ends
-# with 0; so 0 is left to those that nobody told to.
-ORDERLY_END = 75
 # More than any run takes.
 EPOCHS = 10**9
 
@@ -113,15 +98,16 @@ class FramePair(grain.transforms.RandomMap):
     self._videos = videos
     self._options = options
     self._image_size = image_size
-    self._dataset = dataset
+    self.dataset = dataset
 
   def draw(self, video: int, rng: np.random.Generator) -> DrawnPair:
     """Draws two frames, reads them, and draws their crops."""
     numbers = sample_pair(rng, self._videos.num_frames(video), self._options.frame_gap)
     images = [self._videos.frame(video, number) for number in numbers]
-    boxes = [augment.random_resized_crop_box(rng, *image.shape[:2]) for image in images]
+    sizes = [image.shape[:2] for image in images]
+    boxes = [augment.random_resized_crop_box(rng, *size) for size in sizes]
     if self._options.shared_augmentation:
-      boxes[1] = boxes[0]
+      boxes[1] = augment.same_place(boxes[0], *sizes)
     return DrawnPair(numbers, images, boxes)
 
   def crop(self, drawn: DrawnPair) -> UInt8[np.ndarray, 'f size size c']:
@@ -137,7 +123,7 @@ class FramePair(grain.transforms.RandomMap):
     drawn = self.draw(int(element), rng)
     return {
       'frames': self.crop(drawn),
-      'dataset': np.int32(self._dataset),
+      'dataset': np.int32(self.dataset),
       'video': np.int32(element),
       'frame_numbers': np.array(drawn.frame_numbers, np.int32),
     }
@@ -174,43 +160,13 @@ def pair_stream(
   return grain.MapDataset.source(orders).seed(seed).random_map(transform)
 
 
-def allow_many_files() -> None:
-  """Raises the limit of open files as far as it goes: every shard that is read stays open."""
-  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-  resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def start_worker(worker: int, num_workers: int, *, trainer: int) -> None:
-  """Prepares a loader process: one core, many files, an end when the process `trainer` ends.
-
-  Signals are the trainer's to answer, which needs its loader until it has saved.
-  """
-  del worker, num_workers
-  cv2.setNumThreads(0)
-  for each in STOP_SIGNALS:
-    signal.signal(each, signal.SIG_IGN)
-  signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-  faulthandler.register(SHOW_STACKS)
-  atexit.register(_end_orderly)
-  threading.Thread(target=_end_without, args=(trainer,), daemon=True).start()
-  allow_many_files()
-
-
-def _end_orderly() -> None:
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(ORDERLY_END)
-
-
-def _end_without(parent: int) -> None:
-  """Ends this process once its parent is gone, however that was killed."""
-  while os.getppid() == parent:
-    time.sleep(1)
-  os._exit(1)
-
-
 def pairs_of(
-  videos: VideoSource | Mixture, options: DataOptions, *, image_size: int, seed: int
+  videos: VideoSource | Mixture,
+  options: DataOptions,
+  *,
+  image_size: int,
+  seed: int,
+  pair: type[FramePair] = FramePair,
 ) -> grain.MapDataset:
   """Returns the endless stream of single pairs, by number.
 
@@ -220,12 +176,13 @@ def pairs_of(
     options: how pairs are drawn.
     image_size: pixels along a side.
     seed: of order, pairs and crops.
+    pair: what makes a pair of a video.
   """
   mixture = videos if isinstance(videos, Mixture) else Mixture((videos,), (Fraction(1),))
   parts = [
     pair_stream(
       each,
-      FramePair(each, options, image_size, dataset=number),
+      pair(each, options, image_size, dataset=number),
       seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0]),
     )
     for number, each in enumerate(mixture.datasets)
@@ -243,31 +200,32 @@ def pair_batches(
   first_step: int = 0,
   host: int = 0,
   num_hosts: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> blocks.GatheredBatches:
   """Returns the endless stream of this host's batches, from `first_step` on.
 
   Args:
     videos: where frames come from.
     options: how pairs are drawn and fed.
     image_size: pixels along a side.
-    batch_size: of all hosts together; every host gets an equal block of each.
+    batch_size: of all hosts together; every host gets an equal share of each.
     seed: of order, pairs and crops.
     first_step: batches to leave out.
     host: number of this process.
     num_hosts: number of processes.
+
+  Raises:
+    ValueError: the hosts do not divide the batch.
+    BadInput: the shared memory is too small for the loader processes.
   """
   cv2.setNumThreads(0)
-  allow_many_files()
-  pairs = pairs_of(videos, options, image_size=image_size, seed=seed)
-  # A host's share is a block of every global batch: the blocks, in turn, are the hosts'.
-  batches = pairs.batch(batch_size // num_hosts)[host::num_hosts][first_step:]
-  threads = 0 if options.num_workers else options.num_threads
-  stream = batches.to_iter_dataset(
-    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  loader_process.allow_many_files()
+  return blocks.batches_of(
+    pairs_of(videos, options, image_size=image_size, seed=seed),
+    pair_bytes=2 * 3 * image_size**2,
+    batch_size=batch_size,
+    first_step=first_step,
+    host=host,
+    num_hosts=num_hosts,
+    num_workers=options.num_workers,
+    num_threads=options.num_threads,
   )
-  if options.num_workers:
-    stream = stream.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=options.num_workers, per_worker_buffer_size=2),
-      worker_init_fn=functools.partial(start_worker, trainer=os.getpid()),
-    )
-  return iter(stream)

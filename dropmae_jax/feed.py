@@ -6,6 +6,7 @@ one. A loader that hangs ends the run, with the stacks of all threads.
 """
 
 import dataclasses
+import errno
 import faulthandler
 import multiprocessing
 import os
@@ -22,13 +23,17 @@ from multiprocessing.process import BaseProcess
 import jax
 import numpy as np
 
-from dropmae_jax import data
+from dropmae_jax import loader_process
 
 AHEAD = 2
 DEATHS_IN_A_ROW = 3
 POLL_SECONDS = 0.5
 # How long a loader may take to finish the batch that it is at when it is told to end.
 END_SECONDS = 30.0
+# How long grain may take to notice that all processes were killed; it looks every second.
+KILL_SECONDS = 10.0
+# Stands for the exit status 0 of a process that nobody told to end.
+SILENT_DEATH = 256
 # How grain tells that a process died: by a RuntimeError, but so may a source.
 GRAIN_DEATH = re.compile(r'Worker process was terminated unexpectedly with exit code (-?\d+)')
 
@@ -70,7 +75,7 @@ class _Reader:
     # no signal to all processes can end them before they have said that they ignore it. The
     # tracker has to be there before, because starting it takes the mask off.
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, data.STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, loader_process.STOP_SIGNALS)
     try:
       batches = self._make_batches(self._step)
     except Exception as error:
@@ -84,8 +89,11 @@ class _Reader:
           if self._stopped.is_set():
             return
         self.items.put(jax.block_until_ready(self._to_device(batch)))
+        del batch  # Else it stays while the next one is gathered.
     except Exception as error:
       found = GRAIN_DEATH.search(str(error))
+      if getattr(error, 'errno', None) == errno.ENOSPC:
+        error = loader_process.out_of_room(error)
       self.items.put(_Failure(error, _how(int(found[1])) if found else ''))
     finally:
       batches.close()
@@ -98,28 +106,38 @@ class _Reader:
     self._processes.update(set(multiprocessing.active_children()) - self._others)
     return list(self._processes)
 
-  def silent_death(self) -> str:
-    """Says how a process ended that nobody told to, or returns ''.
+  def tell_grain_of_silent_deaths(self) -> None:
+    """Lets grain notice processes that ended with status 0, though nobody told them to.
 
-    With status 0, that is; every other death grain notices, and this thread hears of it.
+    It takes them to be alive, and would wait for them for ever.
     """
-    return _how(0) if any(process.exitcode == 0 for process in self.processes()) else ''
+    for process in self.processes():
+      if process.exitcode == 0:
+        process._popen.returncode = SILENT_DEATH
 
   def end(self) -> bool:
-    """Lets the loader finish what it is at; returns False if it had to be killed."""
+    """Lets the loader finish what it is at; returns False if a thread of it did not end."""
     self._stopped.set()
-    deadline = time.monotonic() + END_SECONDS
-    while self._thread.is_alive() and time.monotonic() < deadline and not self.silent_death():
-      self._thread.join(POLL_SECONDS)
-    if self._thread.is_alive():
-      self.kill()
+    self._join(END_SECONDS)
+    return self.kill()
+
+  def kill(self) -> bool:
+    """Ends the processes and removes what they leave; returns False if a thread did not end."""
+    self._stopped.set()
+    processes = self.processes()
+    for process in processes:
+      process.kill()
+      process.join()
+    self._join(KILL_SECONDS if processes else 0)
+    if not self._thread.is_alive():
+      loader_process.unlink_blocks_of(process.pid for process in processes)
     return not self._thread.is_alive()
 
-  def kill(self) -> None:
-    """Ends the processes; the thread stays, if grain waits for one of them for ever."""
-    self._stopped.set()
-    for process in self.processes():
-      process.kill()
+  def _join(self, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while self._thread.is_alive() and time.monotonic() < deadline:
+      self.tell_grain_of_silent_deaths()
+      self._thread.join(POLL_SECONDS)
 
 
 class Feed:
@@ -164,10 +182,8 @@ class Feed:
       try:
         item = self._reader.items.get(timeout=POLL_SECONDS)
       except queue.Empty:
-        if death := self._reader.silent_death():
-          self._build_anew(death)
-          asked = time.monotonic()
-        elif time.monotonic() - asked > self._stall_seconds:
+        self._reader.tell_grain_of_silent_deaths()
+        if time.monotonic() - asked > self._stall_seconds:
           self._give_up_waiting()
         continue
       if not isinstance(item, _Failure):
@@ -190,8 +206,9 @@ class Feed:
       self._failed = True
       raise LoaderFailed(
         f'processes of the loader died {DEATHS_IN_A_ROW} times in a row (the last: {death}), and'
-        f' the batch of step {self._step + 1} never came; if memory is short, lower'
-        ' config.data.num_workers, else set it to 0 to see the error itself.'
+        f' the batch of step {self._step + 1} never came; if memory is short,'
+        f' {loader_process.MORE_MEMORY}, else set config.data.num_workers to 0 to see the error'
+        ' itself.'
       )
     self._say(
       f'a process of the loader died ({death}), death {self._deaths} of this run; it is built anew'
@@ -204,7 +221,7 @@ class Feed:
     processes = [each for each in self._reader.processes() if each.is_alive()]
     self._say(f'the loader hangs; all threads of this process:\n{_stacks()}')
     for process in processes:
-      os.kill(process.pid, data.SHOW_STACKS)
+      os.kill(process.pid, loader_process.SHOW_STACKS)
     if processes:
       time.sleep(POLL_SECONDS)  # They write their stacks to the terminal.
     self._reader.kill()
@@ -222,7 +239,7 @@ class Feed:
     """
     if self._failed:
       self._reader.kill()
-    elif not self._reader.end() and not self._reader.processes():
+    elif not self._reader.end():
       raise LoaderFailed(
         f'a thread of the loader did not end within {END_SECONDS:g} s; what was saved is whole.'
         ' Look after the storage of config.data_dir.'
@@ -230,7 +247,11 @@ class Feed:
 
 
 def _how(exit_code: int) -> str:
-  return f'killed by signal {-exit_code}' if exit_code < 0 else f'exit status {exit_code}'
+  if exit_code == -signal.SIGBUS:
+    return f'killed by signal {-exit_code}, as when {loader_process.SHARED_MEMORY} is full'
+  if exit_code < 0:
+    return f'killed by signal {-exit_code}'
+  return f'exit status {0 if exit_code == SILENT_DEATH else exit_code}'
 
 
 def _stacks() -> str:

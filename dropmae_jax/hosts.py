@@ -108,6 +108,13 @@ def agree(facts: Mapping[str, str]) -> None:
     )
 
 
+def any_of(mine: bool) -> bool:
+  """Whether it is true on any process; waits for all of them."""
+  if jax.process_count() == 1:
+    return mine
+  return bool(multihost_utils.process_allgather(np.array(mine)).any())
+
+
 class Interruption:
   """Turns the first Ctrl-C or SIGTERM into a stop at the next step, which is the same on all hosts.
 

@@ -2,9 +2,10 @@
 
     python -m dropmae_jax.inspect_data --data_dir=DIR --output=FILE.png [--dataset=...] [--seed=N]
 
-prints what the split holds, and draws the first pairs that training with this seed is fed: both
-whole frames with the boxes of their crops, the two crops, and below all how far apart the frames of
-pairs are. Numbers come from the index; of the frames, only those that are drawn are read.
+prints what the split holds, of each dataset if they are several, and draws the first pairs that
+training with this seed is fed: both whole frames with the boxes of their crops, the two crops, and
+below all how far apart the frames of pairs are. Numbers come from the index; of the frames, only
+those that are drawn are read.
 """
 
 import argparse
@@ -15,11 +16,11 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
-from dropmae_jax import augment, command_line, data, figures
+from dropmae_jax import augment, command_line, data, figures, loader_process
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions, DrawnPair, FramePair
 from dropmae_jax.train_step import derive_seeds
-from dropmae_jax.videos import open_dataset
+from dropmae_jax.videos import open_mixture
 
 GAP_DRAWS = 10_000
 GAP_BARS = 25
@@ -31,6 +32,7 @@ BOX_COLOUR = (255, 210, 0)
 class Index(NamedTuple):
   """What is known of a split without reading its frames; an entry of each array per clip."""
 
+  dataset: str
   frames: Int[np.ndarray, ' n']
   label: Int[np.ndarray, ' n']
   path: np.ndarray
@@ -41,6 +43,7 @@ class Index(NamedTuple):
 class ShownPair(NamedTuple):
   """A pair of the training stream with all that led to it."""
 
+  dataset: int
   video: int
   drawn: DrawnPair
   crops: UInt8[np.ndarray, 'f size size c']
@@ -52,7 +55,7 @@ class WholePair(FramePair):
   def random_map(self, element: int, rng: np.random.Generator) -> ShownPair:
     """Returns the pair with all that led to it."""
     drawn = self.draw(int(element), rng)
-    return ShownPair(int(element), drawn, self.crop(drawn))
+    return ShownPair(self.dataset, int(element), drawn, self.crop(drawn))
 
 
 def read_index(folder: pathlib.Path, split: str) -> Index:
@@ -65,7 +68,8 @@ def read_index(folder: pathlib.Path, split: str) -> Index:
   shards = folder.glob(f'*-{split}.array_record*')
   with np.load(folder / f'index-{split}.npz') as index:
     columns = {name: index[name] for name in ('frames', 'label', 'path', 'classes')}
-  return Index(**columns, num_bytes=sum(path.stat().st_size for path in shards))
+  dataset = '/'.join(folder.parts[-3:-1])
+  return Index(dataset, **columns, num_bytes=sum(path.stat().st_size for path in shards))
 
 
 def class_of(index: Index, video: int) -> str:
@@ -110,6 +114,7 @@ def statistics(index: Index, counts: Int[np.ndarray, ' g']) -> str:
   total, gathered = int(frames.sum()), bars(counts)
   most = max(count for _, count in gathered)
   lines = [
+    f'dataset           {index.dataset}',
     f'clips             {len(frames)}',
     f'frames            {total}',
     f'frames per clip   least {frames.min()}, median {np.median(frames):g}, most {frames.max()}',
@@ -139,7 +144,7 @@ def draw_chart(pen: ImageDraw.ImageDraw, top: int, width: int, counts: np.ndarra
 
 
 def contact_sheet(
-  pairs: list[ShownPair], index: Index, counts: Int[np.ndarray, ' g']
+  pairs: list[ShownPair], indices: list[Index], counts: Int[np.ndarray, ' g']
 ) -> Image.Image:
   """Draws a row for each pair, and the gaps below.
 
@@ -158,9 +163,10 @@ def contact_sheet(
   for row, pair in enumerate(pairs):
     top = MARGIN + row * row_height
     earlier, later = pair.drawn.frame_numbers
+    index = indices[pair.dataset]
     caption = (
-      f'{index.path[pair.video]}   class {class_of(index, pair.video)}   frames {earlier} and'
-      f' {later} of {index.frames[pair.video]}   gap {later - earlier}'
+      f'{index.dataset}   {index.path[pair.video]}   class {class_of(index, pair.video)}'
+      f'   frames {earlier} and {later} of {index.frames[pair.video]}   gap {later - earlier}'
     )
     # The font that PIL always has knows few letters.
     caption = caption.encode('ascii', 'backslashreplace').decode()
@@ -185,7 +191,11 @@ def parse() -> tuple[argparse.Namespace, DataOptions]:
   parser = command_line.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--data_dir', required=True, help='as in the config of a training')
   parser.add_argument('--output', required=True, type=pathlib.Path, help='the PNG to write')
-  parser.add_argument('--dataset', default='kinetics_frames/folder', help='(%(default)s)')
+  parser.add_argument(
+    '--dataset',
+    default='kinetics_frames/folder',
+    help='as in the config (%(default)s)',
+  )
   parser.add_argument('--split', default='train', help='(%(default)s)')
   parser.add_argument('--seed', type=int, default=0, help='of the training (%(default)s)')
   parser.add_argument('--pairs', type=int, default=8, help='to draw (%(default)s)')
@@ -217,15 +227,23 @@ def parse() -> tuple[argparse.Namespace, DataOptions]:
 def main() -> None:
   """The command line."""
   arguments, options = parse()
-  data.allow_many_files()
-  videos = open_dataset(arguments.data_dir, arguments.dataset, arguments.split)
-  index = read_index(videos.folder, arguments.split)
-  counts = gap_counts(index.frames, options.frame_gap, seed=arguments.seed, draws=GAP_DRAWS)
-  print(statistics(index, counts))
-  pairs = WholePair(videos, options, arguments.image_size)
-  stream = data.pair_stream(videos, pairs, derive_seeds(arguments.seed).data)
+  loader_process.allow_many_files()
+  mixture = open_mixture(arguments.data_dir, arguments.dataset, arguments.split)
+  indices = [read_index(each.folder, arguments.split) for each in mixture.datasets]
+  counts = []
+  for index, weight in zip(indices, mixture.weights, strict=True):
+    draws = max(1, round(GAP_DRAWS * weight / sum(mixture.weights)))
+    counts.append(gap_counts(index.frames, options.frame_gap, seed=arguments.seed, draws=draws))
+    print(statistics(index, counts[-1]))
+  stream = data.pairs_of(
+    mixture,
+    options,
+    image_size=arguments.image_size,
+    seed=derive_seeds(arguments.seed).data,
+    pair=WholePair,
+  )
   pairs = [stream[number] for number in range(arguments.pairs)]
-  figures.save_png(contact_sheet(pairs, index, counts), arguments.output)
+  figures.save_png(contact_sheet(pairs, indices, sum(counts)), arguments.output)
   print(f'{arguments.output}: the first {len(pairs)} pairs of seed {arguments.seed}')
 
 

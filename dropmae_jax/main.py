@@ -25,6 +25,9 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Of the whole run.', lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Of this one, from 0.', lower_bound=0)
+_ALLOW_CHANGES = flags.DEFINE_bool(
+  'allow_changes', False, 'Go on from a checkpoint with other data or another objective.'
+)
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
@@ -71,7 +74,8 @@ def main(_: list[str]) -> int:
       f'--config cannot be read: {_last_line(error)}; configs/ has examples.'
     ) from error
   logging.set_verbosity(logging.WARNING)
-  from dropmae_jax import feed, hosts, report, train  # After the checks, which answer at once.
+  # After the checks, which then answer at once.
+  from dropmae_jax import feed, hosts, report, run_checkpoints, train
 
   hosts.join(
     distributed=_DISTRIBUTED.value,
@@ -80,8 +84,10 @@ def main(_: list[str]) -> int:
     process_id=_PROCESS_ID.value,
   )
   try:
-    return 0 if train.train(checked, pathlib.Path(_WORKDIR.value)) else STOPPED
-  except report.NonFiniteLoss as error:
+    workdir = pathlib.Path(_WORKDIR.value)
+    finished = train.train(checked, workdir, allow_changes=_ALLOW_CHANGES.value)
+    return 0 if finished else STOPPED
+  except (report.NonFiniteLoss, run_checkpoints.NotSaved) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except feed.LoaderFailed as error:

@@ -10,14 +10,33 @@ from typing import Any
 import ml_collections
 
 from dropmae_jax import command_line, mae, masking
-from dropmae_jax.checkpoint import CheckpointOptions
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
 from dropmae_jax.mae import Architecture, Objective
 from dropmae_jax.optimizer import OptimizerOptions
+from dropmae_jax.run_checkpoints import CheckpointOptions
 from dropmae_jax.sharding import MeshOptions
 
 DTYPES = ('float32', 'bfloat16')
+# Fields, and groups of them, that a run may go on with changed: they alter neither the pairs that
+# it is fed, nor its noise, nor what it learns. Every other one makes it another run.
+MAY_CHANGE = frozenset(
+  {
+    'data_dir',
+    'init_from',
+    'num_steps',
+    'accumulation_steps',
+    'dtype',
+    'remat',
+    'mesh',
+    'log_every',
+    'data.num_workers',
+    'data.num_threads',
+    'data.stall_seconds',
+    'optimizer',
+    'checkpoint',
+  }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Recipe:
     data: see `data.DataOptions`.
     optimizer: see `optimizer.OptimizerOptions`.
     mesh: see `sharding.MeshOptions`.
-    checkpoint: see `checkpoint.CheckpointOptions`.
+    checkpoint: see `run_checkpoints.CheckpointOptions`.
   """
 
   data_dir: str
@@ -86,6 +105,11 @@ class Recipe:
 
 
 MODEL_FIELDS = {'size': str, **typing.get_type_hints(Architecture)}
+
+
+def may_change(name: str) -> bool:
+  """Whether a run may go on with another value of this field, by its dotted name."""
+  return not MAY_CHANGE.isdisjoint({name, name.partition('.')[0]})
 
 
 def known_fields() -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dropmae_jax import torch_export
+from dropmae_jax import torch_arguments, torch_export
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import Architecture
 from dropmae_jax.optimizer import Moments
@@ -86,11 +86,13 @@ def from_torch(optimizer: Mapping[str, Any], architecture: Architecture) -> Torc
     )
     ids = [identity for group in listed for identity in group]
     arrays = {
-      name: {key: np.asarray(states[i][key], np.float32) for key in MOMENTS}
+      name: {key: np.asarray(states[i][key]) for key in MOMENTS}
       for i, name in zip(ids, names, strict=True)
     }
     counts = {int(states[i]['step']) for i in ids}
-  except (KeyError, TypeError, ValueError) as error:
+    for each in options:
+      _check_options(each)
+  except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
     raise BadInput(
       f'the optimizer state is not that of AdamW over the {len(names)} trained tensors of'
       f' {architecture} ({type(error).__name__}: {error}); leave --with_optimizer out.'
@@ -105,7 +107,7 @@ def from_torch(optimizer: Mapping[str, Any], architecture: Architecture) -> Torc
     for key, array in pair.items()
     if array.shape != shapes[name]
   ]
-  if len(counts) != 1:
+  if len(counts) != 1 or not 0 <= min(counts) < 2**31:
     problems.append(f'its tensors have taken {min(counts)} to {max(counts)} updates')
   if problems:
     raise BadInput(
@@ -113,10 +115,16 @@ def from_torch(optimizer: Mapping[str, Any], architecture: Architecture) -> Torc
       ' leave --with_optimizer out.'
     )
   fixed = {name: np.zeros(shapes[name], np.float32) for name in torch_export.POSITION_TABLES}
-  trees = {
-    field: torch_export.from_torch(
-      {name: pair[key] for name, pair in arrays.items()} | fixed, architecture
-    )
-    for key, field in MOMENTS.items()
-  }
+  trees = {}
+  for key, field in MOMENTS.items():
+    moment = torch_export.as_float32({name: pair[key] for name, pair in arrays.items()})
+    trees[field] = torch_export.from_torch(moment | fixed, architecture)
   return TorchAdamW(Moments(count=counts.pop(), **trees), options)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+  """Raises an error where a group's options cannot be kept and written out again."""
+  beta1, beta2 = options['betas']
+  numbers = (options['lr'], options['weight_decay'], beta1, beta2)
+  if not (all(isinstance(x, int | float) for x in numbers) and torch_arguments.is_plain(options)):
+    raise ValueError('options of a group are no plain values')

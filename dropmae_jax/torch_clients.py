@@ -23,6 +23,13 @@ TIMM_MODELS = {
 }
 
 
+# Of the published code itself, which is not in `CLIENTS`: it resumes strictly.
+_DROPMAE_MODELS = (_BASE, _LARGE, _HUGE)
+_TRACKERS = ('DropTrack', 'OSTrack', 'DropSeg')
+# What MAE's fine-tuning reports besides, where it averages the tokens.
+GLOBAL_POOL = 'with --global_pool, fc_norm.* is missing too and norm.* unexpected'
+
+
 class Client(NamedTuple):
   """A program that loads what lies under 'model' of a .pth, not strictly, and prints the rest.
 
@@ -77,25 +84,41 @@ def closing_lines(
   path: pathlib.Path, architecture: Architecture, *, layout: str, file_format: str
 ) -> list[str]:
   """Says who can load an exported file, what each will print, and what to beware of."""
-  shape = (architecture.width, architecture.depth, architecture.patch_size)
-  if architecture.image_size != torch_export.PUBLISHED_IMAGE_SIZE:
-    shape = (0, 0, 0)
-  takers = [client for client in CLIENTS if shape in client.models]
   if layout == 'timm':
-    lines = _timm_lines(path, TIMM_MODELS.get(shape))
+    lines = _timm_lines(path, architecture)
   elif file_format == 'safetensors':
     lines = ['Trackers and MAE read .pth only; give --format=pth for them.']
-  elif not takers:
-    lines = ['It has the layout of the published files, but no tracker has a model of this size.']
   else:
-    if layout != 'mae':
-      takers = [client for client in takers if client.name != 'MAE fine-tuning']
-    lines = ['These lists of keys will be printed, and they are right:']
-    lines += [f'  {_line(client, architecture, layout)}' for client in takers]
-    if layout == 'full':
-      lines.append('  DropMAE, to resume: missing none; unexpected none')
-    lines += _tracker_notes({client.name for client in takers}, layout)
+    lines = _answer_lines(architecture, layout)
   return lines + _name_warnings(path)
+
+
+def _shape(architecture: Architecture) -> tuple[int, int, int]:
+  return architecture.width, architecture.depth, architecture.patch_size
+
+
+def _answer_lines(architecture: Architecture, layout: str) -> list[str]:
+  """Says which keys those programs will report that have a model of this size."""
+  takers = [client for client in CLIENTS if _shape(architecture) in client.models]
+  if layout != 'mae':
+    takers = [client for client in takers if client.name in _TRACKERS]
+  answers = [f'  {_line(client, architecture, layout)}' for client in takers]
+  if layout == 'full' and _shape(architecture) in _DROPMAE_MODELS:
+    answers.append('  DropMAE, to resume: missing none; unexpected none')
+  names = {client.name for client in takers}
+  lines = []
+  if names.isdisjoint(_TRACKERS):
+    lines = ['Note: no tracker has a model of this size.']
+  if answers and architecture.image_size != torch_export.PUBLISHED_IMAGE_SIZE:
+    return [
+      *lines,
+      f'Its position tables are of {architecture.image_size} pixels, and those that load it want'
+      f' the ones of {torch_export.PUBLISHED_IMAGE_SIZE}, which trackers resample themselves:'
+      ' export it without --image_size.',
+    ]
+  if answers:
+    lines += ['These lists of keys will be printed, and they are right:', *answers]
+  return lines + _tracker_notes(names, layout)
 
 
 def _line(client: Client, architecture: Architecture, layout: str) -> str:
@@ -103,11 +126,10 @@ def _line(client: Client, architecture: Architecture, layout: str) -> str:
   missing = _listed(answer.missing)
   if client.new_heads:
     total = client.new_heads + len(answer.missing)
-    missing = f'{total}: {client.new_heads} new heads of its own, {missing}'
+    also = f', {missing}' if answer.missing else ''
+    missing = f'{total}: {client.new_heads} new heads of its own{also}'
   silent = ' (it prints neither)' if client.name == 'OSTrack' else ''
-  pooled = ''
-  if client.name == 'MAE fine-tuning':
-    pooled = '; with --global_pool, fc_norm.* is missing too and norm.* unexpected'
+  pooled = f'; {GLOBAL_POOL}' if client.name == 'MAE fine-tuning' else ''
   return (
     f'{client.name}: missing {missing}; unexpected {_listed(answer.unexpected)}{pooled}{silent}'
   )
@@ -123,13 +145,16 @@ def _listed(names: Iterable[str]) -> str:
   return ', '.join(others) or 'none'
 
 
-def _timm_lines(path: pathlib.Path, model: str | None) -> list[str]:
+def _timm_lines(path: pathlib.Path, architecture: Architecture) -> list[str]:
+  model, image_size = TIMM_MODELS.get(_shape(architecture)), architecture.image_size
   if model is None:
     return ['timm has no model of this size under a name; build a VisionTransformer of it.']
+  is_usual = image_size == torch_export.PUBLISHED_IMAGE_SIZE
+  size = '' if is_usual else f' img_size={image_size},'
   return [
     'timm 1.0 loads it strictly, with no key missing and none unexpected:',
     f"  timm.create_model('{model}', num_classes=0, class_token=False, global_pool='avg',",
-    f"                    fc_norm=False, checkpoint_path='{path}')",
+    f"                   {size} fc_norm=False, checkpoint_path='{path}')",
     'It has no frame identities: both frames of a pair look alike to it.',
   ]
 

@@ -21,6 +21,7 @@ PUBLISHED_IMAGE_SIZE = 224
 POSITION_TABLES = ('pos_embed', 'decoder_pos_embed')
 FRAME_IDENTITIES = ('temporal_pos_embed_x', 'temporal_pos_embed_z')
 CLASS_TOKEN = 'cls_token'
+FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
 LAYOUTS = ('full', 'encoder', 'mae', 'timm')
 _TOP_LEVEL = (
   'pos_embed',
@@ -141,6 +142,23 @@ def check_shapes(
       f'the state dict does not fit {architecture}: {"; ".join(problems[:3])}'
       f' ({len(problems)} mismatches in all); give the file of such a model.'
     )
+
+
+def as_float32(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns weights as float32; what is too large for it becomes infinite.
+
+  Raises:
+    BadInput: tensors are no weights but integers, truth values or complex numbers; names the
+      first three.
+  """
+  odd = [f'{n} is {a.dtype}' for n, a in tensors.items() if str(a.dtype) not in FLOATS]
+  if odd:
+    raise BadInput(
+      f'weights are {", ".join(FLOATS)}, and {"; ".join(odd[:3])} ({len(odd)} such in all); give'
+      ' the file before it was quantised or converted.'
+    )
+  with np.errstate(over='ignore'):
+    return {name: np.asarray(array, np.float32) for name, array in tensors.items()}
 
 
 def in_layout(state: Mapping[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:

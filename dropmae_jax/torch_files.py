@@ -1,19 +1,13 @@
-"""Files of weights: .pth and .safetensors, read without running code and written atomically.
-
-Beside each written file lie `<file>.sha256`, for `sha256sum -c`, and `<file>.json`, a card that
-says what it holds. Only .pth needs PyTorch.
-"""
+"""Files of weights: .pth and .safetensors, read without running code. Only .pth needs PyTorch."""
 
 import argparse
-import contextlib
-import hashlib
+import importlib
 import json
 import pathlib
 import re
-import shutil
-import tempfile
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,10 +16,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dropmae_jax.command_line import BadInput
+from dropmae_jax import file_checks
+from dropmae_jax.command_line import BadInput, refusing
 
-FORMATS = ('pth', 'safetensors')
-_BESIDE = ('.sha256', '.json')
 # Where files of the field keep their tensors: DropMAE and MAE, trained trackers, timm.
 TENSOR_KEYS = ('model', 'net', 'state_dict')
 
@@ -37,32 +30,38 @@ class WeightFile(NamedTuple):
     key: the entry that its tensors lie under; '' where they are the whole file.
     tensors: as in the file, numpy, in the file's dtypes.
     entries: all else at the top level, such as 'args' and 'epoch'; tensors in it as numpy.
+    wholeness: a line that says how it is known that the file is not damaged, or that it is not.
   """
 
   key: str
   tensors: dict[str, np.ndarray]
   entries: dict[str, Any]
+  wholeness: str = ''
 
 
-def format_of(path: pathlib.Path) -> str:
-  """Tells the format by the file's ending; whatever is not .safetensors is PyTorch's own."""
-  return 'safetensors' if path.suffix == '.safetensors' else 'pth'
+def torch_fault() -> str | None:
+  """Says why PyTorch cannot be used; None where it can."""
+  try:
+    importlib.import_module('torch')
+  except Exception as error:  # Libraries that miss parts of themselves raise whatever comes.
+    if isinstance(error, ModuleNotFoundError) and error.name == 'torch':
+      return 'PyTorch is not installed'
+    return f'PyTorch is installed but does not load ({_first_line(error)})'
+  return None
 
 
 def torch_or_refuse() -> ModuleType:
   """Imports PyTorch.
 
   Raises:
-    BadInput: it is not installed.
+    BadInput: it is not installed, or does not load.
   """
-  try:
-    import torch
-  except ImportError as error:
+  if fault := torch_fault():
     raise BadInput(
-      'PyTorch is not installed, and .pth files need it; run: pip install'
-      " 'dropmae_jax[torch]', or use .safetensors."
-    ) from error
-  return torch
+      f"{fault}, and .pth files need it; run: pip install 'dropmae_jax[torch]', or use"
+      ' .safetensors.'
+    )
+  return importlib.import_module('torch')
 
 
 def read(path: pathlib.Path) -> WeightFile:
@@ -72,9 +71,12 @@ def read(path: pathlib.Path) -> WeightFile:
     BadInput: the file is not there, damaged, holds no tensors, or holds objects other than
       tensors, plain values and the argparse.Namespace of the published files (names it).
   """
-  if not path.is_file():
-    raise BadInput(f'{path} is not a file; give a .pth or .safetensors.')
-  return _read_safetensors(path) if format_of(path) == 'safetensors' else _read_pth(path)
+  with refusing(f'{path} cannot be read', 'give a .pth or .safetensors.'):
+    if not path.is_file():
+      raise BadInput(f'{path} is not a file; give a .pth or .safetensors.')
+    read_format = _read_safetensors if file_checks.format_in(path) == 'safetensors' else _read_pth
+    wholeness = file_checks.check_whole(path)
+    return read_format(path)._replace(wholeness=wholeness)
 
 
 def _read_safetensors(path: pathlib.Path) -> WeightFile:
@@ -90,7 +92,7 @@ def _read_safetensors(path: pathlib.Path) -> WeightFile:
   for name, text in metadata.items():
     try:
       entries[name] = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
       entries[name] = text
   return WeightFile('', tensors, entries)
 
@@ -98,7 +100,9 @@ def _read_safetensors(path: pathlib.Path) -> WeightFile:
 def _read_pth(path: pathlib.Path) -> WeightFile:
   torch = torch_or_refuse()
   try:
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+      # They are for the authors of programs, and tell to switch the safety off.
+      warnings.simplefilter('ignore')
       content = torch.load(
         path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path) or None
       )
@@ -109,10 +113,9 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
         f' the file, save its tensors alone: torch.save({{key: torch.load({path.name!r},'
         ' weights_only=False)[key]}, NEW_FILE) with key "model" or "net".'
       ) from error
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     raise BadInput(
-      f'{path} cannot be read as a PyTorch checkpoint ({reason}); give a whole file that holds'
-      ' only tensors and plain values.'
+      f'{path} cannot be read as a PyTorch checkpoint ({_reason(error)}); give a whole file that'
+      ' holds only tensors and plain values.'
     ) from error
 
   def plain(value: Any) -> Any:
@@ -132,8 +135,8 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
     content = plain(content)
   except (RuntimeError, TypeError) as error:
     raise BadInput(
-      f'{path} holds a tensor that numpy has no form for ({str(error).splitlines()[0]}); save it as'
-      ' a dense one of float32.'
+      f'{path} holds a tensor that numpy has no form for ({_first_line(error)}); save it as a dense'
+      ' one of float32.'
     ) from error
   if not isinstance(content, dict):
     raise BadInput(f'{path} holds a {type(content).__name__}, and not a dict of tensors.')
@@ -145,50 +148,24 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
     if not isinstance(value, np.ndarray) or not isinstance(name, str)
   ]
   if odd or not found:
-    where = f'under {key!r}' if key else 'and none of the entries ' + ', '.join(TENSOR_KEYS)
-    raise BadInput(
-      f'{path} has {where} what is no named tensor: {", ".join(odd[:3]) or "nothing"}; give a'
-      ' file of weights.'
-    )
+    where = f'under {key!r}' if key else f'at its top, and no entry {" or ".join(TENSOR_KEYS)}'
+    what = f'what is no named tensor ({", ".join(odd[:3])})' if odd else 'nothing'
+    raise BadInput(f'{path} holds {what} {where}; give a file of weights.')
   return WeightFile(key, found, {k: v for k, v in content.items() if k != key} if key else {})
 
 
-@contextlib.contextmanager
-def staged(path: pathlib.Path, *, num_bytes: int) -> Iterator[pathlib.Path]:
-  """Yields another path to write to; at the end that file and its card take their places.
+def _first_line(error: Exception) -> str:
+  return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
-  Until then what is at `path` stays, and on any failure it stays for good.
 
-  Args:
-    path: the file in the end; its folder must exist.
-    num_bytes: that will be written, at least.
-
-  Raises:
-    BadInput: the folder is not there, `path` is a folder, or writing fails, as on a full disk.
-  """
-  folder = path.absolute().parent
-  if not folder.is_dir():
-    raise BadInput(f'the folder of --output={path} does not exist; make it first.')
-  for each in (path, *(path.with_name(f'{path.name}{ending}') for ending in _BESIDE)):
-    if each.is_dir():
-      raise BadInput(f'--output={path}: {each} is a folder; give the name of a file.')
-  free = shutil.disk_usage(folder).free
-  if free < num_bytes:
-    raise BadInput(
-      f'--output={path} needs {num_bytes / 1e6:.0f} MB and {free / 1e6:.0f} MB are free there;'
-      ' make room, or give another folder.'
-    )
-  try:
-    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=folder) as temporary:
-      partial = pathlib.Path(temporary) / path.name
-      yield partial
-      for written in [partial, *sorted(set(partial.parent.iterdir()) - {partial})]:
-        written.replace(folder / written.name)
-  except (OSError, safetensors.SafetensorError) as error:
-    reason = getattr(error, 'strerror', None) or str(error)
-    raise BadInput(
-      f'--output={path} cannot be written ({reason}); what was there before is untouched.'
-    ) from error
+def _reason(error: Exception) -> str:
+  """Returns why PyTorch could not read a file, without its advice to read it less safely."""
+  text = str(error)
+  if 'TorchScript' in text:
+    return 'it is a TorchScript archive'
+  if found := re.search('WeightsUnpickler error: (.+)', text):
+    return found[1]
+  return type(error).__name__ if 'weights_only' in text else _first_line(error)
 
 
 def write(
@@ -202,17 +179,23 @@ def write(
   """Writes tensors, each with storage of its own, so that every PyTorch since 1.9 reads them.
 
   Args:
-    path: to be written, not atomically: see `staged`.
+    path: to be written, not atomically: see `destination.staged`.
     tensors: named arrays.
     file_format: one of `FORMATS`.
     key: the entry of a .pth that they lie under; '' makes them the whole file.
     entries: more at the top level; dicts, lists, plain values and numpy arrays. Safetensors keep
       them as json, under the header's metadata.
+
+  Raises:
+    OSError: the system refuses it.
   """
   entries = entries or {}
   if file_format == 'safetensors':
     metadata = {'format': 'pt'} | {name: json.dumps(value) for name, value in entries.items()}
-    safetensors.numpy.save_file(dict(tensors), path, metadata=metadata)
+    try:
+      safetensors.numpy.save_file(dict(tensors), path, metadata=metadata)
+    except safetensors.SafetensorError as error:
+      raise OSError(str(error)) from error
     return
   torch = torch_or_refuse()
 
@@ -228,14 +211,5 @@ def write(
     try:
       torch.save(with_tensors(content), file)
     except RuntimeError as error:
-      # PyTorch's writer hides the system's refusal behind an error of its own.
-      raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-def write_card(path: pathlib.Path, card: Mapping[str, Any]) -> None:
-  """Writes the sha256 and the json card of a file beside it; the card gets the sha256 too."""
-  with path.open('rb') as file:
-    digest = hashlib.file_digest(file, 'sha256').hexdigest()
-  path.with_name(f'{path.name}.sha256').write_text(f'{digest}  {path.name}\n')
-  text = json.dumps({'file': path.name, 'sha256': digest, **card}, indent=2)
-  path.with_name(f'{path.name}.json').write_text(text + '\n')
+      # PyTorch's writer hides the system's refusal, or a signal, behind an error of its own.
+      raise error.__context__ or error from None

@@ -7,25 +7,19 @@ timm's, and trained OSTrack and DropTrack trackers, of which the encoder is take
 import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from dropmae_jax import mae, torch_export, vit
+from dropmae_jax import mae, torch_arguments, torch_export, vit
 from dropmae_jax.command_line import BadInput
-from dropmae_jax.mae import Architecture, Objective
+from dropmae_jax.mae import Architecture
 from dropmae_jax.torch_files import WeightFile
 
 TRACKER_PREFIX = 'backbone.'
 # Tensors that a vision transformer of another kind computes with: dropping them would be silent.
 FOREIGN = ('blocks.', 'decoder_blocks.', 'norm_pre.', 'reg_token', 'patch_embed.')
-# Of the published code's arguments, those that say what the model was trained to do.
-PUBLISHED_OBJECTIVE = {
-  'mask_ratio': 'mask_ratio',
-  'P': 'attention_dropout',
-  'norm_pix_loss': 'normalise_targets',
-}
 
 
 class Model(NamedTuple):
@@ -53,12 +47,14 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
 
   Raises:
     BadInput: the size is unknown, or tensors of the encoder (or some, not all, of the decoder)
-      are missing or of another shape; names the first three.
+      are missing, of another shape or of no floating point; names the first three.
   """
   tensors, dropped = _without_prefix(file.tensors)
   if 'pos_embed' in tensors:
     tensors['pos_embed'] = _with_class_slot(tensors['pos_embed'])
-  architecture = _architecture(tensors, arguments_of(file).get('architecture'), size)
+  architecture = torch_arguments.read(file.entries).architecture
+  if architecture is None or size is not None:
+    architecture = _architecture(tensors, size)
   shapes = torch_export.tensor_shapes(architecture)
   optional = set(torch_export.FRAME_IDENTITIES)
   decoder = {name for name in shapes if torch_export.is_of_decoder(name)}
@@ -78,11 +74,8 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   dropped += list(left)
   wanted = {name: shape for name, shape in shapes.items() if name not in fresh}
   torch_export.check_shapes(taken | foreign, wanted, architecture)
-  drawn = _fresh_tensors(architecture, fresh)
-  state = {
-    name: drawn[name] if name in drawn else np.asarray(taken[name], dtype=np.float32)
-    for name in shapes
-  }
+  converted = torch_export.as_float32(taken) | _fresh_tensors(architecture, fresh)
+  state = {name: converted[name] for name in shapes}
   report = [f'taken: {len(taken)} tensors of {architecture}']
   other = collections.Counter(str(a.dtype) for a in taken.values() if a.dtype != np.float32)
   report += [f'converted to float32: {count} of {dtype}' for dtype, count in other.items()]
@@ -93,27 +86,6 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   if fresh:
     report.append(f'freshly made (seed 0), since the file has none: {grouped(fresh)}')
   return Model(state, architecture, fresh, report)
-
-
-def arguments_of(file: WeightFile) -> dict[str, Any]:
-  """Returns how a model was trained: `args` of a .pth, or the metadata of ours in safetensors."""
-  arguments = file.entries.get('args')
-  return arguments if isinstance(arguments, dict) else {}
-
-
-def objective_of(arguments: Mapping[str, Any]) -> Objective:
-  """Reads the objective off our own arguments, or off those of the published code.
-
-  Raises:
-    BadInput: they are no objective.
-  """
-  known = {
-    ours: arguments[theirs] for theirs, ours in PUBLISHED_OBJECTIVE.items() if theirs in arguments
-  }
-  try:
-    return Objective(**arguments.get('objective', known))
-  except (TypeError, ValueError) as error:
-    raise BadInput(f'the arguments in the file are no objective of ours: {error}') from error
 
 
 def _without_prefix(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -135,21 +107,14 @@ def _with_class_slot(table: np.ndarray) -> np.ndarray:
   return np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
 
 
-def _architecture(
-  tensors: Mapping[str, np.ndarray], stored: dict[str, Any] | None, size: str | None
-) -> Architecture:
-  """Reads the architecture off what the file says of itself, or off the shapes.
+def _architecture(tensors: Mapping[str, np.ndarray], size: str | None) -> Architecture:
+  """Reads the architecture off the shapes.
 
   Head counts leave no trace in the shapes: they are those of the size table's row, and 16 in the
   decoder, as published.
   """
   if size is not None and size not in vit.SIZES:
     raise BadInput(f'--model={size} is not in the size table; choose one of {_names(vit.SIZES)}.')
-  if stored is not None and size is None:
-    try:
-      return Architecture(**stored)
-    except (TypeError, ValueError) as error:
-      raise BadInput(f'args["architecture"] of the file is no architecture: {error}') from error
   try:
     width, _, patch_size, _ = tensors['patch_embed.proj.weight'].shape
     hidden = tensors['blocks.0.mlp.fc1.weight'].shape[0]

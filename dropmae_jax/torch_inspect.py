@@ -6,12 +6,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from dropmae_jax import checkpoint, torch_export, torch_files
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.command_line import BadInput, refusing
 
 
 def tensors_of(path: pathlib.Path, *, step: int | None = None) -> torch_files.WeightFile:
   """Reads a file of weights, or one of our checkpoints as if it were one."""
-  if not path.is_dir():
+  with refusing(f'{path} cannot be read', 'give a file or a folder that may be.'):
+    is_folder = path.is_dir()
+  if not is_folder:
     if step is not None:
       raise BadInput(f'--step={step} goes with a checkpoint, and {path} is a file; leave it out.')
     return torch_files.read(path)
@@ -22,49 +24,58 @@ def tensors_of(path: pathlib.Path, *, step: int | None = None) -> torch_files.We
 
 def table(path: pathlib.Path, *, step: int | None = None) -> Iterator[str]:
   """Lists the tensors of a file or checkpoint: name, shape, dtype, Euclidean norm."""
-  key, tensors, entries = tensors_of(path, step=step)
-  width = max(map(len, tensors))
+  file = tensors_of(path, step=step)
+  width = max(map(len, file.tensors))
   yield f'{"name":{width}}  {"shape":>18}  {"dtype":>8}  {"norm":>12}'
-  for name, array in tensors.items():
+  for name, array in file.tensors.items():
     shape = ' '.join(map(str, array.shape))
-    norm = float(np.linalg.norm(array.astype(np.float64)))
+    norm = float(np.linalg.norm(np.abs(array).astype(np.float64)))
     yield f'{name:{width}}  {shape:>18}  {array.dtype!s:>8}  {norm:12.6g}'
-  values = sum(array.size for array in tensors.values())
-  under = f' under {key!r}' if key else ''
-  num_bytes = sum(array.nbytes for array in tensors.values())
-  yield f'{len(tensors)} tensors{under}, {values} values, {num_bytes} bytes'
-  if entries:
-    yield f'beside them: {", ".join(map(str, entries))}'
+  values = sum(array.size for array in file.tensors.values())
+  under = f' under {file.key!r}' if file.key else ''
+  num_bytes = sum(array.nbytes for array in file.tensors.values())
+  yield f'{len(file.tensors)} tensors{under}, {values} values, {num_bytes} bytes'
+  if file.entries:
+    yield f'beside them: {", ".join(map(str, file.entries))}'
 
 
 def comparison(first: pathlib.Path, second: pathlib.Path) -> tuple[list[str], bool]:
-  """Compares two files or checkpoints tensor by tensor.
+  """Compares two files or checkpoints tensor by tensor; NaNs at the same places are equal.
 
   Returns:
-    Lines: per tensor the largest difference over the largest value of the first, largest first,
-    and what only one of them has; and whether the two are the same.
+    Lines: what has no counterpart of its shape in the other; where the types differ; per tensor
+    the largest difference over the largest value of the first, largest first; and whether the two
+    are the same, in all of this.
   """
   one, other = tensors_of(first).tensors, tensors_of(second).tensors
-  lines, differences = [], {}
-  for name in sorted(one.keys() & other.keys()):
-    a, b = one[name], other[name]
-    if a.shape != b.shape:
-      lines.append(f'{name}: {a.shape} in {first}, {b.shape} in {second}')
-    else:
-      differences[name] = _relative_difference(a.astype(np.float64), b.astype(np.float64))
+  both = sorted(one.keys() & other.keys())
+  reshaped = [name for name in both if one[name].shape != other[name].shape]
+  unmatched = [f'{n}: {one[n].shape} in {first}, {other[n].shape} in {second}' for n in reshaped]
   for names, path in ((one.keys() - other.keys(), first), (other.keys() - one.keys(), second)):
-    lines += [f'{name}: only in {path}' for name in sorted(names)]
+    unmatched += [f'{name}: only in {path}' for name in sorted(names)]
+  paired = [name for name in both if name not in reshaped]
+  retyped = [name for name in paired if one[name].dtype != other[name].dtype]
+  types = [f'{n}: {one[n].dtype} in {first}, {other[n].dtype} in {second}' for n in retyped]
+  differences = {name: _relative_difference(one[name], other[name]) for name in paired}
   unequal = {name: value for name, value in differences.items() if value != 0}
   ranked = sorted(unequal, key=lambda name: (-np.nan_to_num(unequal[name], nan=np.inf), name))
-  lines += [f'{name}: {unequal[name]:.3g}' for name in ranked]
-  unmatched = len(lines) - len(unequal)
-  lines.append(
-    f'{len(differences) - len(unequal)} tensors are equal, {len(unequal)} differ, {unmatched} have'
-    ' no counterpart of their shape'
+  num_different = len({*unequal, *retyped})
+  total = (
+    f'{len(paired) - num_different} tensors are equal, {num_different} differ, {len(unmatched)}'
+    ' have no counterpart of their shape'
   )
+  lines = [*unmatched, *types, *(f'{name}: {unequal[name]:.3g}' for name in ranked), total]
   return lines, len(lines) == 1
 
 
 def _relative_difference(a: np.ndarray, b: np.ndarray) -> float:
-  difference, largest = np.max(np.abs(a - b), initial=0), np.max(np.abs(a), initial=0)
-  return float(difference / largest) if largest else float(difference and np.inf)
+  if a.dtype == b.dtype and a.tobytes() == b.tobytes():
+    return 0.0
+  wide = np.result_type(a.dtype, b.dtype, np.float64)
+  a, b = a.astype(wide), b.astype(wide)
+  differ = (a != b) & ~(np.isnan(a) & np.isnan(b))
+  if not differ.any():
+    return 0.0
+  difference = np.max(np.abs(a[differ] - b[differ]))
+  largest = np.max(np.abs(a[np.isfinite(a)]), initial=0)
+  return float(difference / largest) if largest else float('inf')

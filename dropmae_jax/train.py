@@ -14,11 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dropmae_jax import data, hosts, mae, optimizer, sharding, videos, warm_start
-from dropmae_jax.checkpoint import Checkpoints, describe
+from dropmae_jax.checkpoint import describe
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.feed import Feed
-from dropmae_jax.recipe import Recipe
+from dropmae_jax.recipe import Recipe, may_change
 from dropmae_jax.report import Report
+from dropmae_jax.run_checkpoints import Checkpoints
 from dropmae_jax.train_step import Metrics, TrainState, derive_seeds, init_state, train_step
 
 
@@ -88,25 +89,27 @@ class Run(NamedTuple):
   report: Report
 
 
-def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
+def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False) -> bool:
   """Trains to `recipe.num_steps`, going on from the newest checkpoint of `workdir` if there is one.
 
   Args:
     recipe: what to do.
     workdir: where checkpoints and reports are written; made if it is not there.
+    allow_changes: go on even if that makes it another run than the one that was begun.
 
   Returns:
     Whether the last step was reached; if not, a signal stopped the run after a checkpoint.
 
   Raises:
     BadInput: the data are not there or cannot be read, the batch does not fit the devices, or the
-      workdir holds another model.
+      workdir holds another model or run.
     NonFiniteLoss: training diverged.
     LoaderFailed: the loader hangs or dies again and again; end the process by os._exit.
+    NotSaved: the last state could not be written.
   """
   interruption = hosts.Interruption()
   with interruption.watched(), contextlib.ExitStack() as stack:
-    run = _open(recipe, workdir, stack)
+    run = _open(recipe, workdir, stack, allow_changes=allow_changes)
     stack.enter_context(jax.transfer_guard('disallow'))
     state, previous = run.state, None
     for step in range(run.first_step + 1, recipe.num_steps + 1):
@@ -120,12 +123,12 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
       if previous is None:
         run.report.compiled(step)
       previous = metrics
-      stopped = interruption.is_due(step)
-      if run.checkpoints.is_due(step) or stopped or step == recipe.num_steps:
+      stopped, ended = interruption.is_due(step), step == recipe.num_steps
+      if run.checkpoints.is_due(step) or stopped or ended:
         run.report.check_finite()
-        run.checkpoints.save(step, state)
-      if stopped and step < recipe.num_steps:
-        run.checkpoints.close()
+        write = run.checkpoints.finish if stopped or ended else run.checkpoints.save
+        write(step, state, say=run.report.say)
+      if stopped and not ended:
         run.report.say(
           f'{interruption.signal_name}: saved at step {step} of {recipe.num_steps};'
           ' the same command goes on from there'
@@ -134,7 +137,9 @@ def train(recipe: Recipe, workdir: pathlib.Path) -> bool:
   return True
 
 
-def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) -> Run:
+def _open(
+  recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack, *, allow_changes: bool
+) -> Run:
   """Opens data, checkpoints, report and loader of a run; the stack closes them again."""
   try:
     mesh = sharding.make_mesh(options=recipe.mesh)
@@ -159,15 +164,10 @@ def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) ->
   )
   checkpoints = Checkpoints(workdir, recipe.checkpoint, description)
   stack.callback(checkpoints.close)
-  first_step, began_with = checkpoints.latest_step or 0, []
-  if checkpoints.latest_step is None:
-    state = program.init(seeds.init)
-    if recipe.init_from:
-      start = warm_start.read(pathlib.Path(recipe.init_from), recipe.model)
-      state = state.replace(params=warm_start.put(start.taken, state.params))
-      began_with = start.report
-  else:
-    state = checkpoints.restore(program.abstract_state)
+  state, notes = _begin(
+    recipe, workdir, program, checkpoints, key=seeds.init, allow_changes=allow_changes
+  )
+  first_step = checkpoints.latest_step or 0
 
   report = Report(
     workdir,
@@ -181,16 +181,37 @@ def _open(recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack) ->
     f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
     f' {steps_per_epoch} steps per epoch, {mesh.size} x {jax.devices()[0].device_kind}'
   )
-  for line in began_with:
-    report.say(line)
-  if first_step:
-    report.say(f'going on after step {first_step} of {recipe.num_steps}')
-    for change in checkpoints.changed_fields():
-      report.say(f'changed since that checkpoint: {change}')
+  for note in notes:
+    report.say(note)
   batches = _feed(recipe, dataset, mesh, seed=seeds.data, first_step=first_step, say=report.say)
   stack.callback(batches.close)
   step_key = sharding.put_everywhere(seeds.steps, mesh)
   return Run(program, state, step_key, first_step, batches, checkpoints, report)
+
+
+def _begin(
+  recipe: Recipe,
+  workdir: pathlib.Path,
+  program: Program,
+  checkpoints: Checkpoints,
+  *,
+  key: jax.Array,
+  allow_changes: bool,
+) -> tuple[TrainState, list[str]]:
+  """Returns the state to go on from, and lines that say where it comes from."""
+  if checkpoints.latest_step is None:
+    state = program.init(key)
+    if not recipe.init_from:
+      return state, []
+    start = warm_start.read(pathlib.Path(recipe.init_from), recipe.model)
+    return state.replace(params=warm_start.put(start.taken, state.params)), start.report
+  state, notes = checkpoints.restore(program.abstract_state)
+  changes = checkpoints.changes()
+  if not allow_changes:
+    _refuse_another_run(changes, workdir)
+  notes.append(f'going on after step {checkpoints.latest_step} of {recipe.num_steps}')
+  notes += [f'changed since that checkpoint: {name}: {text}' for name, text in changes.items()]
+  return state, notes
 
 
 def _open_dataset(recipe: Recipe) -> videos.Mixture:
@@ -208,6 +229,16 @@ def _open_dataset(recipe: Recipe) -> videos.Mixture:
     raise
   hosts.agree({**facts, 'dataset': dataset.fingerprint})
   return dataset
+
+
+def _refuse_another_run(changes: dict[str, str], workdir: pathlib.Path) -> None:
+  """Refuses changes after which a checkpoint would not go on with the run that it is of."""
+  found = [f'{name}: {change}' for name, change in changes.items() if not may_change(name)]
+  if found:
+    raise BadInput(
+      f'--workdir={workdir} holds another run ({", ".join(found)}); give its dataset and config'
+      ' again, or another --workdir, or --allow_changes to go on from it all the same.'
+    )
 
 
 def _feed(

@@ -4,12 +4,14 @@ What cannot be read is refused when the dataset is opened, as far as names, size
 and else when the frame is asked for; either way in one sentence that says what to do.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Protocol, runtime_checkable
 
@@ -100,8 +102,7 @@ class TfdsVideos:
     name = f'index-{self._split}.npz'
     try:
       with np.load(self.folder / name) as index:
-        first, frames = index['first'], index['frames']
-        fingerprint = str(index['fingerprint'])
+        first, frames, fingerprint = (index[key] for key in ('first', 'frames', 'fingerprint'))
     except Exception as error:  # Zip, zlib, pickle and numpy each have their own for a bad file.
       raise _damaged(self.folder, f'{name}: {_reason(error)}') from error
     whole = first.dtype.kind == frames.dtype.kind == 'i' and first.shape == frames.shape
@@ -111,7 +112,7 @@ class TfdsVideos:
       raise _damaged(
         self.folder, f'{name} points outside of the {len(self._records)} records of the split'
       )
-    return first, frames, fingerprint
+    return first, frames, str(fingerprint)
 
   def __len__(self) -> int:
     return len(self._frames)
@@ -179,6 +180,19 @@ def _other_version(folder: pathlib.Path, version: str) -> BadInput:
   )
 
 
+@contextlib.contextmanager
+def _refusing_what_the_system_refuses() -> Iterator[None]:
+  """Makes one sentence of a name that is too long, a permission that lacks, and the like."""
+  try:
+    yield
+  except OSError as error:
+    raise BadInput(
+      f'{error.filename} cannot be opened ({error.strerror}); give another data_dir, or mend its'
+      ' permissions and links.'
+    ) from error
+
+
+@_refusing_what_the_system_refuses()
 def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> TfdsVideos:
   """Opens the newest version of a dataset.
 
@@ -239,6 +253,7 @@ class Mixture:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+@_refusing_what_the_system_refuses()
 def open_mixture(data_dir: str, text: str, split: str = 'train') -> Mixture:
   """Opens the datasets of `config.dataset`.
 

@@ -36,9 +36,10 @@ def bits_flipped(rng, content):
 
 
 def header_flipped(rng, content):
-  """As above, in the boxes that say where everything is; they are at the end of our clips."""
+  """As above, where it says what everything is: in the moov box of an mp4, or at the start."""
   start = max(content.rfind(b'moov'), 0)
-  return content[:start] + bits_flipped(rng, content[start:])
+  end = start + 1000
+  return content[:start] + bits_flipped(rng, content[start:end]) + content[end:]
 
 
 def zeroed(rng, content):

@@ -1,5 +1,6 @@
 """Video sources of the loader's tests; its processes import this file, so it imports little."""
 
+import errno
 import os
 import signal
 import threading
@@ -25,6 +26,14 @@ class NumberedVideos:
   def frame(self, video, number):
     self.reads.append((video, number))
     return np.full((20, 30, 3), (40 * video + number) % 256, np.uint8)
+
+
+class PictureVideos(NumberedVideos):
+  """All frames are one picture, of which no two crops are the same."""
+
+  def frame(self, video, number):
+    rows, columns = np.mgrid[:20, :30].astype(np.uint8)
+    return np.stack([12 * rows, 8 * columns, 5 * (rows + columns)], axis=-1)
 
 
 class FaultyVideos(NumberedVideos):
@@ -65,6 +74,10 @@ def kill_self():
   os.kill(os.getpid(), signal.SIGKILL)
 
 
+def bus_error():
+  os.kill(os.getpid(), signal.SIGBUS)
+
+
 def exit_without_a_word():
   os._exit(0)
 
@@ -79,3 +92,7 @@ def raise_bad_input():
 
 def raise_runtime_error():
   raise RuntimeError('video 5 is odd')
+
+
+def raise_no_space():
+  raise OSError(errno.ENOSPC, 'No space left on device')

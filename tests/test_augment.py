@@ -30,6 +30,18 @@ def test_crops_lie_inside_the_frame(seed, height, width):
   assert 0 <= box.left <= width - box.width
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**31), *[st.integers(1, 400)] * 4)
+def test_the_same_place_of_another_frame_lies_inside_it(seed, height, width, tall, wide):
+  box = augment.random_resized_crop_box(np.random.default_rng(seed), height, width)
+  assert augment.same_place(box, (height, width), (height, width)) == box
+  top, left, crop_height, crop_width = augment.same_place(box, (height, width), (tall, wide))
+  assert 0 <= top < top + crop_height <= tall
+  assert 0 <= left < left + crop_width <= wide
+  assert abs(top / tall - box.top / height) < 1 / tall
+  assert abs((left + crop_width) / wide - (box.left + box.width) / width) < 1 / wide
+
+
 def test_crop_law():
   """In a huge frame nothing is rejected, so area and log ratio are uniform."""
   rng = np.random.default_rng(0)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import run_python
 
-from benchmarks import baselines, clips, input_pipeline, resize_quality, stages
+from benchmarks import baselines, clips, input_pipeline, loader_memory, resize_quality, stages
 from dropmae_jax import data
+from dropmae_jax.command_line import BadInput
 from dropmae_jax.synthetic_clips import ClipOptions, make_clip
 
 
@@ -214,3 +215,10 @@ def test_bad_input(monkeypatch, capsys, tmp_path, request, flags, message):
   assert len(errors) == 1
   assert errors[0].startswith('error: ')
   assert message in errors[0]
+
+
+@pytest.mark.parametrize('flag', ['num_videos=0', 'frames=0', 'pairs=-1', 'workers=0'])
+def test_the_memory_of_no_loader_is_not_measured(monkeypatch, flag):
+  monkeypatch.setattr('sys.argv', ['loader_memory', f'--{flag}'])
+  with pytest.raises(BadInput, match=rf'^--{flag} is too small; give at least [01]\.$'):
+    loader_memory.parse()

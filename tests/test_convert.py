@@ -3,18 +3,28 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
 import torch
-from conftest import run_python, train_arguments
+from conftest import ROOT, run_python, train_arguments
 from test_torch_export import random_state
 
 import convert_to_torch
-from dropmae_jax import checkpoint, command_line, convert, mae, torch_export, torch_files
+from dropmae_jax import (
+  checkpoint,
+  command_line,
+  convert,
+  file_checks,
+  mae,
+  torch_export,
+  torch_files,
+)
 
 
 @pytest.fixture
@@ -135,7 +145,7 @@ def test_training_goes_on_from_what_came_through_pytorch(run, data_dir, tmp_path
   assert_same_weights(back, run)
 
 
-@pytest.mark.parametrize('file_format', torch_files.FORMATS)
+@pytest.mark.parametrize('file_format', file_checks.FORMATS)
 @pytest.mark.parametrize('layout', torch_export.LAYOUTS)
 def test_every_layout_and_format_is_written_verified_and_read_in(
   tmp_path, command, layout, file_format
@@ -267,7 +277,9 @@ def test_without_torch_a_file_is_not_verified_and_says_so(tmp_path, monkeypatch,
   assert 'not verified: PyTorch is not installed' in out
   card = json.loads((tmp_path / 'out.safetensors.json').read_text())
   assert card['largest_relative_difference'] is None
-  assert command(*arguments, '--verify')[0] == 2
+  status, _, err = command(*arguments, '--verify')
+  needs = 'PyTorch is not installed, and --verify runs the network in it; leave --verify out.'
+  assert (status, err) == (2, f'error: {needs}\n')
   status, _, err = command(f'--checkpoint={source}', f'--output={tmp_path}/out.pth')
   assert (status, err.count('\n')) == (2, 1)
   assert "run: pip install 'dropmae_jax[torch]', or use .safetensors" in err
@@ -297,11 +309,16 @@ def inputs(tmp_path_factory):
   torch_files.write(folder / 'odd.pth', odd, file_format='pth')
   (folder / 'empty').mkdir()
   (folder / 'taken.json').mkdir()
-  args = {'architecture': dataclasses.asdict(SMALL), 'step': 'x'}
-  torch_files.write(folder / 'step.pth', state, file_format='pth', entries={'args': args})
+  for name, value in (('step', -3), ('config', np.ones(2)), ('data_fingerprint', b'abc')):
+    args = {'architecture': dataclasses.asdict(SMALL), name: value}
+    torch_files.write(folder / f'{name}.pth', state, file_format='pth', entries={'args': args})
   args = {'mask_ratio': 0.0}
   torch_files.write(folder / 'aim.pth', state, file_format='pth', entries={'args': args})
+  whole = state | {'norm.bias': np.ones(64, np.int64)}
+  torch_files.write(folder / 'whole.pth', whole, file_format='pth')
+  (folder / 'page.pth').write_text('<html></html>')
   (folder / 'old.pth').write_bytes(b'old')
+  (folder / 'private.pth.json').write_text('{}')
   save(folder / 'damaged', SMALL)
   for file in (folder / 'damaged' / 'checkpoints' / '5' / 'params').rglob('*'):
     if file.is_file():
@@ -314,7 +331,15 @@ def inputs(tmp_path_factory):
   [
     ('--checkpoint={in}/empty --output={in}/old.pth', 'holds no checkpoint'),
     ('--checkpoint={in}/run --output={in}/old.pth --step=3', 'has no step 3; it has 5.'),
-    ('--checkpoint={in}/damaged --output={in}/old.pth', 'step 5 of --checkpoint='),
+    ('--checkpoint={in}/damaged --output={in}/old.pth', 'it is the only one; give another run.'),
+    ('--checkpoint={in}/run/checkpoints/5 --output={in}/old.pth --step=4', 'no step 4; it has 5.'),
+    ('--checkpoint={in}/run --output=', 'argument --output: it is empty'),
+    ('--checkpoint={in}/run --output=.', 'names no file; give the path of one'),
+    ('--checkpoint={in}/run --output=/', 'names no file; give the path of one'),
+    ('--checkpoint={in}/run --output={in}/{long}', 'cannot be written (File name too long)'),
+    ('--checkpoint={in}/{long} --output={in}/old.pth', 'cannot be read (File name too long)'),
+    ('--checkpoint={in}/run --output=/dev/null', 'null is no regular file'),
+    ('--checkpoint={in}/run --output={in}/private.pth', 'is not the card of a file of weights'),
     ('--checkpoint={in}/run --output={in}/none/o.pth', 'does not exist; make it first'),
     ('--checkpoint={in}/run --output={in}/empty', 'is a folder; give the name'),
     ('--checkpoint={in}/run --output={in}/old.pth --layout=onnx', "invalid choice: 'onnx'"),
@@ -325,7 +350,12 @@ def inputs(tmp_path_factory):
     ('--checkpoint={in}/run --output={in}/old.pth --image_size=230', 'not a multiple of patch'),
     ('--checkpoint={in}/run', '--checkpoint needs --output'),
     ('--from_torch={in}/none.pth --output={in}/new', 'is not a file'),
-    ('--from_torch={in}/short.pth --output={in}/new', 'cannot be read as a PyTorch checkpoint'),
+    ('--from_torch={in}/short.pth --output={in}/new', 'is cut short or damaged'),
+    ('--from_torch={in}/page.pth --output={in}/new', 'is a web page and no weights'),
+    ('--from_torch={in}/whole.pth --output={in}/new', 'norm.bias is int64 (1 such in all)'),
+    ('--from_torch={in}/{long} --output={in}/new', 'cannot be read (File name too long)'),
+    ('--from_torch={in}/good.pth --output={in}/{long}', 'cannot be written (File name too long)'),
+    ('--from_torch= --output={in}/new', 'argument --from_torch: it is empty'),
     ('--from_torch={in}/code.pth --output={in}/new', 'holds the Python object sys.exit'),
     ('--from_torch={in}/nan.pth --output={in}/new', 'not finite, in norm.bias'),
     ('--from_torch={in}/odd.pth --output={in}/new', 'a width of 72 is in no row of the size'),
@@ -333,27 +363,143 @@ def inputs(tmp_path_factory):
     ('--from_torch={in}/good.pth --output={in}/new --with_optimizer', 'holds no optimizer state'),
     ('--from_torch={in}/good.pth --output={in}/run', 'is not empty; give a new folder'),
     ('--from_torch={in}/good.pth --output={in}/new --step=3', '--step does not go with'),
-    ('--from_torch={in}/good.pth --output={in}/old.pth/new', 'cannot be written (File exists)'),
-    ('--from_torch={in}/step.pth --output={in}/new', "of step 'x', which is no number"),
-    ('--from_torch={in}/aim.pth --output={in}/new', 'are no objective of ours: mask_ratio=0.0'),
+    ('--from_torch={in}/good.pth --output={in}/old.pth/new', 'cannot be written (Not a directory)'),
+    ('--from_torch={in}/step.pth --output={in}/new', 'step=-3 and not a whole number from 0'),
+    ('--from_torch={in}/config.pth --output={in}/new', 'and not a dict of plain values'),
+    ('--from_torch={in}/data_fingerprint.pth --output={in}/new', "=b'abc' and not a text"),
+    ('--from_torch={in}/aim.pth --output={in}/new', 'the file says mask_ratio=0.0 is not between'),
     ('--checkpoint={in}/run --output={in}/taken', 'taken.json is a folder'),
     ('--list={in}/good.pth --step=3', '--step=3 goes with a checkpoint'),
     ('--list={in}/none', 'is not a file'),
+    ('--list={in}/{long}', 'cannot be read (File name too long)'),
+    ('--list={in}/empty', 'empty holds no checkpoint'),
     ('--compare {in}/run', 'expected 2 arguments'),
     ('', 'one of the arguments --checkpoint --from_torch --list --compare is required'),
   ],
 )
 def test_bad_input_gets_one_sentence_and_writes_nothing(inputs, command, arguments, message):
   def contents():
-    return {p: p.read_bytes() for p in inputs.rglob('*') if p.is_file()}
+    return {p: p.is_file() and p.read_bytes() for p in inputs.rglob('*')}
 
   before = contents()
-  status, _, err = command(*arguments.replace('{in}', str(inputs)).split())
+  arguments = arguments.replace('{in}', str(inputs)).replace('{long}', 'n' * 300)
+  status, _, err = command(*arguments.split())
   assert status == 2
   assert message in err
   assert err.startswith('error: ')
   assert err.count('\n') == 1
   assert contents() == before
+
+
+WITHOUT_PERMISSION = """
+import sys
+import convert_to_torch
+from dropmae_jax import command_line
+
+for job in sys.argv[1].split(';'):
+  sys.argv[1:] = job.split()
+  try:
+    command_line.run(convert_to_torch.main)
+  except SystemExit as ended:
+    print(ended.code)
+"""
+
+
+def test_folders_that_may_not_be_entered_are_refused(inputs, tmp_path):
+  """Root may enter all, so it gives up this right first."""
+  shut, fixed = tmp_path / 'shut', tmp_path / 'fixed'
+  shut.mkdir(mode=0)
+  fixed.mkdir(mode=0o500)
+  run, good = f'--checkpoint={inputs}/run', f'--from_torch={inputs}/good.pth'
+  jobs = [
+    f'{run} --output={shut}/o.pth', f'{run} --output={fixed}/o.pth',
+    f'{good} --output={shut}/new', f'{good} --output={fixed}/new',
+    f'--checkpoint={shut}/run --output={tmp_path}/o.pth',
+    f'--from_torch={shut}/o.pth --output={tmp_path}/new', f'--list={shut}/o.pth',
+  ]  # fmt: skip
+  drop = ['setpriv', '--inh-caps=-all', '--bounding-set=-all'] if os.geteuid() == 0 else []
+  done = subprocess.run(
+    [*drop, sys.executable, '-c', WITHOUT_PERMISSION, ';'.join(jobs)],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.stdout.split() == ['2'] * len(jobs), done.stderr
+  errors = done.stderr.splitlines()
+  for line, verb in zip(errors, ['written'] * 4 + ['read'] * 3, strict=True):
+    assert f'cannot be {verb} (Permission denied); give ' in line
+  shut.chmod(0o700)
+  assert [*shut.iterdir(), *fixed.iterdir()] == []
+
+
+def test_the_destination_comes_first(inputs, tmp_path, command, monkeypatch):
+  """Before minutes of reading, whatever else is wrong."""
+  assert 'does not exist' in command('--checkpoint=none', f'--output={tmp_path}/none/o.pth')[2]
+  assert 'is not empty' in command('--from_torch=none', f'--output={inputs}')[2]
+
+
+def test_what_a_file_did_not_tell_is_null(tmp_path, command):
+  """Also after another way through a file; and the model is used with the usual values."""
+  run, path = tmp_path / 'run', tmp_path / 'silent.safetensors'
+  torch_files.write(path, random_state(SMALL), file_format='safetensors')
+  for output in ('first.safetensors', 'second.pth'):
+    shutil.rmtree(run, ignore_errors=True)
+    assert command(f'--from_torch={path}', f'--output={run}')[0] == 0
+    assert checkpoint.load_weights(run).objective == mae.Objective()
+    path = tmp_path / output
+    assert command(f'--checkpoint={run}', f'--output={path}')[0] == 0
+    card = json.loads((tmp_path / f'{output}.json').read_text())
+    assert (card['normalised_targets'], card['epoch']) == (None, None)
+    assert set(card['args']['objective'].values()) == {None}
+  assert list(torch.load(path, weights_only=True)) == ['model', 'args']
+
+
+def test_a_format_goes_with_any_name_that_has_no_known_ending(tmp_path, command):
+  source, path = save(tmp_path / 'source', SMALL), tmp_path / 'out.weights'
+  assert command(f'--checkpoint={source}', f'--output={path}', '--format=safetensors')[0] == 0
+  assert 'whole: its sha256 is' in command(f'--from_torch={path}', f'--output={tmp_path}/back')[1]
+  status, _, err = command('--checkpoint=x', f'--output={tmp_path}/o.pth', '--format=safetensors')
+  assert (status, 'do not go together' in err) == (2, True)
+
+
+def test_compare_names_types_and_knows_nan(tmp_path, command):
+  tensors = {
+    'nan': np.array([np.nan, 1, np.inf], np.float32), 'hole': np.array([np.nan, 2], np.float32),
+    'half': np.ones(3, np.float32), 'count': np.arange(3), 'turn': np.array([1j]),
+  }  # fmt: skip
+  torch_files.write(tmp_path / 'a.pth', tensors, file_format='pth')
+  assert command('--compare', tmp_path / 'a.pth', tmp_path / 'a.pth')[::2] == (0, '')
+  other = tensors | {'half': np.ones(3, np.float16), 'hole': np.array([1, 2], np.float32)}
+  other['nan'] = np.array([np.nan, 2, np.inf], np.float32)
+  torch_files.write(tmp_path / 'b.pth', other, file_format='pth')
+  status, out, err = command('--compare', tmp_path / 'a.pth', tmp_path / 'b.pth')
+  assert (status, err) == (1, '')
+  assert out.splitlines() == [
+    f'half: float32 in {tmp_path}/a.pth, float16 in {tmp_path}/b.pth',
+    'hole: nan',
+    'nan: 1',
+    '2 tensors are equal, 3 differ, 0 have no counterpart of their shape',
+  ]
+
+
+def test_list_takes_every_type_without_a_warning(tmp_path, command, recwarn):
+  tensors = {'turn': np.array([3 + 4j]), 'flag': np.array([True]), 'byte': np.array([-3], np.int8)}
+  torch_files.write(tmp_path / 'in.pth', tensors, file_format='pth')
+  status, out, err = command(f'--list={tmp_path}/in.pth')
+  assert (status, err) == (0, '')
+  assert [line.split()[-1] for line in out.splitlines()[1:4]] == ['5', '1', '3']
+  assert not recwarn.list
+
+
+def test_a_pytorch_that_does_not_load_is_named(tmp_path, monkeypatch, command):
+  source = save(tmp_path / 'source', SMALL)
+  (tmp_path / 'torch.py').write_text('raise OSError("libcudart.so: cannot open shared object")')
+  monkeypatch.delitem(sys.modules, 'torch')
+  monkeypatch.syspath_prepend(tmp_path)
+  fault = 'PyTorch is installed but does not load (libcudart.so: cannot open shared object)'
+  status, out, _ = command(f'--checkpoint={source}', f'--output={tmp_path}/out.safetensors')
+  assert status == 0
+  assert f'not verified: {fault}\n' in out
+  status, _, err = command(f'--checkpoint={source}', f'--output={tmp_path}/out.pth')
+  assert (status, err.startswith(f'error: {fault}, and .pth files need it')) == (2, True)
 
 
 def test_a_run_that_diverged_is_not_exported(tmp_path, command):
@@ -372,6 +518,8 @@ def test_a_checkpoint_can_be_named_by_its_folder(run):
   for folder in (run / 'checkpoints' / '4', run / 'checkpoints'):
     step = 4 if folder.name == '4' else 8
     assert checkpoint.load_weights(folder).step == step
+  with pytest.raises(command_line.BadInput, match=r'checkpoints/4 has no step 8; it has 4\.'):
+    checkpoint.load_weights(run / 'checkpoints' / '4', step=8)
 
 
 def test_an_import_that_fails_leaves_no_folder(tmp_path, monkeypatch):

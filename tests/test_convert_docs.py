@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dropmae_jax import mae, torch_clients, torch_export, torch_files
+from dropmae_jax import file_checks, mae, torch_clients, torch_export, torch_files
 
 TEXT = (ROOT / 'docs' / 'convert.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', TEXT, flags=re.DOTALL)
@@ -28,7 +28,7 @@ def files(tmp_path_factory):
     torch_files.write(
       folder / name,
       torch_export.in_layout(state, layout),
-      file_format=torch_files.format_of(folder / name),
+      file_format=file_checks.format_of(folder / name),
       key='' if layout == 'timm' else 'model',
     )
   return folder, state
@@ -57,6 +57,14 @@ def test_the_key_lists_are_those_that_an_export_prints():
       assert f'`{name}`' in row, client.name
     if client.new_heads:
       assert f'{client.new_heads + 1}: `cls_token` and {client.new_heads} tensors' in row
+    if layout == 'mae':
+      assert answer.unexpected == [*torch_export.FRAME_IDENTITIES]
+      assert torch_clients.GLOBAL_POOL == (
+        'with --global_pool, fc_norm.* is missing too and norm.* unexpected'
+      )
+      missing, unexpected = row.split('|')[3:5]
+      assert '(with `--global_pool` also `fc_norm.*`)' in missing
+      assert 'the two `temporal_pos_embed_*` (with `--global_pool` also `norm.*`)' in unexpected
     if len(answer.unexpected) == 1:
       assert f'`{answer.unexpected[0]}` (of `full`)' in row
     if client.name == 'OSTrack':

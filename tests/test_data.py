@@ -2,15 +2,17 @@
 
 import contextlib
 import hashlib
+import itertools
 from fractions import Fraction
 
+import cv2
 import numpy as np
 import pytest
 import scipy.stats
 from conftest import ROOT, run_python
-from sources import NumberedVideos
+from sources import NumberedVideos, PictureVideos
 
-from dropmae_jax import augment, data
+from dropmae_jax import augment, blocks, data
 from dropmae_jax.data import DataOptions
 from dropmae_jax.videos import Mixture, open_dataset
 
@@ -95,9 +97,12 @@ def test_only_the_two_frames_are_read_and_they_are_the_right_ones():
 
 
 def test_the_seed_changes_everything():
-  videos = NumberedVideos([30] * 8)
-  first, second = batches(videos, 2), batches(videos, 2, seed=8)
-  assert any((a['video'] != b['video']).any() for a, b in zip(first, second, strict=True))
+  many, one = NumberedVideos([30] * 8), PictureVideos([1])
+  first, second = batches(many, 2), batches(many, 2, seed=8)
+  for name in ('video', 'frame_numbers'):
+    assert (column(first, name) != column(second, name)).any(), name
+  # Of one video of one frame all that is left to chance are the crops.
+  assert (column(batches(one, 2), 'frames') != column(batches(one, 2, seed=8), 'frames')).any()
 
 
 @pytest.mark.parametrize('step', range(8))
@@ -184,6 +189,40 @@ def test_hosts_share_the_global_batch():
     for name, array in batch.items():
       both = np.concatenate([share[step][name] for share in shares])
       np.testing.assert_array_equal(array, both)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2, 3])
+def test_batches_of_many_blocks_are_the_plain_stream(num_workers):
+  videos, size = NumberedVideos([10] * 50), 6 * blocks.BLOCK_PAIRS
+  options = DataOptions(frame_gap=4, num_workers=num_workers)
+  pairs = data.pairs_of(videos, options, image_size=16, seed=7)
+  shares = [
+    batches(videos, 3, options=options, batch_size=size, first_step=2, host=host, num_hosts=2)
+    for host in range(2)
+  ]
+  for name in pairs[0]:
+    both = np.concatenate([column(share, name).reshape(3, size // 2, -1) for share in shares], 1)
+    plain = np.stack([pairs[number][name] for number in range(2 * size, 5 * size)])
+    np.testing.assert_array_equal(both.reshape(plain.shape), plain)
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_every_batch_has_memory_of_its_own(num_workers):
+  """A device of the host may read it without a copy, after the next ones are made."""
+  options = DataOptions(frame_gap=4, num_workers=num_workers)
+  stream = data.pair_batches(
+    NumberedVideos([10] * 24), options, image_size=16, batch_size=32, seed=7
+  )
+  with contextlib.closing(stream):
+    drawn = [next(stream)['frames'] for _ in range(8)]
+  assert {type(frames) for frames in drawn} == {np.ndarray}
+  for one, other in itertools.combinations(drawn, 2):
+    assert not np.shares_memory(one, other)
+
+
+def test_hosts_that_do_not_divide_the_batch_are_refused():
+  with pytest.raises(ValueError, match=r'batch_size=5 is not divisible by num_hosts=2; .*size=6'):
+    batches(NumberedVideos([10]), 1, batch_size=5, num_hosts=2)
 
 
 def test_workers_and_threads_do_not_change_the_stream(data_dir):
@@ -278,6 +317,21 @@ def test_shared_augmentation_crops_both_frames_alike(monkeypatch):
   boxes.clear()
   batches(videos, 2)
   assert any(first != second for first, second in zip(boxes[::2], boxes[1::2], strict=True))
+
+
+def test_shared_augmentation_shows_the_same_place_of_frames_that_differ_in_size():
+  """Both frames are one picture, the later one stored in another shape."""
+
+  class Growing(NumberedVideos):
+    def frame(self, video, number):
+      rows, columns = np.mgrid[:120, :160]
+      picture = np.stack([2 * rows, columns, rows], axis=-1).astype(np.uint8)
+      return picture if number == 0 else cv2.resize(picture, (90, 160))
+
+  options = DataOptions(frame_gap=4, num_threads=0, shared_augmentation=True)
+  (drawn,) = batches(Growing([2] * 20), 1, options=options, batch_size=20, image_size=32)
+  earlier, later = drawn['frames'].astype(int).swapaxes(0, 1)
+  assert np.abs(earlier - later).max() <= 6
 
 
 def test_the_resize_is_the_one_asked_for(data_dir):

@@ -1,11 +1,14 @@
 """Batches on the devices: in order and without a gap, whatever happens to the loader."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import re
+import subprocess
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -14,14 +17,16 @@ from sources import (
   FaultyVideos,
   MortalVideos,
   NumberedVideos,
+  bus_error,
   exit_without_a_word,
   kill_self,
   raise_bad_input,
+  raise_no_space,
   raise_runtime_error,
   wait_for_ever,
 )
 
-from dropmae_jax import data, feed
+from dropmae_jax import blocks, data, feed, loader_process
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
 from dropmae_jax.feed import Feed, LoaderFailed
@@ -29,11 +34,34 @@ from dropmae_jax.feed import Feed, LoaderFailed
 STEPS = 12
 
 
-def make_batches(videos, num_workers=0, num_threads=0):
+def make_batches(videos, num_workers=0, num_threads=0, batch_size=4):
   options = DataOptions(frame_gap=4, num_workers=num_workers, num_threads=num_threads)
   return lambda step: data.pair_batches(
-    videos, options, image_size=16, batch_size=4, seed=7, first_step=step
+    videos, options, image_size=16, batch_size=batch_size, seed=7, first_step=step
   )
+
+
+def blocks_in_memory(processes=()):
+  """The shared memory of loader processes, by default of all that this process has had."""
+  prefix = loader_process.run_prefix(os.getpid())
+  own = tuple(f'{prefix}{process.pid}-' for process in processes) or prefix
+  return [path for path in loader_process.SHARED_MEMORY.iterdir() if path.name.startswith(own)]
+
+
+def assert_no_blocks(processes=()):
+  """What the trainer holds it lets go soon; what it does not know of has to be removed."""
+  deadline = time.monotonic() + 5
+  while blocks_in_memory(processes) and time.monotonic() < deadline:
+    gc.collect()
+    time.sleep(0.1)
+  assert not blocks_in_memory(processes)
+
+
+def is_of_frames(block):
+  """Whether a block holds more than numbers of videos and frames."""
+  with contextlib.suppress(FileNotFoundError):
+    return block.stat().st_size > 16 * 2 * 4
+  return False
 
 
 @contextlib.contextmanager
@@ -59,6 +87,14 @@ def plain(count, first_step=0):
 def assert_fed(fed, count, first_step=0):
   for expected in plain(count, first_step):
     np.testing.assert_array_equal(next(fed), expected)
+
+
+def started_processes(number=2):
+  """The loader's processes, once all are there."""
+  deadline = time.monotonic() + 30
+  while len(loader_processes()) < number and time.monotonic() < deadline:
+    time.sleep(0.01)
+  return loader_processes()
 
 
 def loader_processes():
@@ -105,7 +141,11 @@ def test_the_stream_goes_on_after_a_dead_process(tmp_path, fault, how):
   videos = FaultyVideos(fault, str(tmp_path / 'marker'))
   began = time.monotonic()
   with feeding(make_batches(videos, num_workers=2)) as (fed, said):
+    first = started_processes()
     assert_fed(fed, STEPS)
+    assert blocks_in_memory(loader_processes())
+    assert_no_blocks(first)
+  assert_no_blocks()
   assert (tmp_path / 'marker').exists()
   assert len(said) == 1
   assert said[0].startswith(f'a process of the loader died ({how}), death 1 of this run; it is')
@@ -175,6 +215,60 @@ def test_an_error_of_reading_is_told_and_nothing_is_built_anew(num_workers, faul
   assert not loader_processes()
 
 
+def test_the_memory_that_is_shared_does_not_grow_with_the_batch():
+  """A loader that nobody waits for fills what it may, and no more."""
+  num_workers, blocks_per_batch = 2, 40
+  videos = NumberedVideos([10] * 24)
+  make = make_batches(videos, num_workers, batch_size=blocks_per_batch * blocks.BLOCK_PAIRS)
+  counts = []
+  with feeding(make) as (fed, _):
+    next(fed)
+    # Until it has not changed for two seconds.
+    while len(set(counts[-100:])) > 1 or len(counts) < 100:
+      counts.append(sum(map(is_of_frames, blocks_in_memory())))
+      time.sleep(0.02)
+  assert max(counts) < blocks_per_batch
+  assert num_workers < counts[-1] <= blocks.BLOCKS_PER_WORKER * num_workers
+
+
+def test_no_room_for_the_processes_is_told_before_they_start(monkeypatch):
+  system = types.SimpleNamespace(f_bavail=2, f_frsize=4096)
+  monkeypatch.setattr(loader_process.os, 'statvfs', lambda _: system)
+  with (
+    feeding(make_batches(NumberedVideos([10] * 24), num_workers=12, batch_size=4096)) as (fed, _),
+    pytest.raises(
+      BadInput, match=r'num_workers=12 needs 1 MB of shared .* has 0 MB free; lower .*--shm-size'
+    ),
+  ):
+    next(fed)
+  assert not loader_processes()
+
+
+@pytest.mark.parametrize(('fault', 'how'), [(bus_error, LoaderFailed), (raise_no_space, BadInput)])
+def test_shared_memory_that_is_full_is_told(fault, how):
+  with (
+    feeding(make_batches(FaultyVideos(fault), num_workers=1)) as (fed, _),
+    pytest.raises(how, match=r'/dev/shm is full.*--shm-size'),
+  ):
+    for _ in range(STEPS):
+      next(fed)
+
+
+def test_only_blocks_of_dead_runs_are_removed():
+  dead = subprocess.Popen(['true'])
+  dead.wait()
+  names = [f'{loader_process.run_prefix(trainer)}1-x' for trainer in (dead.pid, os.getpid())]
+  elsewhere = f'dropmae-1-{dead.pid}-1-x'  # Its trainer may be alive in another container.
+  blocks = [loader_process.SHARED_MEMORY / name for name in (*names, elsewhere)]
+  for block in blocks:
+    block.touch()
+  loader_process.unlink_blocks_of_dead_runs()
+  assert [block.exists() for block in blocks] == [False, True, True]
+  loader_process.unlink_blocks_of([1])
+  assert [block.exists() for block in blocks] == [False, False, True]
+  blocks[2].unlink()
+
+
 def test_an_error_of_starting_is_told():
   def make(step):
     raise BadInput(f'nothing at {step}')
@@ -199,7 +293,7 @@ def test_stop_signals_do_not_reach_processes_that_are_starting(tmp_path):
     while len(hit) < 2 and time.monotonic() < deadline:
       for process in loader_processes():
         if process.pid not in hit:
-          for number in data.STOP_SIGNALS:
+          for number in loader_process.STOP_SIGNALS:
             os.kill(process.pid, number)
           hit.add(process.pid)
     assert len(hit) == 2

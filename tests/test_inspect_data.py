@@ -9,7 +9,7 @@ from dropmae_jax import augment, data, inspect_data
 from dropmae_jax.data import DataOptions
 from dropmae_jax.inspect_data import BOX_COLOUR, CAPTION, CHART, MARGIN
 from dropmae_jax.train_step import derive_seeds
-from dropmae_jax.videos import open_dataset
+from dropmae_jax.videos import open_dataset, open_mixture
 
 SIZE = 40
 
@@ -66,6 +66,30 @@ def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, shared):
   assert '"frames": 64' in report  # The other sixteen are of the split val.
 
 
+def test_a_mixture_is_shown_as_training_is_fed_it(data_dir, tmp_path, monkeypatch):
+  name, twin = 'kinetics_frames/folder', 'kinetics_frames/twin'
+  (tmp_path / 'kinetics_frames').mkdir()
+  for each in (name, twin):
+    (tmp_path / each).symlink_to(data_dir / name)
+  text, drawn = f'{name}=1,{twin}=2', []
+  real = inspect_data.contact_sheet
+  monkeypatch.setattr(inspect_data, 'contact_sheet', lambda *a: drawn.append(a) or real(*a))
+  command = f'x --data_dir={tmp_path} --output={tmp_path}/o.png --seed=5 --pairs=6 --image_size=40'
+  monkeypatch.setattr('sys.argv', [*command.split(), f'--dataset={text}'])
+  inspect_data.main()
+  ((pairs, indices, counts),) = drawn
+  stream = data.pair_batches(
+    open_mixture(str(tmp_path), text), DataOptions(num_threads=0), image_size=SIZE, batch_size=6,
+    seed=derive_seeds(5).data,
+  )  # fmt: skip
+  batch = next(stream)
+  assert [pair.dataset for pair in pairs] == batch['dataset'].tolist()
+  np.testing.assert_array_equal([pair.crops for pair in pairs], batch['frames'])
+  assert sorted(set(batch['dataset'])) == [0, 1]
+  assert [index.dataset for index in indices] == [name, twin]
+  assert counts.sum() == inspect_data.GAP_DRAWS
+
+
 def test_gaps_follow_the_law_and_bars_hold_all():
   frames = np.array([1, 8, 60])
   counts = inspect_data.gap_counts(frames, 50, seed=0, draws=3000)
@@ -88,6 +112,7 @@ def test_gaps_follow_the_law_and_bars_hold_all():
     ('--data_dir={data} --output={tmp}/o.png --split=tset', "has no split 'tset'"),
     ('--data_dir={data} --output={tmp} --image_size=16', 'is a folder; give the name of a file'),
     ('--data_dir={data} --output={tmp}/no/o.png --image_size=16', 'does not exist; make it first'),
+    ('--data_dir={data} --output={tmp}/o.png --dataset=a=1,a=2', 'is not understood at'),
     ('--data_dir={data} --output={tmp}/o.png --pairs=0', '--pairs=0 is not in 1..100'),
     ('--data_dir={data} --output={tmp}/o.png --frame_gap=1', '--frame_gap=1 is not in 2..'),
     ('--data_dir={data} --output={tmp}/o.png --seed=-1', '--seed=-1 is not in 0..'),

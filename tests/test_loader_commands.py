@@ -13,17 +13,16 @@ import pytest
 from conftest import COMPILE_ONCE, ROOT, run_python, train_arguments
 from test_commands import assert_one_sentence, losses
 
+from dropmae_jax import loader_process
+
 WORKERS = '--config.data.num_workers=2'
-SHM = pathlib.Path('/dev/shm')
-# Twelve pairs of 32 x 32 pixels: a size that tells a batch of this test from those of others.
-BATCH = '--config.batch_size=12'
-BATCH_BYTES = 12 * 2 * 32 * 32 * 3
+SHM = loader_process.SHARED_MEMORY
 
 
 @contextlib.contextmanager
-def training(data_dir, workdir, *more):
+def running(*arguments):
   process = subprocess.Popen(
-    [sys.executable, *map(str, train_arguments(data_dir, workdir, WORKERS, *more))],
+    [sys.executable, *map(str, arguments)],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -37,6 +36,10 @@ def training(data_dir, workdir, *more):
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def training(data_dir, workdir, *more):
+  return running(*train_arguments(data_dir, workdir, WORKERS, *more))
 
 
 def processes_of(trainer, ready=b'spawn_main'):
@@ -63,20 +66,15 @@ def shared_files(pids):
   return {line.split('/dev/shm/')[1].split()[0] for line in lines if '/dev/shm/' in line}
 
 
-def batches_in_memory():
-  found = set()
-  for path in SHM.glob('psm_*'):
-    with contextlib.suppress(FileNotFoundError):
-      if path.stat().st_size == BATCH_BYTES:
-        found.add(path.name)
-  return found
+def blocks_of(trainer):
+  return {path.name for path in SHM.glob(f'{loader_process.run_prefix(trainer)}*')}
 
 
-def assert_gone(pids, names, before):
+def assert_gone(pids, names):
   deadline = time.monotonic() + 20
   while time.monotonic() < deadline:
     alive = [pid for pid in pids if pathlib.Path(f'/proc/{pid}').exists()]
-    left = {name for name in names if (SHM / name).exists()} | (batches_in_memory() - before)
+    left = {name for name in names if (SHM / name).exists()}
     if not alive and not left:
       return
     time.sleep(0.1)
@@ -90,32 +88,62 @@ def wait_for_line(process, text):
   raise AssertionError(f'no line with {text!r}: {process.stderr.read()}')
 
 
-def test_a_run_whose_loader_loses_a_process_ends_as_any_other(trained, data_dir, tmp_path):
-  with training(data_dir, tmp_path, '--config.num_steps=8') as process:
-    os.kill(processes_of(process.pid)[1], signal.SIGKILL)
-    output, errors = process.communicate(timeout=120)
+# Kills a process of the loader once the third step is reported.
+LOSING = """
+import multiprocessing, os, signal
+from absl import app
+from dropmae_jax import command_line, main, report
+real = report.Report.after_step
+def after_step(self, step, metrics):
+  real(self, step, metrics)
+  if step == 3:
+    os.kill(multiprocessing.active_children()[1].pid, signal.SIGKILL)
+report.Report.after_step = after_step
+command_line.run(lambda: app.run(main.main, flags_parser=main.parse))
+"""
+
+
+def test_a_run_whose_loader_loses_a_process_ends_as_any_other(data_dir, tmp_path):
+  """More steps than batches lie ahead at the time of the death."""
+  done = run_python(*train_arguments(data_dir, tmp_path / 'plain', '--config.num_steps=40'))
+  assert done.returncode == 0, done.stderr
+  arguments = train_arguments(data_dir, tmp_path / 'losing', WORKERS, '--config.num_steps=40')
+  with running('-c', LOSING, *arguments[2:]) as process:
+    wait_for_line(process, 'step 3/')
+    killed = time.monotonic()
+    wait_for_line(process, 'a process of the loader died (killed by signal 9), death 1 of this run')
+    wait_for_line(process, 'step ')
+    assert time.monotonic() - killed < 60
+    _, errors = process.communicate(timeout=120)
   assert process.returncode == 0, errors
-  assert 'a process of the loader died (killed by signal 9), death 1 of this run;' in output
   assert 'Traceback' not in errors
-  assert losses(tmp_path) == losses(trained)
+  assert losses(tmp_path / 'losing') == losses(tmp_path / 'plain')
+  assert not blocks_of(process.pid)
 
 
 def test_a_killed_trainer_takes_its_loader_along(data_dir, tmp_path):
-  before = batches_in_memory()
-  with training(data_dir, tmp_path, BATCH, '--config.num_steps=100000') as process:
+  with training(data_dir, tmp_path, '--config.num_steps=100000') as process:
     wait_for_line(process, 'step 3/')
     pids = processes_of(process.pid)
-    names = shared_files([process.pid, *pids])
+    names = shared_files([process.pid, *pids]) | blocks_of(process.pid)
     assert names
-    assert batches_in_memory() - before
     process.kill()
     process.wait()
-    assert_gone(pids, names, before)
+    assert_gone(pids, names | blocks_of(process.pid))
+
+
+def test_what_a_run_killed_as_a_whole_leaves_is_removed_by_the_next(data_dir, tmp_path):
+  with training(data_dir, tmp_path, '--config.num_steps=100000') as process:
+    wait_for_line(process, 'step 3/')
+    os.killpg(process.pid, signal.SIGKILL)
+  assert blocks_of(process.pid)
+  done = run_python(*train_arguments(data_dir, tmp_path / 'b', WORKERS, '--config.num_steps=2'))
+  assert done.returncode == 0, done.stderr
+  assert not blocks_of(process.pid)
 
 
 def test_a_loader_that_hangs_ends_the_run_with_stacks(data_dir, tmp_path):
-  before = batches_in_memory()
-  more = (BATCH, '--config.num_steps=100000', '--config.data.stall_seconds=20')
+  more = ('--config.num_steps=100000', '--config.data.stall_seconds=20')
   with training(data_dir, tmp_path, *more) as process:
     wait_for_line(process, 'step 3/')
     pids = processes_of(process.pid)
@@ -123,7 +151,7 @@ def test_a_loader_that_hangs_ends_the_run_with_stacks(data_dir, tmp_path):
     for pid in pids:
       os.kill(pid, signal.SIGSTOP)
     _, errors = process.communicate(timeout=120)
-    assert_gone(pids, names, before)
+    assert_gone(pids, names | blocks_of(process.pid))
   assert process.returncode == 1
   (told,) = [line for line in errors.splitlines() if line.startswith('error: ')]
   assert 'no batch came within data.stall_seconds=20; log.txt shows where' in told

@@ -91,6 +91,13 @@ def test_what_is_wrong_is_said_by_name(name, value, message):
     recipe.from_config(ConfigDict(values))
 
 
+def test_what_may_change_are_fields_or_groups_of_them():
+  known = recipe.known_fields()
+  assert {*known, *(name.partition('.')[0] for name in known)} >= recipe.MAY_CHANGE
+  other = {'data_fingerprint', 'dataset', 'split', 'seed', 'batch_size', 'objective.mask_ratio'}
+  assert not any(recipe.may_change(name) for name in other)
+
+
 def test_a_missing_field_is_named():
   values = config().to_dict()
   del values['num_steps']

@@ -1,6 +1,5 @@
 """A build goes on whatever the videos do to it, and many machines may share it."""
 
-import fcntl
 import json
 import os
 import pathlib
@@ -13,9 +12,11 @@ import time
 import mutations
 import pytest
 from conftest import ROOT, run_python
-from test_tfds_kinetics import DATASET, PARTIAL, command, contents, skipped_of
+from test_tfds_kinetics import DATASET, PARTIAL, command, contents, job_of, skipped_of, write
+from test_tfds_videos import pictures, write_video
 
 from tfds_kinetics import shards
+from tfds_kinetics.video import UnusableVideo
 
 # Runs the builder, with another `read_jpegs` in its processes.
 SCRIPT = """
@@ -68,6 +69,50 @@ def test_a_video_that_kills_or_blocks_its_reader_is_listed_like_any_other(
   assert not list(tmp_path.glob('kinetics_frames/folder/*.partial'))
 
 
+def unprivileged(*arguments):
+  """Runs the builder without the right of root to read everything."""
+  bounds = ['setpriv', '--bounding-set=-all', '--inh-caps=-all'] if os.geteuid() == 0 else []
+  return subprocess.run(
+    [*bounds, sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+
+
+def test_videos_that_may_not_be_read_are_listed_and_tried_again(data_dir, clips, tmp_path):
+  root = tmp_path / 'videos'
+  shutil.copytree(clips / 'train', root / 'train')
+  shutil.copytree(clips / 'val', root / 'val')
+  locked = sorted(root.glob('*/swaying/*.mp4'))
+  for path in locked:
+    path.chmod(0)
+  names = {path.relative_to(root).as_posix() for path in locked}
+  reason = 'it cannot be opened: Permission denied'
+  assert unprivileged(*command(root, tmp_path / 'whole')).returncode == 0
+  assert {skipped_of(tmp_path / 'whole')[name] for name in names} == {reason}
+  # An unfinished build is whole as long as they cannot be read, and goes on when they can be.
+  assert unprivileged(*command(root, tmp_path, '--shard_range=0/1')).returncode == 0
+  again = unprivileged(*command(root, tmp_path, '--shard_range=0/1'))
+  assert 'going on: 9 of 9 shards are there' in again.stderr
+  for path in locked:
+    path.chmod(0o644)
+  done = unprivileged(*command(root, tmp_path))
+  assert done.returncode == 0, done.stderr
+  assert f'going on: {9 - len(locked)} of 9 shards are there' in done.stderr
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+
+
+def test_a_disk_that_fails_is_tried_again(clips, tmp_path, monkeypatch):
+  """Whatever FFmpeg makes of it: the verdict is marked by whether the bytes can be had."""
+  job = job_of(clips, 'val')
+  monkeypatch.setattr(shards, '_is_unreadable', lambda path: True)
+  monkeypatch.setattr(shards, 'read_jpegs', lambda *_: (_ for _ in ()).throw(UnusableVideo('EIO')))
+  table = write(job, tmp_path)
+  assert [row['unread'] for row in table['skipped']] == [True] * len(job.videos)
+  assert shards.finished_table(job, tmp_path) == table
+  monkeypatch.undo()
+  assert shards.finished_table(job, tmp_path) is None
+  assert write(job, tmp_path)['videos']
+
+
 def test_a_process_that_is_killed_once_costs_nothing(data_dir, clips, tmp_path):
   script = tmp_path / 'build.py'
   deed = (
@@ -83,12 +128,34 @@ def test_a_process_that_is_killed_once_costs_nothing(data_dir, clips, tmp_path):
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
+def other_containers(folder):
+  """A small video in each of the containers that mutations are called after."""
+  folder.mkdir()
+  for name, (codec, pixels) in {
+    'a.avi': ('mpeg4', 'yuv420p'),
+    'a.mkv': ('libx264', 'yuv420p'),
+    'a.webm': ('libvpx', 'yuv420p'),
+    'a.ts': ('libx264', 'yuv420p'),
+    'a.flv': ('flv', 'yuv420p'),
+    'a.mpg': ('mpeg2video', 'yuv420p'),
+    'a.mov': ('mjpeg', 'yuvj420p'),
+    'a.wmv': ('wmv2', 'yuv420p'),
+    'faststart.mp4': ('libx264', 'yuv420p'),
+  }.items():
+    movflags = 'faststart' * (name == 'faststart.mp4')
+    write_video(folder / name, codec, pixels, pictures(64, 96), movflags=movflags)
+  files = sorted(folder.iterdir())
+  assert {path.suffix for path in files} == set(mutations.SUFFIXES)
+  return files
+
+
 def test_a_thousand_damaged_videos(clips, tmp_path):
   good = sorted(clips.glob('*/*/*_*.mp4'))
   root = tmp_path / 'videos'
   shutil.copytree(clips / 'train', root / 'train')
   shutil.copytree(clips / 'val', root / 'val')
-  count = mutations.write_mutations(good, root, count=1000, seed=0)
+  sources = [*good[:2], *other_containers(tmp_path / 'sources')]
+  count = mutations.write_mutations(sources, root, count=1000, seed=0)
   done = run_python(*command(root, tmp_path, '--time_limit=30'))
   assert done.returncode == 0, done.stderr
   rows = report_of(tmp_path)['videos']
@@ -179,7 +246,6 @@ def test_an_array_job_writes_what_one_machine_does(data_dir, clips, tmp_path):
 
 def test_a_full_disk_is_no_fault_of_the_video(clips, tmp_path, monkeypatch):
   """Frames are spooled while a video is read; what that disk says is the builder's business."""
-  from test_tfds_kinetics import job_of, write
 
   class Full:
     def __enter__(self):
@@ -195,13 +261,6 @@ def test_a_full_disk_is_no_fault_of_the_video(clips, tmp_path, monkeypatch):
   with pytest.raises(OSError, match='No space left'):
     write(job_of(clips, 'val'), tmp_path)
   assert not list(tmp_path.iterdir())
-
-
-def test_beam_writes_what_one_machine_does(data_dir, clips, tmp_path):
-  pytest.importorskip('apache_beam', reason='Apache Beam is an extra that is not installed here')
-  done = run_python(*command(clips, tmp_path, '--beam_runner=DirectRunner'))
-  assert done.returncode == 0, done.stderr
-  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
 def started(clips, folder, *, deed, options=()):
@@ -236,7 +295,7 @@ def test_ctrl_c_does_not_wait_for_the_video_nor_break_off_when_repeated(clips, t
   assert 'Traceback' not in errors
 
 
-def test_a_suspended_build_blames_no_video(data_dir, clips, tmp_path):
+def test_a_suspended_build_blames_no_video(clips, tmp_path):
   process = started(clips, tmp_path, deed='time.sleep(0.2)', options=['--time_limit=2'])
   until_reading(tmp_path)
   os.killpg(process.pid, signal.SIGSTOP)
@@ -258,14 +317,18 @@ def test_a_mistyped_option_does_not_cost_what_is_finished(data_dir, clips, tmp_p
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
-def test_a_range_is_written_by_one_task_only(clips, tmp_path):
-  lock = tmp_path / DATASET.with_name(f'{shards.VERSION}.range-1-of-3.lock')
-  lock.parent.mkdir(parents=True)
-  with lock.open('w') as held:
-    fcntl.flock(held, fcntl.LOCK_EX)
-    done = run_python(*command(clips, tmp_path, '--shard_range=1/3'))
-  assert done.returncode == 2
-  assert 'another build is writing range-1-of-3' in done.stderr
+def test_a_shard_is_written_by_one_task_only(clips, tmp_path):
+  """Whatever the number of ranges: 1/3 is shards 1, 4, 7 of 0..8; 0/4 is 0, 4, 8; 0/2 the even."""
+  first = started(clips, tmp_path, deed='time.sleep(2)', options=['--shard_range=1/3'])
+  until_reading(tmp_path)
+  for other in ('--shard_range=1/3', '--shard_range=0/4', '--workers=1'):
+    refused = run_python(*command(clips, tmp_path, other))
+    assert refused.returncode == 2
+    assert 'another build is writing ' in refused.stderr
+  assert run_python(*command(clips, tmp_path, '--shard_range=0/3')).returncode == 0
+  _, errors = first.communicate(timeout=60)
+  assert first.returncode == 0, errors
+  assert len(list((tmp_path / PARTIAL).glob('*-0*.json'))) == 6
 
 
 def test_a_root_with_a_way_up_behind_a_link(data_dir, clips, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from conftest import ROOT, run_python
 
-from tfds_kinetics import build, shards, workers
+from tfds_kinetics import build, records, shards, workers
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput
 from tfds_kinetics.tree import Video, list_videos
-from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs, stored_size
+from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
 
 DATASET = pathlib.Path('kinetics_frames/folder', shards.VERSION)
 PARTIAL = DATASET.with_name(f'{shards.VERSION}.partial')
@@ -150,19 +151,6 @@ def test_damaged_videos(clips, tmp_path):
   assert 0 < len(kept) <= 8
 
 
-@pytest.mark.parametrize(
-  ('size', 'expected'),
-  [
-    ((340, 256), (340, 256)),
-    ((1280, 720), (455, 256)),
-    ((720, 1280), (256, 455)),
-    ((64, 48), (64, 48)),
-  ],
-)
-def test_short_side(size, expected):
-  assert stored_size(*size, 256) == expected
-
-
 def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
   process = subprocess.Popen([sys.executable, *command(clips, tmp_path, '--workers=2')], cwd=ROOT)
   partial = tmp_path / PARTIAL
@@ -180,7 +168,7 @@ def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
 
 
 def test_long_videos_are_spread_over_files(clips, tmp_path, monkeypatch):
-  monkeypatch.setattr(shards, 'RECORDS_PER_FILE', 5)
+  monkeypatch.setattr(records, 'RECORDS_PER_FILE', 5)
   job = job_of(clips, 'val')
   table = write(job, tmp_path)
   assert [row['records'] for row in table['files']] == [5, 3]
@@ -248,11 +236,12 @@ def test_two_builders_do_not_meet(clips, tmp_path):
   lock = tmp_path / DATASET.with_name(f'{shards.VERSION}.lock')
   lock.parent.mkdir(parents=True)
   with lock.open('w') as held:
-    fcntl.flock(held, fcntl.LOCK_EX)
+    fcntl.lockf(held, fcntl.LOCK_EX)
     done = run_python(*command(clips, tmp_path))
     assert done.returncode == 2
     assert 'another build is writing' in done.stderr
   assert run_python(*command(clips, tmp_path)).returncode == 0
+  assert not lock.exists()
 
 
 def test_shards_deal_out_all_videos_and_stay_small():
@@ -297,6 +286,10 @@ def test_options_reach_the_frames(clips, tmp_path):
     (['--videos={tmp}/none'], 'none is not a folder; give the root of the video tree'),
     (['--videos={tmp}/empty'], 'empty holds no video; files that end in .mp4'),
     (['--videos={tmp}/junk'], 'none of the 1 videos in --videos='),
+    (
+      ['--videos={tmp}/junk'],
+      'Mend them, remove {tmp}/out/kinetics_frames/folder/2.0.0.partial and',
+    ),
     (['--videos={tmp}/junk', '--data_dir={tmp}/junk/a.mp4'], 'Not a directory'),
     (['--videos={tmp}', '--short_side=0'], '--short_side=0 is not in 16..4096'),
     (['--videos={tmp}', '--time_limit=-1'], '--time_limit=-1.0 is not in 0.001..'),
@@ -304,7 +297,12 @@ def test_options_reach_the_frames(clips, tmp_path):
     (['--videos={tmp}/junk', '--shard_range='], '--shard_range= is not I/N'),
     (['--videos='], 'argument --videos: it is empty'),
     (['--videos={tmp}/junk', '--finalise'], '1 of 1 shards are not in '),
-    (['--videos={tmp}/junk', '--beam_runner=DirectRunner'], "pip install -e '.[beam]'"),
+    (['--videos={tmp}/none', '--shard_range=3'], '--shard_range=3 is not I/N'),
+    (['--videos={tmp}/none', '--beam_runner=DirectRunner'], "pip install -e '.[beam]'"),
+    (['--videos={tmp}/none', '--beam_options=--x'], 'no meaning without --beam_runner'),
+    (['--videos={tmp}', '--beam_runner=x', '--workers=2'], '--workers is not for --beam_runner'),
+    (['--videos={tmp}/junk', '--data_dir={tmp}/o\udce9'], 'o\\xe9 is not valid UTF-8'),
+    (['--videos={tmp}/line\nend'], 'line\\nend is not a folder'),
     (['--videos={tmp}', '--config=kinetics500'], "invalid choice: 'kinetics500'"),
   ],
 )
@@ -317,6 +315,69 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, arguments, message):
     '-m', 'tfds_kinetics', '--config=folder', f'--data_dir={tmp_path}/out', *arguments
   )
   assert done.returncode == 2
-  assert message in done.stderr
+  assert message.format(tmp=tmp_path) in done.stderr
   assert 'Traceback' not in done.stderr
   assert not (tmp_path / 'out' / DATASET).exists()
+  assert not ('--finalise' in arguments and (tmp_path / 'out').exists())
+
+
+@pytest.mark.parametrize(
+  'environment',
+  [
+    {'PYTHONIOENCODING': 'ascii'},
+    {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'},
+  ],
+)
+def test_the_locale_changes_nothing(clips, tmp_path, monkeypatch, environment):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  root = tmp_path / 'videos'
+  root.mkdir()
+  shutil.copy(next(clips.glob('val/*/*.mp4')), root / 'bär ☂.mp4')
+  (root / 'größe.mp4').write_bytes(b'junk')
+  done = run_python(*command(root, tmp_path))
+  assert done.returncode == 0, done.stderr
+  assert '1 videos, 8 frames, ' in done.stdout
+  assert list(skipped_of(tmp_path)) == ['größe.mp4']
+  with np.load(tmp_path / DATASET / 'index-train.npz') as index:
+    assert list(index['path']) == ['bär ☂.mp4']
+
+
+# Network file systems keep a file that is open and removed in its folder, under another name.
+NFS = """
+import os, sys
+from tfds_kinetics import __main__ as command
+real = os.unlink
+def unlink(path, *, dir_fd=None):
+  if dir_fd is not None and not str(path).startswith('.nfs'):
+    there = os.stat(path, dir_fd=dir_fd)
+    for number in os.listdir('/proc/self/fd'):
+      try:
+        if os.path.samestat(os.stat(f'/proc/self/fd/{number}'), there):
+          return os.rename(path, f'.nfs{number}', src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+      except OSError:
+        pass
+  return real(path, dir_fd=dir_fd)
+os.unlink = unlink
+if __name__ == '__main__':
+  sys.exit(command.main())
+"""
+
+
+def test_nothing_is_open_any_more_when_the_shards_are_removed(data_dir, clips, tmp_path):
+  script = tmp_path / 'nfs.py'
+  script.write_text(NFS)
+  done = run_python(script, *command(clips, tmp_path)[2:])
+  assert done.returncode == 0, done.stderr
+  assert [path.name for path in (tmp_path / DATASET).parent.iterdir()] == [shards.VERSION]
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+
+
+def test_what_cannot_be_removed_in_the_end_does_not_fail_the_build(clips, tmp_path, monkeypatch):
+  def failing(folder, ignore_errors=False, **_):
+    if not ignore_errors:
+      raise OSError(39, 'Directory not empty', str(folder))
+
+  monkeypatch.setattr(build.shutil, 'rmtree', failing)
+  planned = build.plan(COLLECTIONS['folder'], clips, tmp_path, FrameOptions())
+  assert build.build(planned, partial(workers.write_shards, workers=1)).is_dir()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import run_python
 
-from tfds_kinetics import build, tree
+from tfds_kinetics import annotations, build, tree
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput
 from tfds_kinetics.video import FrameOptions
@@ -55,7 +55,7 @@ def test_splits_and_classes(tmp_path, touch):
     'train': ['train/b/5.mp4', 'train/linked/2.mkv', 'train/snake.mp4'],
     'val': ['val/b/7.mp4', 'validate/b/6.mp4'],
   }
-  assert listing.outside == 3
+  assert [video.path for video in listing.outside] == ['3.webm', 'a/1.MP4', 'a/deep/2.mkv']
 
 
 @pytest.mark.parametrize('form', ['{}', '{}_256', 'videos_{}'])
@@ -95,11 +95,11 @@ def test_folders_called_like_videos_and_folders_that_cannot_be_listed(tmp_path, 
   ],
 )
 def test_names_of_clips(name, key):
-  assert tree.clip_key(name) == key
+  assert annotations.clip_key(name) == key
 
 
 def write_csv(path, rows, header='label,youtube_id,time_start,time_end,split'):
-  path.parent.mkdir(exist_ok=True)
+  path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text('\n'.join([header, *rows]) + '\n')
 
 
@@ -130,14 +130,99 @@ def test_flat_clips_get_their_class_from_the_annotations(tmp_path, touch, place)
   assert listing.missing == {'train': [f'{IDS[3]}_000003_000013']}
 
 
+@pytest.mark.parametrize(
+  ('better', 'worse'),
+  [
+    ('train.csv', 'missing_train.csv'),
+    ('train.txt', 'kinetics600_holdout_train.csv'),
+    ('train.csv', 'annotations_train_of_another.csv'),
+    ('kinetics_train.csv', 'kinetics_train_without_some.csv'),
+    ('train.csv', 'deepmind_top-up/kinetics700_2020_delta/train.csv'),
+    ('deepmind/kinetics700_2020/train.csv', 'deepmind/kinetics700_2020/train_delta.csv'),
+    ('deepmind/kinetics700_2020/train.csv', '../train.csv'),
+  ],
+)
+def test_which_annotations_are_taken(tmp_path, better, worse):
+  for name in (better, worse):
+    write_csv(tmp_path / 'annotations' / name, ['archery,aaaaaaaaaaa,1,11,train'])
+  for name in ('AVA-Kinetics/countix_train.csv', 'train_list.txt'):
+    write_csv(tmp_path / 'annotations' / name, ['a,b'], 'video_id,class')
+  found = annotations.annotation_files(tmp_path)
+  assert found == {'train': tmp_path / 'annotations' / better}
+  assert annotations.annotation_files(tmp_path, tmp_path / 'annotations') == found
+
+
+def test_lists_of_other_projects_are_no_annotations(tmp_path):
+  (tmp_path / 'kinetics400_train_list_videos.txt').write_text('archery/a.mp4 0\n')
+  assert not annotations.annotation_files(tmp_path)
+
+
+@pytest.mark.parametrize('folder', ['riding_a_bike', 'Riding a Bike'])
+def test_a_class_is_one_however_its_folder_is_spelled(tmp_path, touch, folder):
+  write_csv(tmp_path / 'train.csv', [f'riding a bike,{IDS[0]},1,11,train'])
+  touch(f'train/{folder}/{IDS[0]}_000001_000011.mp4', f'train/{folder}/{IDS[1]}.mp4')
+  touch(f'val/{folder}/{IDS[2]}.mp4', f'val/riding_a_horse/{IDS[3]}.mp4')
+  listing = tree.list_videos(KINETICS, tmp_path)
+  assert [video.label for video in listing.videos['train']] == ['riding a bike'] * 2
+  assert [video.label for video in listing.videos['val']] == ['riding a bike', 'riding_a_horse']
+
+
+def test_replacements_of_corrupted_clips_are_taken_for_them(tmp_path, touch):
+  write_csv(tmp_path / 'annotations' / 'train.csv', [f'archery,{IDS[0]},1,11,train'])
+  touch(f'train/{IDS[0]}_000001_000011.mp4', f'train/{IDS[1]}_000001_000011.mp4')
+  folder = 'replacement/replacement_for_corrupted_k400'
+  touch(f'{folder}/{IDS[0]}_000001_000011.mp4', f'{folder}/{IDS[2]}.mp4')
+  listing = tree.list_videos(KINETICS, tmp_path)
+  first, second = listing.videos['train']
+  assert first.path == f'{folder}/{IDS[0]}_000001_000011.mp4'
+  assert [copy.path for copy in first.copies] == [f'train/{IDS[0]}_000001_000011.mp4']
+  assert (first.label, first.youtube_id) == ('archery', IDS[0])
+  assert not second.copies
+  assert [video.path for video in listing.outside] == [f'{folder}/{IDS[2]}.mp4']
+
+
+def test_a_broken_copy_does_not_hide_a_good_one(clips, tmp_path):
+  video = sorted(clips.glob('train/*/*_*.mp4'))[0].read_bytes()
+  root = tmp_path / 'videos'
+  contents = {
+    f'train/a/{IDS[0]}.mp4': video[:-500] + bytes(1000),
+    f'train/b/{IDS[0]}.mp4': video,
+    f'train/c/{IDS[0]}.mp4': video[: len(video) // 2],
+    f'train/a/{IDS[1]}.mp4': video[:99],
+    f'train/b/{IDS[1]}.mp4': video[:90],
+    f'elsewhere/{IDS[3]}.mp4': b'x',
+    'elsewhere/line\nend.mp4': b'x',
+  }
+  for name, content in contents.items():
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(content)
+  done = run_python(
+    '-m', 'tfds_kinetics', '--config=kinetics400', f'--videos={root}', f'--data_dir={tmp_path}'
+  )
+  assert done.returncode == 0, done.stderr
+  assert '1 videos, 8 frames, ' in done.stdout
+  assert '; 4 skipped' in done.stdout
+  assert 'note: 2 videos are in the folder of no split, and left out' in done.stdout
+  folder = tmp_path / 'kinetics_frames' / 'kinetics400' / '2.0.0'
+  rows = json.loads((folder / 'build_report.json').read_text())['videos']
+  assert {row['path'] for row in rows} == set(contents)
+  reasons = {row['path']: row['reason'] for row in rows}
+  assert reasons.pop(f'train/b/{IDS[0]}.mp4') == ''
+  assert reasons.pop(f'train/c/{IDS[0]}.mp4') == f'the same clip as train/b/{IDS[0]}.mp4'
+  outside = [reasons.pop(name) for name in contents if name.startswith('elsewhere')]
+  assert outside == ['it is in the folder of no split'] * 2
+  assert all('cannot be opened' in reason for reason in reasons.values())
+  assert 'elsewhere/line\\nend.mp4: it is' in (folder / 'build_report.txt').read_text()
+
+
 def test_a_clip_that_is_there_twice_is_taken_once(tmp_path, touch):
   name = f'{IDS[0]}_000001_000011'
   touch(f'train/a/{name}.mp4', f'train/b/{name}.mkv', f'train/a/{IDS[0]}_000002_000012.mp4')
   touch(f'val/a/{name}.mp4', 'train/a/odd name.mp4', 'train/b/odd name.mp4')
   listing = tree.list_videos(KINETICS, tmp_path)
-  assert listing.left_out == [
-    ('train', f'train/b/{name}.mkv', f'the same clip as train/a/{name}.mp4')
-  ]
+  (clip,) = (video for video in listing.videos['train'] if video.copies)
+  assert clip.path == f'train/a/{name}.mp4'
+  assert [copy.path for copy in clip.copies] == [f'train/b/{name}.mkv']
   assert list(map(len, paths(listing).values())) == [4, 1]
   assert len(tree.list_videos(FOLDER, tmp_path).videos['train']) == 5
 
@@ -160,8 +245,10 @@ def test_annotations_that_are_none(tmp_path, touch, content, message):
   tree.list_videos(FOLDER, tmp_path)
 
 
-def test_an_annotations_folder_that_is_none(tmp_path, touch):
+def test_an_annotations_folder_that_is_none(tmp_path, touch, monkeypatch):
+  """It is told before the videos are listed, which may take long."""
   touch('train/a/1.mp4')
+  monkeypatch.setattr(tree, '_walk', None)
   for place, message in (('none', 'is not a folder'), ('train', 'holds no train.csv')):
     with pytest.raises(BadInput, match=message):
       tree.list_videos(KINETICS, tmp_path, tmp_path / place)
@@ -233,10 +320,15 @@ def test_names_that_are_not_text_reach_the_report(clips, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   table = next(tmp_path.rglob('build_report.txt')).read_text()
-  assert f'train/caf\\xe9/{IDS[0]}.mp4: the same clip as train/caf\\xe9/{IDS[0]}.mkv' in table
+  for name in ('.mp4', '.mkv'):
+    assert f'train/caf\\xe9/{IDS[0]}{name}: its name is not valid UTF-8; rename it' in table
 
 
 def test_validation_clips_do_not_become_training_data(tmp_path, touch):
   touch('kinetics400_train/a/1.mp4', 'kinetics400_val/a/2.mp4')
   with pytest.raises(BadInput, match='has no train folder'):
+    build.plan(KINETICS, tmp_path, tmp_path, FrameOptions())
+  touch('val/a/3.mp4')
+  (tmp_path / 'train').mkdir()
+  with pytest.raises(BadInput, match='has no video in its train folder, which --config=kinetics4'):
     build.plan(KINETICS, tmp_path, tmp_path, FrameOptions())

@@ -1,7 +1,9 @@
 """Every kind of video that comes along: containers, codecs, odd headers, odd files."""
 
 import os
+import socketserver
 import struct
+import threading
 
 import av
 import numpy as np
@@ -29,9 +31,19 @@ def pictures(height=48, width=64, count=FRAMES):
   return frames
 
 
-def write_video(path, codec='libx264', pixels='yuv420p', frames=None, times=None, **options):
+def write_video(
+  path,
+  codec='libx264',
+  pixels='yuv420p',
+  frames=None,
+  times=None,
+  title='',
+  movflags='',
+  **options,
+):
   frames = pictures() if frames is None else frames
-  with av.open(str(path), 'w') as container:
+  with av.open(str(path), 'w', options={'movflags': movflags} if movflags else {}) as container:
+    container.metadata.update({'title': title} if title else {})
     stream = container.add_stream(codec, rate=25, options=options)
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = pixels
@@ -168,11 +180,28 @@ def test_what_is_no_video_is_told_apart(tmp_path):
   assert 'cannot be opened' in refusal(tmp_path / 'page.mp4')
 
 
-def test_a_playlist_fetches_nothing(tmp_path):
-  (tmp_path / 'list.mp4').write_text(
-    '#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n'
-  )
-  assert 'cannot be opened' in refusal(tmp_path / 'list.mp4')
+@pytest.mark.parametrize(
+  'playlist',
+  [
+    '#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{url}\n#EXT-X-ENDLIST\n',
+    'ffconcat version 1.0\nfile {url}\n',
+  ],
+)
+def test_a_playlist_fetches_nothing(tmp_path, playlist):
+  fetched = []
+
+  class Request(socketserver.BaseRequestHandler):
+    def handle(self):
+      fetched.append(self.client_address)
+
+  with socketserver.TCPServer(('127.0.0.1', 0), Request) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path / 'list.mp4').write_text(
+      playlist.format(url=f'http://127.0.0.1:{server.server_address[1]}/a.mp4')
+    )
+    assert 'cannot be opened' in refusal(tmp_path / 'list.mp4')
+    server.shutdown()
+  assert not fetched
 
 
 @pytest.mark.parametrize('name', ['a b.mp4', "it's.mp4", 'say "x".mp4', 'bär ☂.mp4', 'a:%03d?.mp4'])
@@ -215,20 +244,44 @@ def test_a_playlist_of_local_files_is_not_followed(tmp_path):
 
 
 def test_an_end_that_is_cut_off_between_packets_is_noticed(tmp_path):
-  options = {'movflags': 'faststart'}
   path = tmp_path / 'a.mp4'
-  with av.open(str(path), 'w', options=options) as container:
-    stream = container.add_stream('libx264', rate=25, options={'bf': '0', 'g': '1'})
-    stream.height, stream.width, stream.pix_fmt = 48, 64, 'yuv420p'
-    for picture in pictures():
-      container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, 'rgb24')))
-    container.mux(stream.encode())
+  write_video(path, movflags='faststart', g='1', bf='0')
   with av.open(str(path)) as container:
     ends = [packet.pos + packet.size for packet in container.demux() if packet.size]
   os.truncate(path, ends[3])
   assert refusal(path).startswith('2 of 6 packets are damaged (the file is cut short)')
   assert numbers(decoded(path, max_damage=0.4)) == [0, 1, 2, 3]
   assert len(decoded(path, max_frames=3)) == 3
+
+
+@pytest.mark.parametrize(('start', 'count'), [(0, 5), (4, 6)])
+def test_an_edit_list_that_trims_is_no_damage(tmp_path, start, count):
+  """Trimmed without encoding anew, an mp4 plays from a frame to another, and holds more."""
+  path = tmp_path / 'a.mp4'
+  write_video(path, frames=pictures(count=10), movflags='faststart', g='1', bf='0')
+  content = bytearray(path.read_bytes())
+  # Duration, in the units of mvhd, and start, in those of mdhd (ISO 14496-12, 8.6.6).
+  place = content.index(b'elst') + 12
+  duration, first = struct.unpack_from('>Ii', content, place)
+  (second,) = struct.unpack_from('>I', content, content.index(b'mdhd') + 16)
+  struct.pack_into('>Ii', content, place, duration * count // 10, first + start * second // 25)
+  path.write_bytes(content)
+  assert numbers(decoded(path)) == list(range(start, start + count))
+  with av.open(str(path), options={'ignore_editlist': '1'}) as container:
+    ends = [packet.pos + packet.size for packet in container.demux() if packet.size]
+  os.truncate(path, ends[8])
+  assert '(the file is cut short)' in refusal(path)
+
+
+@pytest.mark.parametrize(
+  ('name', 'codec'), [('a.mp4', 'libx264'), ('a.mkv', 'libx264'), ('a.avi', 'mpeg4')]
+)
+def test_titles_need_not_be_utf_8(tmp_path, name, codec):
+  path = write_video(tmp_path / name, codec, title='CAFE')
+  content = (tmp_path / name).read_bytes()
+  assert content.count(b'CAFE') == 1
+  (tmp_path / name).write_bytes(content.replace(b'CAFE', b'CAF\xe9'))
+  assert len(decoded(path)) == FRAMES
 
 
 @pytest.mark.parametrize('error', [OSError(24, 'Too many open files'), MemoryError('no memory')])

@@ -1,6 +1,7 @@
 """AdamW's state against torch.optim.AdamW itself, in the published groups."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -128,14 +129,18 @@ def test_we_go_on_from_the_state_of_torch(runs):
     np.testing.assert_allclose(array, parameters[name].detach(), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_round_trip_is_bit_identical(runs):
-  first = exported(runs[3])
-  second = torch_adamw.to_torch(torch_adamw.from_torch(first, TINY), TINY)
+def assert_same_state(first, second):
   assert first['param_groups'] == second['param_groups']
   assert list(first['state']) == list(second['state'])
   for identity, state in first['state'].items():
     for name, array in state.items():
       np.testing.assert_array_equal(array, second['state'][identity][name])
+
+
+def test_round_trip_is_bit_identical(runs):
+  first = exported(runs[3])
+  second = torch_adamw.to_torch(torch_adamw.from_torch(first, TINY), TINY)
+  assert_same_state(first, second)
 
 
 @pytest.mark.parametrize('size', ['S', 'B'])
@@ -146,10 +151,20 @@ def test_published_sizes_come_back_bit_for_bit(size):
   ]
   first = torch_adamw.to_torch(TorchAdamW(optimizer.Moments(9, *trees), GROUPS), architecture)
   second = torch_adamw.to_torch(torch_adamw.from_torch(first, architecture), architecture)
-  assert first['param_groups'] == second['param_groups']
-  for identity, state in first['state'].items():
-    for name, array in state.items():
-      np.testing.assert_array_equal(array, second['state'][identity][name])
+  assert_same_state(first, second)
+
+
+@pytest.mark.parametrize('size', ['L', 'H'])
+def test_the_ids_of_large_sizes_come_back(size):
+  """Names, ids and groups are those of the size; narrow, for two states of it fill a machine."""
+  large = mae.architecture_of_size(size)
+  narrow = dataclasses.replace(large, width=16 * large.num_heads // 4, num_heads=4)
+  narrow = dataclasses.replace(narrow, image_size=2 * large.patch_size, decoder_width=64)
+  assert torch_adamw.parameter_groups(narrow) == torch_adamw.parameter_groups(large)
+  trees = [torch_export.from_torch(random_state(narrow, seed), narrow) for seed in (1, 2)]
+  first = torch_adamw.to_torch(TorchAdamW(optimizer.Moments(9, *trees), GROUPS), narrow)
+  second = torch_adamw.to_torch(torch_adamw.from_torch(first, narrow), narrow)
+  assert_same_state(first, second)
 
 
 def planted(fault):
@@ -181,6 +196,12 @@ def transpose(state, _):
     (lambda _, groups: groups[1]['params'].append(groups[0]['params'].pop()), 'groups are not of'),
     (lambda _, groups: groups.pop(), 'is not that of AdamW over the'),
     (lambda state, _: state[0].pop('exp_avg'), 'is not that of AdamW over the'),
+    (lambda state, _: [each.update(step=-1) for each in state.values()], 'taken -1 to -1 updates'),
+    (lambda state, _: state[0].update(step=np.inf), 'OverflowError'),
+    (lambda state, _: state[0].update(exp_avg=np.ones(64, int)), 'is int64 (1 such in all)'),
+    (lambda _, groups: groups[0].pop('betas'), "KeyError: 'betas'"),
+    (lambda _, groups: groups[0].update(lr=b'1'), 'options of a group are no plain values'),
+    (lambda _, groups: groups[1].update(other=b'1'), 'options of a group are no plain values'),
   ],
 )
 def test_states_that_do_not_fit_are_refused(fault, message):

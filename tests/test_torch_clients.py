@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dropmae_jax import mae, torch_clients, torch_export, torch_files, torch_reference
+from dropmae_jax import file_checks, mae, torch_clients, torch_export, torch_files, torch_reference
 
 BASE = mae.architecture_of_size('B')
 CLIENTS = {client.name: client for client in torch_clients.CLIENTS}
@@ -82,7 +82,29 @@ def test_timm_has_models_of_our_sizes(timm, size):
   assert net.blocks[0].attn.num_heads == architecture.num_heads
 
 
-@pytest.mark.parametrize('file_format', torch_files.FORMATS)
+def test_mae_misses_more_where_it_averages_the_tokens(timm):
+  net = network(timm, 'MAE', num_classes=10, global_pool='avg')
+  loaded = load(net, 'mae', drops_decoder=False)
+  answer = torch_clients.answer_of(CLIENTS['MAE fine-tuning'], BASE, 'mae')
+  missing = set(loaded.missing_keys) - set(answer.missing)
+  unexpected = set(loaded.unexpected_keys) - set(answer.unexpected)
+  assert missing == {'fc_norm.weight', 'fc_norm.bias'}
+  assert unexpected == {'norm.weight', 'norm.bias'}
+  assert torch_clients.GLOBAL_POOL in lines_of('B', 'mae')
+
+
+def test_timm_loads_tables_of_other_pixels_as_it_is_told(timm, tmp_path):
+  architecture = mae.architecture_of_size('B', image_size=256)
+  zero = np.zeros((), np.float32)
+  shapes = torch_export.tensor_shapes(architecture, 'timm')
+  tensors = {name: np.array(np.broadcast_to(zero, shape)) for name, shape in shapes.items()}
+  path = tmp_path / 'timm.safetensors'
+  torch_files.write(path, tensors, file_format='safetensors', key='')
+  lines = torch_clients.closing_lines(path, architecture, layout='timm', file_format='safetensors')
+  eval(' '.join(line.strip() for line in lines[1:3]), {'timm': timm})
+
+
+@pytest.mark.parametrize('file_format', file_checks.FORMATS)
 def test_timm_loads_our_file_strictly_and_computes_our_features(timm, tmp_path, file_format):
   params = jax.jit(mae.init_params, static_argnums=1)(jax.random.key(0), BASE)
   params = jax.tree.map(np.asarray, params)
@@ -123,13 +145,31 @@ def test_a_file_says_who_can_read_it():
   assert 'DropMAE' not in large
   for size in ('XXS', 'S'):
     assert 'no tracker has a model of this size' in lines_of(size)
-  assert 'no tracker' in lines_of('B', image_size=256)
   assert 'OSTrack: missing none' in lines_of('B', 'mae')
+  assert 'DropSeg: missing 36: 36 new heads of its own; unexpected none' in lines_of('B', 'mae')
   assert 'the class token is zero' in lines_of('B', 'mae')
   assert 'MAE fine-tuning: missing head.weight, head.bias' in lines_of('H', 'mae')
   assert "create_model('vit_huge_patch14_224'" in lines_of('H', 'timm')
   assert 'timm has no model of this size' in lines_of('XS', 'timm')
   assert 'read .pth only' in lines_of('B', path='out.safetensors', file_format='safetensors')
+
+
+def test_tables_of_another_resolution_are_for_few():
+  for layout in ('full', 'encoder', 'mae'):
+    lines = lines_of('B', layout, image_size=256)
+    assert 'Its position tables are of 256 pixels, and those that load it want the ones' in lines
+    assert 'no tracker' not in lines
+    assert 'These lists of keys' not in lines
+  assert 'img_size=256' in lines_of('B', 'timm', image_size=256)
+  assert 'img_size' not in lines_of('B', 'timm')
+
+
+def test_no_tracker_takes_a_huge_model():
+  for layout in ('full', 'encoder', 'mae'):
+    assert 'no tracker has a model of this size' in lines_of('H', layout)
+  assert 'DropMAE, to resume' in lines_of('H')
+  assert 'These lists of keys' not in lines_of('H', 'encoder')
+  assert 'DropMAE' not in lines_of('S')
 
 
 def test_file_names_that_trackers_misread_are_warned_of():

@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickletools
 import sys
+import unittest.mock
 import zipfile
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 from conftest import run_python
 
-from dropmae_jax import torch_files
+from dropmae_jax import command_line, destination, file_checks, torch_files
 from dropmae_jax.command_line import BadInput
 
 TENSORS = {
@@ -27,9 +28,9 @@ TENSORS = {
 
 
 def write(path, **entries):
-  with torch_files.staged(path, num_bytes=1) as partial:
-    torch_files.write(partial, TENSORS, file_format=torch_files.format_of(path), entries=entries)
-    torch_files.write_card(partial, {'step': 3})
+  with destination.staged(path, num_bytes=1) as partial:
+    torch_files.write(partial, TENSORS, file_format=file_checks.format_of(path), entries=entries)
+    destination.write_card(partial, {'step': 3})
 
 
 def assert_same(found, expected=TENSORS):
@@ -163,21 +164,114 @@ def test_code_in_a_file_is_refused_by_its_name_and_not_run(tmp_path, capfd, what
 @pytest.mark.parametrize('share', [0, 0.3, 0.9])
 def test_truncated_files_are_refused(tmp_path, name, share):
   path = tmp_path / name
-  write(path)
+  torch_files.write(path, TENSORS, file_format=file_checks.format_of(path))
   whole = path.read_bytes()
   path.write_bytes(whole[: int(share * len(whole))])
-  with pytest.raises(BadInput, match=rf'{name} cannot be read as .*; give a whole file'):
+  told = 'is empty; get it again' if share == 0 else '(is cut short|cannot be read as safetensors)'
+  with pytest.raises(BadInput, match=f'{name} {told}'):
     torch_files.read(path)
+
+
+def flip_a_byte(path, pattern):
+  """Damages the values of a tensor, which no reader would notice."""
+  content = bytearray(path.read_bytes())
+  content[content.index(pattern) + 2] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize('name', ['out.pth', 'out.safetensors'])
+@pytest.mark.parametrize('is_link', [False, True])
+def test_a_file_is_held_against_the_sum_beside_it(tmp_path, name, is_link):
+  path = tmp_path / 'real' / name
+  path.parent.mkdir()
+  write(path)
+  given = path
+  if is_link:
+    given = tmp_path / 'link'
+    given.symlink_to(path)
+  assert torch_files.read(given).wholeness == f'whole: its sha256 is that of {path}.sha256'
+  flip_a_byte(path, TENSORS['a.weight'].tobytes())
+  with pytest.raises(BadInput, match=r'is not what .*\.sha256 was made of; get the file again'):
+    torch_files.read(given)
+
+
+def test_a_damaged_pth_is_seen_without_a_sum_too(tmp_path):
+  path = tmp_path / 'out.pth'
+  torch_files.write(path, TENSORS, file_format='pth')
+  assert torch_files.read(path).wholeness == 'whole: the checksums in it are right'
+  flip_a_byte(path, TENSORS['a.weight'].tobytes())
+  with pytest.raises(BadInput, match=r'out.pth is damaged \(in .*/data/0\); get it again'):
+    torch_files.read(path)
+
+
+@pytest.mark.parametrize('kind', ['no_checksums', 'legacy', 'safetensors'])
+def test_where_damage_cannot_be_seen_this_is_said(tmp_path, kind):
+  path = tmp_path / f'out.{"safetensors" if kind == "safetensors" else "pth"}'
+  tensors = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
+  torch.serialization.set_crc32_options(kind != 'no_checksums')
+  if kind == 'safetensors':
+    safetensors.torch.save_file(tensors, path)
+  else:
+    torch.save(tensors, path, _use_new_zipfile_serialization=kind != 'legacy')
+  torch.serialization.set_crc32_options(True)
+  read = torch_files.read(path)
+  assert read.wholeness.startswith(f'not checked for damage: {path.name} has no checksums')
+  assert read.tensors.keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize('name', ['in.pth', 'in.safetensors'])
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (b'', 'is empty; get it again'),
+    (b'\n<!DOCTYPE html><html></html>', 'is a web page and no weights; get the file'),
+    (b'version https://git-lfs.github.com/spec/v1\noid', 'is a pointer of git-lfs and no weights'),
+    (b'{"epoch": 1, "model": {}}', 'is json and no weights'),
+    (b'\x1f\x8b' + bytes(50), 'is compressed; unpack it'),
+    (b'some text\n', 'cannot be read as '),
+  ],
+)
+def test_files_of_other_kinds_are_named(tmp_path, capfd, name, content, message):
+  path = tmp_path / name
+  path.write_bytes(content)
+  with pytest.raises(BadInput) as caught:
+    torch_files.read(path)
+  assert f'{path} {message}' in str(caught.value)
+  assert 'weights_only' not in str(caught.value)
+  assert capfd.readouterr() == ('', '')
+
+
+def test_pytorch_programs_are_refused_without_its_advice(tmp_path, capfd, recwarn):
+  torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / 'in.pth')
+  recwarn.clear()
+  with pytest.raises(BadInput, match=r'\(it is a TorchScript archive\)'):
+    torch_files.read(tmp_path / 'in.pth')
+  assert not recwarn.list
+  assert capfd.readouterr() == ('', '')
+
+
+def test_the_bytes_tell_the_format_where_the_name_does_not(tmp_path):
+  for name in ('in.pth', 'in.weights'):
+    torch_files.write(tmp_path / name, TENSORS, file_format='safetensors')
+    assert torch_files.read(tmp_path / name).tensors.keys() == TENSORS.keys()
+  torch_files.write(tmp_path / 'in.safetensors', TENSORS, file_format='pth')
+  with pytest.raises(
+    BadInput, match=r'is a file of PyTorch under another name; let it end in .pth'
+  ):
+    torch_files.read(tmp_path / 'in.safetensors')
 
 
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
     ([1, 2], 'holds a list, and not a dict of tensors'),
-    ({'epoch': 3}, 'none of the entries model, net, state_dict what is no named tensor: epoch'),
-    ({'model': {'a': 'text'}}, "under 'model' what is no named tensor: a"),
-    ({'model': {}}, "under 'model' what is no named tensor: nothing"),
-    ({0: torch.ones(2)}, 'what is no named tensor: 0'),
+    (
+      {'epoch': 3},
+      'what is no named tensor (epoch) at its top, and no entry model or net or state_dict; give',
+    ),
+    ({'model': {'a': 'text'}}, "what is no named tensor (a) under 'model'; give"),
+    ({'model': {}}, "holds nothing under 'model'; give"),
+    ({0: torch.ones(2)}, 'what is no named tensor (0) at its top'),
     ({'model': {'a': torch.eye(2).to_sparse()}}, 'holds a tensor that numpy has no form for'),
     ({'model': {'a': torch.ones(2).to(torch.float8_e5m2)}}, 'numpy has no form for'),
   ],
@@ -194,16 +288,16 @@ def test_files_of_other_things_are_refused(tmp_path, content, message):
 FILE_LIMIT = """
 import pathlib, resource, signal, sys
 import numpy as np
-from dropmae_jax import command_line, torch_files
+from dropmae_jax import command_line, destination, file_checks, torch_files
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, resource.RLIM_INFINITY))
 path = pathlib.Path(sys.argv[1])
 
 def main():
-  with torch_files.staged(path, num_bytes=1) as partial:
+  with destination.staged(path, num_bytes=1) as partial:
     tensors = {name: np.zeros(10**6, np.float32) for name in 'ab'}
-    torch_files.write(partial, tensors, file_format=torch_files.format_of(path))
+    torch_files.write(partial, tensors, file_format=file_checks.format_of(path))
 
 command_line.run(main)
 """
@@ -222,19 +316,34 @@ def test_a_write_that_the_system_refuses_keeps_the_old_file(tmp_path, name):
   assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+class Interrupted(type(pathlib.Path())):
+  """A path to whose file a signal comes while it is written."""
+
+  def open(self, mode):
+    file = super().open(mode, buffering=0)
+    several = [len, len, unittest.mock.Mock(side_effect=command_line.Terminated), *[len] * 99]
+    wrapped = unittest.mock.Mock(wraps=file, write=lambda content: several.pop(0)(content))
+    return unittest.mock.MagicMock(__enter__=lambda _: wrapped)
+
+
+def test_a_signal_while_writing_stays_a_signal(tmp_path):
+  with pytest.raises(command_line.Terminated):
+    torch_files.write(Interrupted(tmp_path / 'out.pth'), TENSORS, file_format='pth')
+
+
 def test_what_cannot_fit_is_refused_before_writing(tmp_path):
   path = tmp_path / 'out.pth'
   path.write_bytes(b'old')
   with (
     pytest.raises(BadInput, match=r'needs 1000000000000 MB and \d+ MB are free'),
-    torch_files.staged(path, num_bytes=10**18),
+    destination.staged(path, num_bytes=10**18),
   ):
     raise AssertionError
   assert path.read_bytes() == b'old'
 
 
 def test_an_error_while_writing_leaves_nothing_behind(tmp_path):
-  with pytest.raises(ZeroDivisionError), torch_files.staged(tmp_path / 'o', num_bytes=1) as partial:
+  with pytest.raises(ZeroDivisionError), destination.staged(tmp_path / 'o', num_bytes=1) as partial:
     pathlib.Path(partial).write_bytes(b'half')
     raise ZeroDivisionError
   assert list(tmp_path.iterdir()) == []

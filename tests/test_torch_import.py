@@ -8,7 +8,6 @@ from test_torch_export import TINY, random_state
 
 from dropmae_jax import mae, torch_export, torch_import
 from dropmae_jax.command_line import BadInput
-from dropmae_jax.mae import Objective
 from dropmae_jax.torch_files import WeightFile
 
 # Published decoder heads, so that shapes tell all.
@@ -108,7 +107,7 @@ def test_what_a_file_says_of_itself_comes_before_its_shapes():
   stored = dataclasses.asdict(dataclasses.replace(ARCHITECTURE, num_heads=4))
   assert read(FULL, args={'architecture': stored}).architecture.num_heads == 4
   assert read(FULL).architecture.num_heads == 2
-  with pytest.raises(BadInput, match=r'is no architecture: .*unexpected keyword'):
+  with pytest.raises(BadInput, match=r"'tokens' in its architecture, which has no such field"):
     read(FULL, args={'architecture': stored | {'tokens': 3}})
 
 
@@ -119,15 +118,22 @@ def test_architectures_are_read_off_the_shapes(size):
   shapes = torch_export.tensor_shapes(architecture)
   state = {name: np.broadcast_to(zero, shape) for name, shape in shapes.items()}
   for given in (None, size):
-    assert torch_import._architecture(state, None, given) == architecture
+    assert torch_import._architecture(state, given) == architecture
 
 
-def test_objectives_are_read_off_published_arguments():
-  published = {'mask_ratio': 0.6, 'P': 0.2, 'norm_pix_loss': False, 'blr': 1e-3}
-  expected = Objective(mask_ratio=0.6, attention_dropout=0.2, normalise_targets=False)
-  assert torch_import.objective_of(published) == expected
-  assert torch_import.objective_of({'objective': dataclasses.asdict(expected)}) == expected
-  assert torch_import.objective_of({}) == Objective()
+@pytest.mark.parametrize('dtype', ['int8', 'int64', 'bool', 'complex64'])
+def test_what_is_no_floating_point_is_no_weight(dtype):
+  with pytest.raises(BadInput) as caught:
+    read(FULL | {'norm.bias': FULL['norm.bias'].astype(dtype)})
+  assert f'and norm.bias is {dtype} (1 such in all); give the file before' in str(caught.value)
+  # What is dropped may be of any type.
+  read(FULL | {'cls_token': np.ones((1, 1, 64), dtype)})
+
+
+def test_what_float32_cannot_hold_becomes_infinite_without_a_word(recwarn):
+  state = read(FULL | {'norm.bias': np.full(64, 1e300)}).state
+  assert np.isinf(state['norm.bias']).all()
+  assert not recwarn.list
 
 
 @pytest.mark.parametrize(

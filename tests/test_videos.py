@@ -1,5 +1,6 @@
 """Datasets as they are opened: found, and refused in one sentence where they cannot be read."""
 
+import errno
 import os
 import re
 import shutil
@@ -140,6 +141,25 @@ def test_shards_that_are_not_whole_are_refused(damaged, damage, message):
   assert len(videos.open_dataset(str(data_dir), DATASET, 'val')) == 2
 
 
+def test_what_the_system_refuses_is_told_in_one_sentence(damaged, monkeypatch):
+  data_dir, folder = damaged
+  with pytest.raises(
+    BadInput, match=r'^/x+/dataset_info.json cannot be opened \(File name too long\); give'
+  ):
+    videos.open_mixture('/' + 300 * 'x', DATASET)
+  shard = sorted(folder.glob('*train.array_record*'))[2]
+  shard.rename(folder / 'elsewhere')
+  shard.symlink_to(folder / 'nowhere')
+  assert_refused(data_dir, f'{shard} cannot be opened (No such file or directory)', 'links')
+
+  def scandir(path):
+    raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+  monkeypatch.setattr(os, 'scandir', scandir)  # Tests may run as root, who may read everything.
+  with pytest.raises(BadInput, match=rf'^{folder} cannot be opened \(Permission denied\); .* mend'):
+    videos.open_dataset(str(folder), DATASET)
+
+
 @pytest.mark.parametrize('num_workers', [0, 1])
 def test_a_damaged_record_is_named_when_it_is_read(damaged, num_workers):
   data_dir, folder = damaged
@@ -236,5 +256,9 @@ def test_a_whole_kinetics_opens_fast_and_travels_light(tmp_path):
   sent = cloudpickle.dumps(dataset)
   assert len(sent) < 8e6
   arrived = cloudpickle.loads(sent)
-  assert arrived.frame(239_999, 299).shape == arrived.frame(0, 0).shape == (64, 64, 3)
+  assert arrived.frame(239_999, 299).shape == arrived.frame(0, 0).shape == (256, 340, 3)
   assert len(os.listdir('/proc/self/fd')) <= before + 2
+  found = loader_memory.measure(tmp_path, num_pairs=256, num_workers=1)
+  assert found['seconds_to_first_batch'] < 10
+  assert len(found['processes']) == 2  # One, at the start and at the end.
+  assert all(row['rss_mb'] < 1000 for row in found['processes'])

@@ -9,11 +9,13 @@ import re
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 
 from tfds_kinetics import build, report
 from tfds_kinetics.configs import COLLECTIONS
-from tfds_kinetics.messages import BadInput, Stopped, log
+from tfds_kinetics.messages import BadInput, Stopped, log, one_line
+from tfds_kinetics.tree import printable
 from tfds_kinetics.video import FrameOptions
 from tfds_kinetics.workers import STOP_SIGNALS, write_shards
 
@@ -41,6 +43,13 @@ def _path(text: str) -> pathlib.Path:
   return pathlib.Path(_name(text))
 
 
+def _text_path(text: str) -> pathlib.Path:
+  """Refuses what TFDS cannot write down."""
+  if printable(text) != text:
+    raise argparse.ArgumentTypeError(f'{printable(text)} is not valid UTF-8; rename that folder')
+  return _path(text)
+
+
 def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog='python -m tfds_kinetics',
@@ -50,10 +59,10 @@ def _arguments() -> argparse.Namespace:
   add = parser.add_argument
   add('--config', required=True, choices=list(COLLECTIONS))
   add('--videos', required=True, type=_path, help='root of the video tree')
-  add('--data_dir', required=True, type=_path, help='TFDS data directory to write to')
+  add('--data_dir', required=True, type=_text_path, help='TFDS data directory to write to')
   add('--annotations', type=_path, help="folder of Kinetics' csv files (default: in ROOT)")
   cores = len(os.sched_getaffinity(0))
-  add('--workers', type=int, default=cores, help='processes (all cores: %(default)s)')
+  add('--workers', type=int, help=f'processes (all cores: {cores})')
   for field in dataclasses.fields(FrameOptions):
     help_text = f'{OPTION_HELP[field.name][2]} (%(default)s)'
     add(f'--{field.name}', type=field.type, default=field.default, help=help_text)
@@ -63,8 +72,14 @@ def _arguments() -> argparse.Namespace:
   ways.add_argument(
     '--beam_runner', metavar='NAME', type=_name, help='let Apache Beam write the shards'
   )
-  add('--beam_options', default='', metavar='FLAGS', help="the Beam runner's flags, in quotes")
+  add('--beam_options', metavar='FLAGS', help="the Beam runner's flags, in quotes")
   arguments = parser.parse_args()
+  if arguments.beam_runner is None and arguments.beam_options is not None:
+    parser.exit(2, 'error: --beam_options has no meaning without --beam_runner; give that too.\n')
+  if arguments.beam_runner is not None and arguments.workers is not None:
+    parser.exit(2, 'error: --workers is not for --beam_runner; say it in --beam_options.\n')
+  if arguments.workers is None:
+    arguments.workers = cores
   limits = {'workers': (1, 4096)} | {name: row[:2] for name, row in OPTION_HELP.items()}
   for name, (low, high) in limits.items():
     if not low <= getattr(arguments, name) <= high:
@@ -79,8 +94,25 @@ def _range(text: str) -> tuple[int, int]:
   return int(match[1]), int(match[2])
 
 
+def _way(arguments: argparse.Namespace) -> Callable[[build.Plan], str]:
+  """Returns what is to be done with the plan, from which the closing lines come."""
+  if arguments.shard_range is not None:
+    number, count = _range(arguments.shard_range)
+    return lambda planned: build.build_range(planned, number, count, arguments.workers)
+  if arguments.finalise:
+    return lambda planned: report.summary(build.finalise(planned))
+  write = partial(write_shards, workers=arguments.workers)
+  if arguments.beam_runner is not None:
+    from tfds_kinetics import beam  # An extra, and slow to import.
+
+    options = beam.runner_options(arguments.beam_runner, arguments.beam_options or '')
+    write = partial(beam.write_shards, options=options)
+  return lambda planned: report.summary(build.build(planned, write))
+
+
 def _run(arguments: argparse.Namespace) -> str:
   """Does what the flags ask for; returns the closing lines."""
+  way = _way(arguments)  # First, as the videos may take long to list.
   fields = (field.name for field in dataclasses.fields(FrameOptions))
   planned = build.plan(
     COLLECTIONS[arguments.config],
@@ -89,16 +121,7 @@ def _run(arguments: argparse.Namespace) -> str:
     FrameOptions(**{name: getattr(arguments, name) for name in fields}),
     arguments.annotations,
   )
-  if arguments.shard_range is not None:
-    return build.build_range(planned, *_range(arguments.shard_range), arguments.workers)
-  if arguments.finalise:
-    return report.summary(build.finalise(planned))
-  write = partial(write_shards, workers=arguments.workers)
-  if arguments.beam_runner is not None:
-    from tfds_kinetics import beam  # An extra, and slow to import.
-
-    write = partial(beam.write_shards, runner=arguments.beam_runner, options=arguments.beam_options)
-  return report.summary(build.build(planned, write))
+  return way(planned)
 
 
 def _interrupt(*_: object) -> None:
@@ -120,13 +143,15 @@ def main() -> int:
   # Each process that decodes holds some files open here.
   _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+  # The names of videos need not be of the terminal's encoding.
+  sys.stdout.reconfigure(errors='backslashreplace')
   try:
     print(_run(arguments))
   except BadInput as error:
-    print(f'error: {error}', file=sys.stderr)
+    print(one_line(f'error: {error}'), file=sys.stderr)
     return 2
   except OSError as error:
-    print(f'error: {error}; mend that and give the command again.', file=sys.stderr)
+    print(one_line(f'error: {error}; mend that and give the command again.'), file=sys.stderr)
     return 2
   except (Stopped, KeyboardInterrupt) as stopped:
     print(str(stopped) or 'stopped', file=sys.stderr)
@@ -135,4 +160,8 @@ def main() -> int:
 
 
 if __name__ == '__main__':
+  # The names of videos are UTF-8, and Python would read them otherwise in some locales.
+  if sys.getfilesystemencoding() != 'utf-8' and os.environ.get('PYTHONUTF8') != '1':
+    os.environ['PYTHONUTF8'] = '1'
+    os.execv(sys.executable, sys.orig_argv)
   sys.exit(main())

@@ -12,6 +12,7 @@ from typing import Any
 from tfds_kinetics import shards
 from tfds_kinetics.messages import BadInput
 from tfds_kinetics.shards import ShardJob
+from tfds_kinetics.video import MachineFault
 from tfds_kinetics.workers import KilledAgain, ShardProcess
 
 try:
@@ -45,31 +46,48 @@ class WriteShard(beam.DoFn):
     self._process.close()
 
 
+def runner_options(runner: str, options: str) -> PipelineOptions:
+  """Returns what Beam is to be told.
+
+  Args:
+    runner: its Beam name, such as 'DirectRunner'.
+    options: the runner's flags, as on a command line.
+
+  Raises:
+    BadInput: the flags cannot be told apart.
+  """
+  try:
+    flags = shlex.split(options)
+  except ValueError as error:
+    raise BadInput(f'--beam_options={options} has {str(error).lower()}; close it.') from error
+  return PipelineOptions(flags, runner=runner, save_main_session=False)
+
+
 def write_shards(
-  jobs: list[ShardJob], folder: pathlib.Path, runner: str, options: str
+  jobs: list[ShardJob], folder: pathlib.Path, options: PipelineOptions
 ) -> dict[ShardJob, dict[str, Any]]:
   """Writes the shards that are not there yet.
 
   Args:
     jobs: the shards to write.
     folder: where they are, and are to be; every worker must see it.
-    runner: its Beam name, such as 'DirectRunner'.
-    options: the runner's flags, as on a command line.
+    options: see `runner_options`.
 
   Raises:
     BadInput: Beam does not know the runner, or a shard could not be written.
   """
+  shards.remove_leftovers(jobs, folder)
   left = [job for job in jobs if shards.finished_table(job, folder) is None]
-  flags = PipelineOptions(shlex.split(options), runner=runner, save_main_session=False)
+  runner = options.get_all_options()['runner']
   try:
-    with beam.Pipeline(options=flags) as pipeline:
+    with beam.Pipeline(options=options) as pipeline:
       _ = (
         pipeline
         | beam.Create(left)
         | beam.Reshuffle()
         | beam.ParDo(WriteShard(str(folder.absolute())))
       )
-  except (KilledAgain, OSError, RuntimeError, ValueError) as error:
+  except (KilledAgain, MachineFault, OSError, RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     raise BadInput(
       f'--beam_runner={runner} ended early ({reason}); what is finished is kept, and the same'

@@ -11,14 +11,15 @@ import json
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tfds_kinetics import publish, report, shards
-from tfds_kinetics.configs import DATASET, SPLITS, VideoCollection
-from tfds_kinetics.messages import BadInput, log, say
+from tfds_kinetics.configs import DATASET, VideoCollection
+from tfds_kinetics.messages import BadInput, log, one_line, say
+from tfds_kinetics.records import write_text
 from tfds_kinetics.shards import VERSION, ShardJob
-from tfds_kinetics.tree import Listing, list_videos
+from tfds_kinetics.tree import Listing, list_videos, split_folders
 from tfds_kinetics.video import FrameOptions
 from tfds_kinetics.workers import write_shards
 
@@ -75,18 +76,23 @@ def plan(
   if not root.is_dir():
     raise BadInput(f'--videos={root} is not a folder; give the root of the video tree.')
   root = root.absolute()
-  say(f'listing the videos in {root}')
-  listing = list_videos(collection, root, annotations)
-  if collection.num_classes and not _has_training_folder(listing):
+  if collection.num_classes and split_folders(root) == {'train': [root]}:
     raise BadInput(
       f'--videos={root} has no train folder, which --config={collection.name} needs'
       ' (train/<class>/<video>, or train/<video> beside the annotations); for any other layout'
       ' use --config=folder.'
     )
+  say(f'listing the videos in {root}')
+  listing = list_videos(collection, root, annotations)
   if not any(listing.videos.values()):
     raise BadInput(
       f'--videos={root} holds no video; files that end in .mp4, .mkv, .avi, .webm and the like'
       ' are looked for in it and its subfolders.'
+    )
+  if collection.num_classes and not listing.videos['train']:
+    raise BadInput(
+      f'--videos={root} has no video in its train folder, which --config={collection.name} needs;'
+      ' put the training videos there, or use --config=folder.'
     )
   if collection.num_classes and not all(v.label for vs in listing.videos.values() for v in vs):
     say('note: some videos have no class; --annotations=FOLDER of the csv files would give it')
@@ -110,10 +116,11 @@ def build(planned: Plan, write: Writer) -> pathlib.Path:
     BadInput: no readable video, or another dataset is in the way.
     Stopped: Ctrl-C or SIGTERM.
   """
-  with _lock(planned, alone=True):
+  with _lock(planned):
     if not _is_built(planned):
-      _open_folder(planned, 'build.log')
-      _publish(planned, write(list(planned.jobs), planned.folder))
+      with _open_folder(planned, 'build.log'):
+        _publish(planned, write(list(planned.jobs), planned.folder))
+      _remove_rests(planned)
   return planned.target
 
 
@@ -126,13 +133,12 @@ def build_range(planned: Plan, number: int, count: int, workers: int) -> str:
   Raises:
     BadInput, Stopped: as `build` does.
   """
-  name = f'range-{number}-of-{count}'
-  with _lock(planned, alone=False), _lock(planned, alone=True, name=name):
+  jobs = list(planned.jobs[number::count])
+  with _lock(planned, range(number, len(planned.jobs), count)):
     if _is_built(planned):
       return 'there is nothing left to do'
-    _open_folder(planned, f'build-{number}-of-{count}.log')
-    jobs = list(planned.jobs[number::count])
-    write_shards(jobs, planned.folder, workers)
+    with _open_folder(planned, f'build-{number}-of-{count}.log'):
+      write_shards(jobs, planned.folder, workers)
   return (
     f'{len(jobs)} of {len(planned.jobs)} shards belong to range {number}/{count} and are there;'
     ' once those of all ranges are, give the same command with --finalise in place of'
@@ -146,45 +152,48 @@ def finalise(planned: Plan) -> pathlib.Path:
   Raises:
     BadInput: shards are not there yet.
   """
-  with _lock(planned, alone=True):
-    if not _is_built(planned):
-      tables = {job: shards.finished_table(job, planned.folder) for job in planned.jobs}
-      lacking = [job.name for job, table in tables.items() if table is None]
-      if lacking:
-        raise BadInput(
-          f'{len(lacking)} of {len(planned.jobs)} shards are not in {planned.folder}, the first of'
-          f' them {lacking[0]}; run all ranges with the same videos and options first, or the'
-          ' command without --finalise, which writes what is lacking.'
-        )
-      _open_folder(planned, 'build.log')
-      _publish(planned, tables)
-  return planned.target
-
-
-def _has_training_folder(listing: Listing) -> bool:
-  paths = (video.path.split('/') for video in listing.videos.get('train', []))
-  return any(SPLITS.get(folder) == 'train' and rest for folder, *rest in paths)
+  tables = {}
+  if not planned.target.exists():
+    tables = {job: shards.finished_table(job, planned.folder) for job in planned.jobs}
+    lacking = [job.name for job, table in tables.items() if table is None]
+    if lacking:
+      raise BadInput(
+        f'{len(lacking)} of {len(planned.jobs)} shards are not in {planned.folder}, the first of'
+        f' them {lacking[0]}; run all ranges with the same videos and options first, or the'
+        ' command without --finalise, which writes what is lacking.'
+      )
+  return build(planned, lambda *_: tables)
 
 
 @contextlib.contextmanager
-def _lock(planned: Plan, *, alone: bool, name: str = '') -> Iterator[None]:
-  """Holds a lock on a dataset while it is built; it goes with the process, however that ends."""
-  planned.target.parent.mkdir(parents=True, exist_ok=True)
-  with planned.target.with_name('.'.join(filter(None, (VERSION, name, 'lock')))).open('w') as lock:
+def _lock(planned: Plan, numbers: Iterable[int] | None = None) -> Iterator[None]:
+  """Holds the locks on some shards, or on all; they go with the process, however that ends.
+
+  They are bytes of one file, so that whoever writes other shards is not in the way, and whoever
+  would write the same ones is told, in whatever number of ranges.
+  """
+  path = planned.target.with_name(f'{VERSION}.lock')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  whole_file = [(0, 0)]
+  with path.open('w') as lock:
     try:
-      fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+      for start, length in whole_file if numbers is None else ((each, 1) for each in numbers):
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except (BlockingIOError, PermissionError) as error:
       raise BadInput(
-        f'another build is writing {name or "the dataset"} of {planned.target}; wait for it, or'
-        ' stop it.'
+        f'another build is writing {"" if numbers is None else "the same shards of "}'
+        f'{planned.target}; wait for it, or stop it.'
       ) from error
     except OSError as error:
-      say(f'note: {lock.name} cannot be locked ({error.strerror}); start no second build of it')
+      say(f'note: {path} cannot be locked ({error.strerror}); start no second build of it')
     yield
+    if planned.target.exists():
+      path.unlink(missing_ok=True)  # Who has it open already will find the dataset in place.
 
 
-def _open_folder(planned: Plan, log_name: str) -> None:
-  """Makes the folder of the shards, or checks that it is of this plan; opens a log in it.
+@contextlib.contextmanager
+def _open_folder(planned: Plan, log_name: str) -> Iterator[None]:
+  """Makes the folder of the shards, or checks that it is of this plan; keeps a log in it.
 
   Raises:
     BadInput: what is finished there is of another plan, and would be lost.
@@ -194,21 +203,23 @@ def _open_folder(planned: Plan, log_name: str) -> None:
   try:
     there = path.read_text('utf-8')
   except FileNotFoundError:
-    shards.write_text(path, mine)
+    write_text(path, mine)
     there = mine
   if there != mine:
     raise BadInput(
       f'{planned.folder} holds an unfinished build of other videos or options; give those again to'
       ' go on, or remove that folder.'
     )
-  log_to(planned.folder / log_name)
-
-
-def log_to(path: pathlib.Path) -> None:
-  """Adds plain, dated lines in a file to what the log shows."""
-  handler = logging.FileHandler(path, encoding='utf-8')
+  handler = logging.FileHandler(
+    planned.folder / log_name, encoding='utf-8', errors='backslashreplace'
+  )
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
   log.addHandler(handler)
+  try:
+    yield
+  finally:
+    log.removeHandler(handler)
+    handler.close()
 
 
 def _is_built(planned: Plan) -> bool:
@@ -225,12 +236,17 @@ def _is_built(planned: Plan) -> bool:
       f'{planned.target} holds a dataset of other videos or options; remove that folder to build'
       ' it anew, or give another --data_dir.'
     )
-  for left_over in ('partial', 'staging'):
-    shutil.rmtree(planned.target.with_name(f'{VERSION}.{left_over}'), ignore_errors=True)
+  _remove_rests(planned)
   say(f'{planned.target} is built already from these videos; nothing to do')
   if skipped:
     say(f'{skipped} videos were skipped then; to try them again, remove that folder')
   return True
+
+
+def _remove_rests(planned: Plan) -> None:
+  """Removes what lies beside a dataset that is in place; it is whole, whether that works or not."""
+  for rest in ('partial', 'staging'):
+    shutil.rmtree(planned.target.with_name(f'{VERSION}.{rest}'), ignore_errors=True)
 
 
 def _publish(planned: Plan, tables: dict[ShardJob, dict[str, Any]]) -> None:
@@ -239,10 +255,11 @@ def _publish(planned: Plan, tables: dict[ShardJob, dict[str, Any]]) -> None:
   report.write_report(planned.folder, outcome)
   for row in outcome['videos']:
     if row['reason']:
-      log.info('skipped %s: %s', row['path'], row['reason'])
+      log.info(one_line(f'{row["outcome"]} {row["path"]}: {row["reason"]}'))
   if not outcome['totals']['videos']:
     raise BadInput(
       f'none of the {outcome["totals"]["skipped"]} videos in --videos={planned.root} could be'
-      f' read; the reasons are in {planned.folder / report.TABLE}.'
+      f' read; the reasons are in {planned.folder / report.TABLE}. Mend them, remove'
+      f' {planned.folder} and give the command again.'
     )
   publish.put_in_place(planned.collection, tables, outcome, planned.folder, planned.target)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from tfds_kinetics import records, shards
 from tfds_kinetics import report as reports
-from tfds_kinetics import shards
 from tfds_kinetics.configs import DATASET, VideoCollection
 from tfds_kinetics.shards import ShardJob
 
@@ -21,7 +21,7 @@ def put_in_place(
   folder: pathlib.Path,
   target: pathlib.Path,
 ) -> None:
-  """Gathers everything in a fresh folder and gives it the dataset's name; removes `folder`.
+  """Gathers everything in a fresh folder and gives it the dataset's name.
 
   Args:
     collection: what the metadata describe.
@@ -59,7 +59,7 @@ def put_in_place(
     shutil.copy(path, staging)
   tfds.folder_dataset.write_metadata(
     data_dir=staging,
-    features=shards.frame_features(),
+    features=records.frame_features(),
     split_infos=splits,
     version=shards.VERSION,
     check_data=False,  # The check reads with TensorFlow.
@@ -68,10 +68,9 @@ def put_in_place(
     citation=collection.citation,
   )
   for path in (*staging.iterdir(), staging):
-    shards.sync(path)
+    records.sync(path)
   os.rename(staging, target)
-  shards.sync(target.parent)
-  shutil.rmtree(folder)
+  records.sync(target.parent)
 
 
 def _link(source: pathlib.Path, destination: pathlib.Path) -> None:

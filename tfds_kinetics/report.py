@@ -9,7 +9,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from tfds_kinetics.configs import DATASET, VideoCollection
-from tfds_kinetics.shards import VERSION, ShardJob, write_text
+from tfds_kinetics.messages import one_line
+from tfds_kinetics.records import write_text
+from tfds_kinetics.shards import VERSION, ShardJob
 from tfds_kinetics.tree import Listing, printable
 from tfds_kinetics.video import FrameOptions
 
@@ -29,8 +31,9 @@ def make_report(
   Returns:
     `dataset`, `plan` (see `plan_fingerprint`), `fingerprint` (of all frames that are stored, and
     of which videos they are), `options`, `totals`, `missing` (clips of the annotations that are
-    not there, by split) and `videos`: a row each, with `split`, `path`, `outcome` ('kept' or
-    'skipped'), `reason`, `seconds`, `frames` and `bytes` of its JPEGs.
+    not there, by split) and `videos`: a row each, with `split` (empty in the folder of none),
+    `path`, `outcome` ('kept', 'skipped', or 'outside' of all splits), `reason`, `seconds`, `frames`
+    and `bytes` of its JPEGs.
   """
   rows = []
   for job, table in tables.items():
@@ -38,6 +41,9 @@ def make_report(
     rows += [_row(job.split, 'skipped', row) for row in table['skipped']]
   for split, path, reason in listing.left_out:
     rows.append(_row(split, 'skipped', {'path': printable(path), 'reason': printable(reason)}))
+  for video in listing.outside:
+    row = {'path': printable(video.path), 'reason': 'it is in the folder of no split'}
+    rows.append(_row('', 'outside', row))
   rows.sort(key=lambda row: (row['split'], row['path']))
   kept = [row for row in rows if row['outcome'] == 'kept']
   contents = sorted(
@@ -53,9 +59,9 @@ def make_report(
     'versions': {'format': VERSION, 'tensorflow_datasets': tfds.__version__},
     'totals': {
       'videos': len(kept),
-      'skipped': len(rows) - len(kept),
+      'skipped': sum(row['outcome'] == 'skipped' for row in rows),
       'missing': sum(map(len, listing.missing.values())),
-      'outside': listing.outside,
+      'outside': len(listing.outside),
       'frames': sum(row['frames'] for row in kept),
       'bytes': sum(file['bytes'] for table in tables.values() for file in table['files']),
       'seconds': round(sum(row['seconds'] for row in rows), 3),
@@ -104,7 +110,7 @@ def _table(report: dict[str, Any]) -> str:
     reason = f': {row["reason"]}' if row['reason'] else ''
     lines.append(
       f'{row["outcome"]:8} {row["frames"]:7} {row["bytes"] / 1e6:8.2f} {row["seconds"]:8.2f}'
-      f'  {row["path"]}{reason}'
+      f'  {one_line(row["path"] + reason)}'
     )
   for split, names in report['missing'].items():
     lines += ['', f'annotated in {split}, but not there: {len(names)}', *names]
@@ -132,9 +138,9 @@ def summary(target: pathlib.Path) -> str:
   report = json.loads((target / NAME).read_text('utf-8'))
   first, *notes = _totals(report)
   skipped = [row for row in report['videos'] if row['outcome'] == 'skipped']
-  lines = [f'{target}: {first}', *notes]
-  lines += [f'  skipped {row["path"]}: {row["reason"]}' for row in skipped[:SHOWN]]
+  lines = [one_line(f'{target}: {first}'), *notes]
+  lines += [one_line(f'  skipped {row["path"]}: {row["reason"]}') for row in skipped[:SHOWN]]
   if len(skipped) > SHOWN:
     lines.append(f'  and {len(skipped) - SHOWN} more')
-  lines.append(f'  report: {target / TABLE}')
+  lines.append(one_line(f'  report: {target / TABLE}'))
   return '\n'.join(lines)

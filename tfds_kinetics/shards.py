@@ -4,7 +4,6 @@ A shard is a function of its job alone, so it does not matter which process of w
 writes it: a local one, a task of an array job, a Beam worker.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,26 +11,20 @@ import json
 import os
 import pathlib
 import random
-import secrets
+import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python import array_record_module
-from tensorflow_datasets.core import example_serializer
-from tensorflow_datasets.proto import tf_example_pb2
-
+from tfds_kinetics.records import FrameFiles, write_text
 from tfds_kinetics.tree import Video, printable
 from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
 
 # Major: what older readers cannot read. It is the version of the dataset too.
 VERSION = '2.0.0'
 VIDEOS_PER_SHARD = 24
-# One record per frame, and the time to read one is linear in the records of its file.
-RECORDS_PER_FILE = 8192
 # Small collections are split further, so that all processes have work.
 LEAST_SHARDS = 16
 
@@ -53,7 +46,11 @@ class ShardJob:
   @functools.cached_property
   def fingerprint(self) -> str:
     """Changes with the options and the videos' names and sizes, not with where the root is."""
-    videos = [list(vars(video).values()) for video in self.videos]
+    videos = [
+      [video.path, video.label, video.size, video.youtube_id]
+      + [[copy.path, copy.size] for copy in video.copies]
+      for video in self.videos
+    ]
     content = [VERSION, self.split, self.number, dataclasses.asdict(self.options), videos]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -61,42 +58,6 @@ class ShardJob:
   def name(self) -> str:
     """What all files of the shard begin with."""
     return f'{self.split}-{self.number:05d}'
-
-
-def frame_features() -> tfds.features.FeaturesDict:
-  """One record is one frame, with what is known of the video that it is of."""
-  return tfds.features.FeaturesDict(
-    {
-      'jpeg': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
-      'class_name': tfds.features.Text(),
-      'youtube_id': tfds.features.Text(),
-      'video': tfds.features.Text(),
-      'frame': tfds.features.Scalar(np.int32),
-    }
-  )
-
-
-def frame_serializer() -> Callable[[bytes, Video, int], bytes]:
-  """Returns the function from a JPEG, its video and its number among the stored to a record."""
-  features = frame_features()
-  serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-
-  def serialize(jpeg: bytes, video: Video, number: int) -> bytes:
-    record = serializer.serialize_example(
-      features.encode_example(
-        {
-          'jpeg': jpeg,
-          'class_name': video.label,
-          'youtube_id': video.youtube_id,
-          'video': video.path,
-          'frame': number,
-        }
-      )
-    )
-    # As it comes, the order of the features is another in each process.
-    return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
-
-  return serialize
 
 
 def shard_jobs(
@@ -111,51 +72,6 @@ def shard_jobs(
   ]
 
 
-class FrameFiles:
-  """Writes records to files of a limited length, under temporary names until `close`."""
-
-  def __init__(self, folder: pathlib.Path, name: str) -> None:
-    self.folder, self._name = folder, name
-    self._serialize = frame_serializer()
-    self._temporary: list[pathlib.Path] = []
-    self._records: list[int] = []
-    self._writer = None
-
-  def write(self, jpeg: bytes, video: Video, number: int) -> None:
-    """Appends one frame."""
-    if self._writer is None or self._records[-1] == RECORDS_PER_FILE:
-      self._finish_file()
-      path = self.folder / f'{self._name}-{len(self._records)}.{secrets.token_hex(8)}.partial'
-      self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
-      self._temporary.append(path)
-      self._records.append(0)
-    self._writer.write(self._serialize(jpeg, video, number))
-    self._records[-1] += 1
-
-  def _finish_file(self) -> None:
-    if self._writer is not None:
-      self._writer.close()
-      self._writer = None
-
-  def close(self) -> list[dict[str, Any]]:
-    """Gives the files their names; returns `name`, `records` and `bytes` of each."""
-    self._finish_file()
-    rows = []
-    for number, (path, records) in enumerate(zip(self._temporary, self._records, strict=True)):
-      final = self.folder / f'{self._name}-{number}.array_record'
-      sync(path)
-      os.replace(path, final)
-      rows.append({'name': final.name, 'records': records, 'bytes': final.stat().st_size})
-    return rows
-
-  def discard(self) -> None:
-    """Removes what was written, on a disk that is full too."""
-    with contextlib.suppress(OSError, RuntimeError):
-      self._finish_file()
-    for path in self._temporary:
-      path.unlink(missing_ok=True)
-
-
 def write_shard(
   job: ShardJob,
   folder: pathlib.Path,
@@ -167,8 +83,8 @@ def write_shard(
 
   The table: {'fingerprint', 'files': see `FrameFiles.close`, 'videos': [row], 'skipped': [row]};
   a row has `path`, `label`, `youtube_id`, `seconds`, and for a kept video `frames`, `bytes` and
-  `sha256` of its JPEGs, for a skipped one the `reason`. The records of a video follow one another
-  in the order of 'videos'.
+  `sha256` of its JPEGs, for a skipped one the `reason`, and whether it is `unread`: the machine
+  does not give its bytes. The records of a video follow one another in the order of 'videos'.
 
   Args:
     job: what to write.
@@ -180,24 +96,15 @@ def write_shard(
   if table is not None:
     return table
   files = FrameFiles(folder, job.name)
-  videos, skipped = [], []
+  rows = []
   try:
     for video in job.videos:
-      before_video(video)
-      row = {'path': video.path, 'label': video.label, 'youtube_id': video.youtube_id}
-      row = {key: printable(value) for key, value in row.items()}
-      started = time.monotonic()
-      try:
-        if row['path'] != video.path:
-          raise UnusableVideo('its name is not valid UTF-8; rename it')
-        if video.path in verdicts:
-          raise UnusableVideo(verdicts[video.path])
-        row |= _write_video(job, video, files)
-        videos.append(row)
-      except UnusableVideo as reason:
-        row['reason'] = str(reason)
-        skipped.append(row)
-      row['seconds'] = round(time.monotonic() - started, 3)
+      verdict = None
+      for copy in (video, *video.copies):
+        before_video(copy)
+        rows.append(_attempt(job, copy, files, verdict or verdicts.get(copy.path)))
+        if 'reason' not in rows[-1]:
+          verdict = f'the same clip as {copy.path}'
     written = files.close()
   except BaseException:
     files.discard()
@@ -205,11 +112,42 @@ def write_shard(
   table = {
     'fingerprint': job.fingerprint,
     'files': written,
-    'videos': videos,
-    'skipped': skipped,
+    'videos': [row for row in rows if 'reason' not in row],
+    'skipped': [row for row in rows if 'reason' in row],
   }
-  write_json(folder / f'{job.name}.json', table)
+  write_text(folder / f'{job.name}.json', json.dumps(table, indent=1))
   return table
+
+
+def _attempt(job: ShardJob, video: Video, files: FrameFiles, verdict: str | None) -> dict[str, Any]:
+  """Writes the frames of a video if there is no verdict on it yet; returns its row."""
+  row = {'path': video.path, 'label': video.label, 'youtube_id': video.youtube_id}
+  row = {key: printable(value) for key, value in row.items()}
+  started = time.monotonic()
+  if row['path'] != video.path:
+    verdict = 'its name is not valid UTF-8; rename it'
+  try:
+    if verdict:
+      raise UnusableVideo(verdict)
+    row |= _write_video(job, video, files)
+  except UnusableVideo as reason:
+    row['reason'] = str(reason)
+    if not verdict:
+      row['unread'] = _is_unreadable(os.path.join(job.root, video.path))
+  row['seconds'] = round(time.monotonic() - started, 3)
+  return row
+
+
+def _is_unreadable(path: str) -> bool:
+  """Whether the machine does not give the bytes of a file, whatever they would be worth."""
+  try:
+    if stat.S_ISREG(os.stat(path).st_mode):
+      with open(path, 'rb', buffering=0) as file:
+        while file.read(1 << 20):
+          pass
+  except OSError:
+    return True
+  return False
 
 
 def _write_video(job: ShardJob, video: Video, files: FrameFiles) -> dict[str, Any]:
@@ -245,32 +183,26 @@ def _write_video(job: ShardJob, video: Video, files: FrameFiles) -> dict[str, An
 
 
 def finished_table(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the table of a shard that an earlier run finished from the same videos."""
+  """Returns the table of a shard that an earlier run finished from the same videos.
+
+  A shard is to be written anew if a video that the machine did not give then can be read now.
+  """
   try:
     table = json.loads((folder / f'{job.name}.json').read_text('utf-8'))
     whole = all((folder / row['name']).stat().st_size == row['bytes'] for row in table['files'])
+    unread = [row['path'] for row in table['skipped'] if row.get('unread')]
   except (OSError, ValueError, KeyError, TypeError):
     return None
-  return table if whole and table['fingerprint'] == job.fingerprint else None
+  if not whole or table['fingerprint'] != job.fingerprint:
+    return None
+  still = all(_is_unreadable(os.path.join(job.root, path)) for path in unread)
+  return table if still else None
 
 
-def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes a json file whole or not at all."""
-  write_text(path, json.dumps(content, indent=1))
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text file whole or not at all, through a power cut too."""
-  temporary = path.with_name(f'{path.name}.{secrets.token_hex(8)}.partial')
-  temporary.write_text(text, 'utf-8')
-  sync(temporary)
-  os.replace(temporary, path)
-
-
-def sync(path: pathlib.Path) -> None:
-  """Waits until a file or folder is on the disk itself."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+def remove_leftovers(jobs: list[ShardJob], folder: pathlib.Path) -> None:
+  """Removes what killed processes left of these shards; others may be written by other builders."""
+  names = {job.name for job in jobs}
+  for entry in os.scandir(folder):
+    match = re.fullmatch(r'([a-z]+-\d+)\b.*\.(partial|current)', entry.name)
+    if match and match[1] in names:
+      os.unlink(entry)

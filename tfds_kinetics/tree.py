@@ -1,23 +1,26 @@
 """First stop: the videos of a folder tree, with what their names and annotations say of them.
 
 Kinetics lies about in several forms: `train/<class>/<clip>.mp4`, `train/<clip>.mp4` beside the
-official csv files, folders called `train_256` or `videos_val`. A clip is named after its YouTube
-id, mostly followed by the seconds of its start and end: `<id>_000012_000022.mp4`.
+official csv files, folders called `train_256` or `videos_val`.
 """
 
-import csv
 import dataclasses
 import os
 import pathlib
-import re
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Set
 
+from tfds_kinetics.annotations import (
+  ClipKey,
+  annotation_files,
+  clip_key,
+  missing_clips,
+  read_annotations,
+)
 from tfds_kinetics.configs import SPLITS, VIDEO_SUFFIXES, VideoCollection
-from tfds_kinetics.messages import BadInput
 
-CLIP_NAME = re.compile(r'(?P<id>[\w-]{11})(_(?P<start>\d+)_(?P<end>\d+))?', re.ASCII)
-# Clips without times are told apart by their YouTube id alone.
-ClipKey = tuple[str, int | None, int | None]
+# Copies of clips that are damaged as they were first given out, as some mirrors unpack them.
+REPLACEMENTS = 'replacement'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +32,14 @@ class Video:
     label: name of its class; empty where none is known.
     size: in bytes; -1 where there is none to be had, as of a link that leads nowhere.
     youtube_id: of the video that a Kinetics clip was cut from; empty for other collections.
+    copies: the same clip in other files, each to be read only if none before it can be.
   """
 
   path: str
   label: str
   size: int
   youtube_id: str = ''
+  copies: tuple['Video', ...] = ()
 
 
 @dataclasses.dataclass
@@ -43,15 +48,15 @@ class Listing:
 
   Attributes:
     videos: of each split, sorted by path.
-    left_out: [split, path, reason] of what is no video, or the same clip as another.
+    left_out: [split, path, reason] of what is no video.
     missing: of each split that has annotations, the names of the clips that are not there.
-    outside: how many videos are in the folder of no split.
+    outside: the videos that are in the folder of no split.
   """
 
   videos: dict[str, list[Video]] = dataclasses.field(default_factory=dict)
   left_out: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
   missing: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-  outside: int = 0
+  outside: list[Video] = dataclasses.field(default_factory=list)
 
 
 def list_videos(
@@ -72,24 +77,29 @@ def list_videos(
   Raises:
     BadInput: annotations cannot be read.
   """
-  folders: dict[str, list[pathlib.Path]] = {}
+  folders = split_folders(root)
+  annotated, listing = {}, Listing()
+  if collection.num_classes is not None:
+    files = annotation_files(root, annotations)
+    annotated = {split: read_annotations(files[split]) for split in folders if split in files}
+  for split, places in folders.items():
+    found = [video for folder in places for video in _walk(root, folder, split, listing)]
+    listing.videos[split] = sorted(found, key=lambda video: video.path)
+  inside = {folder for places in folders.values() for folder in places}
+  if root not in inside:
+    listing.outside = list(_walk(root, root, '', listing, but=inside))
+  if collection.num_classes is not None:
+    _apply_kinetics(listing, annotated)
+  return listing
+
+
+def split_folders(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+  """Returns the folders of each split; without one for training it is the whole root."""
+  folders: dict[str, list[pathlib.Path]] = defaultdict(list)
   for child in sorted(root.iterdir()):
     if child.name in SPLITS and child.is_dir():
-      folders.setdefault(SPLITS[child.name], []).append(child)
-  listing = Listing()
-  if 'train' in folders:
-    others = [child for child in root.iterdir() if child.name not in SPLITS]
-    inside = (video for child in others if child.is_dir() for video in _walk(root, child, None))
-    listing.outside = sum(1 for _ in inside)
-    listing.outside += sum(is_video(child.name) for child in others if child.is_file())
-  else:
-    folders = {'train': [root]}
-  for split, places in sorted(folders.items()):
-    found = [video for folder in places for video in _walk(root, folder, (split, listing))]
-    listing.videos[split] = sorted(found, key=lambda video: video.path)
-  if collection.num_classes is not None:
-    _apply_kinetics(listing, _annotation_files(root, annotations))
-  return listing
+      folders[SPLITS[child.name]].append(child)
+  return dict(sorted(folders.items())) if 'train' in folders else {'train': [root]}
 
 
 def printable(text: str) -> str:
@@ -103,13 +113,16 @@ def is_video(name: str) -> bool:
 
 
 def _walk(
-  root: pathlib.Path, folder: pathlib.Path, into: tuple[str, Listing] | None
+  root: pathlib.Path,
+  folder: pathlib.Path,
+  split: str,
+  listing: Listing,
+  but: Set[pathlib.Path] = frozenset(),
 ) -> Iterator[Video]:
-  """Yields the videos below a folder; what cannot be one is noted in the listing, if given."""
+  """Yields the videos below a folder, `but` not those below others; notes what cannot be one."""
 
   def leave_out(path: pathlib.Path, reason: str) -> None:
-    if into:
-      into[1].left_out.append((into[0], path.relative_to(root).as_posix(), reason))
+    listing.left_out.append((split, path.relative_to(root).as_posix(), reason))
 
   def unreadable(error: OSError) -> None:
     leave_out(pathlib.Path(error.filename), f'the folder cannot be listed: {error.strerror}')
@@ -122,7 +135,8 @@ def _walk(
       folders.clear()
       continue
     visited.add(real)
-    folders.sort()  # Which of them is taken may not depend on the file system.
+    # Sorted, as which of them is taken may not depend on the file system.
+    folders[:] = sorted(name for name in folders if pathlib.Path(place, name) not in but)
     below = os.path.relpath(place, folder)
     label = '' if below == os.curdir else below.split(os.sep)[0]
     # Joined as text: a collection has hundreds of thousands.
@@ -138,89 +152,43 @@ def _walk(
       yield Video(prefix + name, label, size)
 
 
-def clip_key(path: str) -> ClipKey | None:
-  """Reads YouTube id, start and end in seconds from a clip's name."""
-  match = CLIP_NAME.fullmatch(os.path.splitext(os.path.basename(path))[0])
-  if match is None:
-    return None
-  start, end = match['start'], match['end']
-  return match['id'], int(start) if start else None, int(end) if end else None
-
-
-def _annotation_files(
-  root: pathlib.Path, annotations: pathlib.Path | None
-) -> dict[str, pathlib.Path]:
-  """Finds the csv file of every split: one that has the split's name in its own."""
-  if annotations is not None and not annotations.is_dir():
-    raise BadInput(f'--annotations={annotations} is not a folder; give that of the csv files.')
-  places = [annotations] if annotations else [root / 'annotations', root]
-  files: dict[str, pathlib.Path] = {}
-  for place in places:
-    for path in sorted(place.glob('*.csv')):
-      for word in re.split(r'[\W_]+', path.stem):
-        if word in SPLITS:
-          files.setdefault(SPLITS[word], path)
-  if annotations is not None and not files:
-    raise BadInput(
-      f'--annotations={annotations} holds no train.csv, val.csv or the like; give the folder of'
-      ' the official csv files.'
-    )
-  return files
-
-
-def read_annotations(path: pathlib.Path) -> dict[ClipKey, str]:
-  """Reads an official csv file: the class of every clip; empty in a test split without labels.
-
-  Raises:
-    BadInput: it cannot be read, or lacks a column.
-  """
-  try:
-    with path.open(newline='', encoding='utf-8-sig') as file:
-      rows = csv.DictReader(file)
-      columns = rows.fieldnames or []
-      lacking = {'youtube_id', 'time_start', 'time_end'} - set(columns)
-      if lacking:
-        raise BadInput(
-          f'{path} lacks the columns {", ".join(sorted(lacking))} (it has'
-          f' {", ".join(columns) or "none"}); give the official csv files, or remove it.'
-        )
-      return {
-        (row['youtube_id'], int(float(row['time_start'])), int(float(row['time_end']))): (
-          row.get('label') or ''
-        )
-        for row in rows
-      }
-  except (OSError, UnicodeDecodeError, csv.Error, TypeError, ValueError, OverflowError) as error:
-    if isinstance(error, BadInput):
-      raise
-    raise BadInput(
-      f'{path} cannot be read as annotations ({error}); give the official csv files, or remove it.'
-    ) from error
-
-
-def _apply_kinetics(listing: Listing, files: dict[str, pathlib.Path]) -> None:
-  """Adds ids and annotated classes, leaves duplicates out, and notes what is missing."""
+def _apply_kinetics(listing: Listing, annotated: dict[str, dict[ClipKey, str]]) -> None:
+  """Adds ids and classes, gathers the copies of a clip, and notes what is missing."""
+  names = {name for labels in annotated.values() for name in labels.values() if name}
+  class_names = {_letters(name): name for name in names}
+  replacements = defaultdict(list)
+  for video in listing.outside:
+    if video.path.startswith(f'{REPLACEMENTS}/') and clip_key(video.path):
+      replacements[clip_key(video.path)[0]].append(video)
+  used = set()
   for split, videos in listing.videos.items():
-    annotated = read_annotations(files[split]) if split in files else {}
-    label_of_id = {key[0]: label for key, label in annotated.items()}
-    kept: dict[ClipKey | str, Video] = {}
+    labels = annotated.get(split, {})
+    label_of_id = {key[0]: label for key, label in labels.items()}
+    clips: dict[ClipKey | str, list[Video]] = defaultdict(list)
     for video in videos:
       key = clip_key(video.path)
-      if key is None:
-        kept[video.path] = video
-        continue
-      if key in kept:
-        listing.left_out.append((split, video.path, f'the same clip as {kept[key].path}'))
-        continue
-      label = label_of_id.get(key[0]) if key[1] is None else annotated.get(key)
-      kept[key] = dataclasses.replace(video, label=label or video.label, youtube_id=key[0])
-    listing.videos[split] = list(kept.values())
-    if annotated:
-      listing.missing[split] = sorted(_missing(annotated, kept))
+      label = class_names.get(_letters(video.label), video.label)
+      if key is not None:
+        label = (label_of_id.get(key[0]) if key[1] is None else labels.get(key)) or label
+      known = dataclasses.replace(video, label=label, youtube_id=key[0] if key else '')
+      clips[key or video.path].append(known)
+    listing.videos[split] = [
+      _with_copies(copies, replacements[copies[0].youtube_id]) for copies in clips.values()
+    ]
+    used |= {copy.path for video in listing.videos[split] for copy in (video, *video.copies)}
+    if labels:
+      listing.missing[split] = sorted(missing_clips(labels, set(clips)))
+  listing.outside = [video for video in listing.outside if video.path not in used]
 
 
-def _missing(annotated: Iterable[ClipKey], there: Iterable[ClipKey | str]) -> Iterator[str]:
-  keys = set(there)
-  for youtube_id, start, end in annotated:
-    if (youtube_id, start, end) not in keys and (youtube_id, None, None) not in keys:
-      yield f'{youtube_id}_{start:06d}_{end:06d}'
+def _letters(name: str) -> str:
+  """A class's name as far as a folder that is called after it is sure to have it."""
+  return ''.join(filter(str.isalnum, name)).lower()
+
+
+def _with_copies(copies: list[Video], replacements: list[Video]) -> Video:
+  """Orders copies by what they promise: a replacement, then the largest, as others may be cut."""
+  known = {'label': copies[0].label, 'youtube_id': copies[0].youtube_id}
+  order = [dataclasses.replace(video, **known) for video in replacements]
+  order += sorted(copies, key=lambda video: -video.size)
+  return dataclasses.replace(order[0], copies=tuple(order[1:]))

@@ -106,9 +106,7 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
   packets = number = stored = 0
   # Of the core, not of the clock: neither a loaded nor a suspended machine is the video's fault.
   deadline = time.process_time() + options.time_limit
-  # A playlist under a video's name may not fetch what it lists.
-  whitelist = {'protocol_whitelist': 'file'}
-  with av.open(f'file:{path}', options=whitelist) as container:
+  with _open(path) as container:
     if container.format.name in ('concat', 'hls'):
       raise UnusableVideo('it is a playlist')
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -142,9 +140,9 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
           yield _encode(frame, options)
           stored += 1
         number += 1
-    if 'mp4' in container.format.name and not options.max_frames:
-      # Its header counts the packets, so those behind a cut are known to be missing.
-      missing = max(0, stream.frames - packets)
+    # The header of an mp4 counts its packets, so those behind a cut are known to be missing.
+    if 'mp4' in container.format.name and stream.frames > packets and not options.max_frames:
+      missing = max(0, stream.frames - _count_packets(path, stream.index))
       failures['the file is cut short'] += missing
       packets += missing
   if not stored:
@@ -155,6 +153,18 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
       f'{damaged} of {packets} packets are damaged ({_most_common(failures)});'
       f' --max_damage={math.ceil(1000 * damaged / packets) / 1000} would take it'
     )
+
+
+def _open(path: str, **options: str) -> av.container.InputContainer:
+  # As `file:`, whatever the name looks like; FFmpeg lets what it opened so open files only, so a
+  # playlist under a video's name fetches nothing. Titles need not be UTF-8.
+  return av.open(f'file:{path}', options=options, metadata_errors='replace')
+
+
+def _count_packets(path: str, stream: int) -> int:
+  """Counts the packets that are there, those too that an edit list takes out of what plays."""
+  with _open(path, ignore_editlist='1') as container:
+    return sum(packet.size > 0 for packet in container.demux(container.streams[stream]))
 
 
 def _most_common(failures: collections.Counter[str]) -> str:

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import re
 import signal
 import threading
 import time
@@ -75,7 +74,7 @@ class ShardProcess:
       path, stuck = _last_read(job, self._folder)
       kills[path] += 1
       if path is None and kills[path] == MOST_UNEXPLAINED:
-        raise KilledAgain
+        raise KilledAgain('its processes are killed again and again, by no single video')
       if path is not None and stuck:
         limit = job.options.time_limit
         verdicts[path] = f'it takes longer than --time_limit={limit:g} seconds, at one point of it'
@@ -108,7 +107,7 @@ def write_shards(
     Stopped: Ctrl-C.
     BadInput: the folder cannot be written, or processes are killed for no video's sake.
   """
-  _remove_leftovers(jobs, folder)
+  shards.remove_leftovers(jobs, folder)
   tables = {job: table for job in jobs if (table := shards.finished_table(job, folder))}
   if tables:
     say(f'going on: {len(tables)} of {len(jobs)} shards are there')
@@ -174,15 +173,6 @@ class Progress:
   def close(self) -> None:
     """Leaves the terminal in order."""
     self._bar.close()
-
-
-def _remove_leftovers(jobs: list[ShardJob], folder: pathlib.Path) -> None:
-  """Removes what killed processes left of these shards; others may be written by other builders."""
-  names = {job.name for job in jobs}
-  for entry in os.scandir(folder):
-    match = re.fullmatch(r'([a-z]+-\d+)\b.*\.(partial|current)', entry.name)
-    if match and match[1] in names:
-      os.unlink(entry)
 
 
 def _completed(

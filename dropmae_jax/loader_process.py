@@ -1,0 +1,155 @@
+"""Beside the second stop: what a loader process is to its machine, alive and dead.
+
+It answers signals as the trainer needs it, ends when the trainer does, and hands over what it makes
+in blocks of shared memory that bear the names of both, so that what a killed process leaves can be
+told from what is in use, and removed.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import pathlib
+import resource
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from multiprocessing import resource_tracker, shared_memory
+
+import cv2
+
+from dropmae_jax.command_line import BadInput
+
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+# On this signal a loader process writes the stacks of its threads to the terminal.
+SHOW_STACKS = signal.SIGUSR1
+# The exit status of a loader process that was told to end. Grain waits for ever on one that ends
+# with 0; so 0 is left to those that nobody told to.
+ORDERLY_END = 75
+SHARED_MEMORY = pathlib.Path('/dev/shm')
+MORE_MEMORY = (
+  f'lower config.data.num_workers, or enlarge {SHARED_MEMORY} (of a container by --shm-size)'
+)
+
+
+def start_worker(worker: int, num_workers: int, *, trainer: int) -> None:
+  """Prepares a loader process: one core, many files, an end when the process `trainer` ends.
+
+  Signals are the trainer's to answer, which needs its loader until it has saved.
+  """
+  del worker, num_workers
+  cv2.setNumThreads(0)
+  for each in STOP_SIGNALS:
+    signal.signal(each, signal.SIG_IGN)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+  faulthandler.register(SHOW_STACKS)
+  atexit.register(_end_orderly)
+  threading.Thread(target=_end_without, args=(trainer,), daemon=True).start()
+  allow_many_files()
+  Block.prefix = f'{run_prefix(trainer)}{os.getpid()}-'
+  # Grain lets Python choose names, which then do not tell whose a block is.
+  shared_memory.SharedMemory = Block
+
+
+def _end_orderly() -> None:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(ORDERLY_END)
+
+
+def _end_without(parent: int) -> None:
+  """Ends this process once its parent is gone, however that was killed."""
+  while os.getppid() == parent:
+    time.sleep(1)
+  os._exit(1)
+
+
+def allow_many_files() -> None:
+  """Raises the limit of open files as far as it goes: every shard that is read stays open."""
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+class Block(shared_memory.SharedMemory):
+  """Shared memory that is named after the run and the process that make it.
+
+  Attributes:
+    prefix: of the names of this process's blocks.
+  """
+
+  prefix = ''
+
+  def __init__(self, name: str | None = None, create: bool = False, size: int = 0) -> None:
+    if create and name is None:
+      name = f'{self.prefix}{secrets.token_hex(8)}'
+    super().__init__(name, create, size)
+
+
+def _machine_prefix() -> str:
+  """Begins the names of blocks whose numbers of processes are meant as this process sees them.
+
+  Containers may share the memory and not the numbers: what is dead here may be alive there.
+  """
+  return f'dropmae-{os.stat("/proc/self/ns/pid").st_ino}-'
+
+
+def run_prefix(trainer: int) -> str:
+  """Begins the names of all blocks of the run whose trainer has this process number."""
+  return f'{_machine_prefix()}{trainer}-'
+
+
+def unlink_blocks_of(processes: Iterable[int]) -> None:
+  """Removes what loader processes of this trainer have left; they and their reader have ended.
+
+  Blocks that this process has still open it removes by itself as soon as it lets go of them.
+  """
+  opened = pathlib.Path('/proc/self/maps').read_text()
+  for process in processes:
+    blocks = SHARED_MEMORY.glob(f'{run_prefix(os.getpid())}{process}-*')
+    _unlink(block for block in blocks if block.name not in opened)
+
+
+def unlink_blocks_of_dead_runs() -> None:
+  """Removes what runs have left whose processes were all killed at once."""
+  prefix = _machine_prefix()
+  for path in SHARED_MEMORY.glob(f'{prefix}*'):
+    trainer = path.name.removeprefix(prefix).partition('-')[0]
+    if not pathlib.Path('/proc', trainer).exists():
+      _unlink([path])
+
+
+def _unlink(blocks: Iterable[pathlib.Path]) -> None:
+  for block in blocks:
+    # Another may have been faster, or owns it.
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+      block.unlink()
+      # Python's tracker would miss it at the end; it has to know what it shall forget.
+      resource_tracker.register(f'/{block.name}', 'shared_memory')
+      resource_tracker.unregister(f'/{block.name}', 'shared_memory')
+
+
+def check_room(num_bytes: int, num_workers: int) -> None:
+  """Refuses to start a loader that would fill the shared memory, which kills its processes.
+
+  Args:
+    num_bytes: that the loader may need at a time.
+    num_workers: of the loader, for the message.
+
+  Raises:
+    BadInput: there is less; names both.
+  """
+  system = os.statvfs(SHARED_MEMORY)
+  free = system.f_bavail * system.f_frsize
+  if free < num_bytes:
+    raise BadInput(
+      f'data.num_workers={num_workers} needs {num_bytes / 1e6:.0f} MB of shared memory, and'
+      f' {SHARED_MEMORY} has {free / 1e6:.0f} MB free; {MORE_MEMORY}.'
+    )
+
+
+def out_of_room(error: OSError) -> BadInput:
+  """Returns the refusal of a loader process for which there was no room after all."""
+  return BadInput(f'{SHARED_MEMORY} is full ({error}); {MORE_MEMORY}.')

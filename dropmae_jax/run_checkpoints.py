@@ -1,0 +1,223 @@
+"""The checkpoints of a run in training: written in the background, and read by whoever goes on.
+
+No fault of a disk ends a run: what cannot be written is told, and what cannot be read any more
+is set aside for the checkpoint before it.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from dropmae_jax import checkpoint, hosts
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.train_step import TrainState
+
+
+class NotSaved(RuntimeError):
+  """The last state of a run could not be written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointOptions:
+  """When checkpoints are written and which are kept.
+
+  Attributes:
+    every_steps: updates between two of them; one is always written at the end.
+    keep_last: how many of the newest to keep.
+    keep_every: those at multiples of this many steps are kept for good; 0 keeps none of them.
+  """
+
+  every_steps: int = 1000
+  keep_last: int = 3
+  keep_every: int = 0
+
+  def __post_init__(self) -> None:
+    for name in ('every_steps', 'keep_last'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'checkpoint.{name}={getattr(self, name)} is not positive; use 1 or more.')
+
+
+class Checkpoints:
+  """Writes and restores the training state of one run.
+
+  `description` is stored with every checkpoint; its architecture must be that of what is there.
+  """
+
+  def __init__(
+    self, workdir: pathlib.Path, options: CheckpointOptions, description: dict[str, Any]
+  ) -> None:
+    self._description = description
+    self._options = ocp.CheckpointManagerOptions(
+      max_to_keep=options.keep_last,
+      keep_period=options.keep_every or None,
+      enable_async_checkpointing=True,
+    )
+    self._folder = (workdir / checkpoint.FOLDER).absolute()
+    self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+    self._every_steps = options.every_steps
+    self._pending: int | None = None
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest step that is stored whole."""
+    return self._manager.latest_step()
+
+  def is_due(self, step: int) -> bool:
+    """Whether a checkpoint belongs at this step."""
+    return step % self._every_steps == 0
+
+  def save(self, step: int, state: TrainState, *, say: Callable[[str], None]) -> None:
+    """Copies the state off the devices and writes it in the background; once per step.
+
+    Args:
+      step: number of the state.
+      state: on the devices.
+      say: is told when the one before could not be written, which ends nothing.
+    """
+    self._settle(say)
+    if step == self.latest_step:
+      return
+    # The training loop forbids implicit transfers, which orbax's copies off the devices are.
+    with jax.transfer_guard('allow'):
+      arrays = {'params': state.params, 'opt_state': state.opt_state}
+      sums = {name: checkpoint.checksums(tree) for name, tree in arrays.items()}
+      items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+      items['description'] = ocp.args.JsonSave({**self._description, 'checksums': sums})
+      self._pending = step
+      try:
+        self._manager.save(step, args=ocp.args.Composite(**items))
+      except Exception as error:  # Orbax answers a full disk with whatever its parts have.
+        self._give_up(error, say)
+
+  def _settle(self, say: Callable[[str], None]) -> None:
+    """Waits for what is being written."""
+    try:
+      self._manager.wait_until_finished()
+      self._pending = None
+    except Exception as error:  # As in `save`.
+      self._give_up(error, say)
+
+  def _give_up(self, error: Exception, say: Callable[[str], None]) -> None:
+    """Frees the room of a checkpoint that could not be written; those before it are kept."""
+    step, self._pending = self._pending, None
+    if jax.process_index() == 0:
+      for left in self._folder.glob(f'{step}.*-tmp*'):
+        shutil.rmtree(left, ignore_errors=True)
+    self._manager.reload()
+    reason, newest = checkpoint.first_line(error), self.latest_step or 0
+    say(
+      f'the checkpoint of step {step} could not be written ({reason}); the newest one is of step'
+      f' {newest}, and training goes on. Make room before the next one.'
+    )
+
+  def finish(self, step: int, state: TrainState, *, say: Callable[[str], None]) -> None:
+    """Saves the last state, and waits until it is on the disk.
+
+    Raises:
+      NotSaved: it could not be written; says from where the next start goes on.
+    """
+    self.save(step, state, say=say)
+    self._settle(say)
+    if self.latest_step != step:
+      before = self.latest_step or 0
+      raise NotSaved(
+        f'step {step} could not be saved in {self._folder}; make room and give the same command,'
+        f' which goes on from step {before}.'
+      )
+
+  def restore(self, abstract: TrainState) -> tuple[TrainState, list[str]]:
+    """Reads the newest state that is whole, onto the shapes and places of `abstract`.
+
+    Damaged ones are set aside under another name.
+
+    Returns:
+      The state, and a sentence on each that was damaged.
+
+    Raises:
+      BadInput: it is of another architecture, holds weights alone, or none is whole.
+    """
+    damaged: dict[int, str] = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        state, reason = self._restore_step(step, abstract), ''
+      except BadInput:
+        raise
+      except Exception as error:  # Orbax answers damage with whatever its parts have.
+        state, reason = None, checkpoint.first_line(error)
+      if not hosts.any_of(bool(reason)):
+        return state, [self._set_aside(each, why) for each, why in damaged.items()]
+      damaged[step] = reason or 'another process cannot read it'
+    found = '; '.join(f'step {step}: {reason}' for step, reason in damaged.items())
+    raise BadInput(
+      f'no checkpoint in {self._folder} can be read ({found}); see to its storage, or give another'
+      ' --workdir to begin anew.'
+    )
+
+  def _set_aside(self, step: int, reason: str) -> str:
+    """Renames a damaged checkpoint, so that it is neither read nor in the way of a new one."""
+    name = f'{step}.damaged'
+    if jax.process_index() == 0:
+      shutil.rmtree(self._folder / name, ignore_errors=True)
+      (self._folder / str(step)).rename(self._folder / name)
+    hosts.any_of(False)  # All wait for the first.
+    self._manager.reload()
+    return f'the checkpoint of step {step} is damaged ({reason}); it is set aside as {name}'
+
+  def _restore_step(self, step: int, abstract: TrainState) -> TrainState:
+    stored = self._stored_description(step)
+    mine, its = self._description['architecture'], stored['architecture']
+    changed = [
+      f'{k} is {its.get(k)} there and {mine[k]} here' for k in mine if mine[k] != its.get(k)
+    ]
+    if changed:
+      raise BadInput(
+        f'{self._folder} holds another model ({", ".join(changed)});'
+        ' give another --workdir, or the config it was trained with.'
+      )
+    if not (self._folder / str(step) / 'opt_state').exists():
+      raise BadInput(
+        f'{self._folder} holds weights without optimizer state, so training cannot go on from it;'
+        ' give another --workdir, and this one as --config.init_from.'
+      )
+    items = {'params': abstract.params, 'opt_state': abstract.opt_state}
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in items.items()}),
+    )
+    for name in items:
+      checkpoint.check(name, restored[name], stored)
+    count = jax.device_put(np.int32(step), abstract.step.sharding)
+    return TrainState(step=count, params=restored.params, opt_state=restored.opt_state)
+
+  def _stored_description(self, step: int) -> dict[str, Any]:
+    items = ocp.args.Composite(description=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=items).description
+
+  def changes(self) -> dict[str, str]:
+    """Returns the config fields that differ from those of the newest checkpoint, 'old -> new'.
+
+    `data_fingerprint` is among them, if the dataset is another one.
+    """
+    stored = self._stored_description(self.latest_step)
+    old, new = (
+      traverse_util.flatten_dict(description.get('config', {}), sep='.')
+      | {key: description[key] for key in ('data_fingerprint',) if description.get(key)}
+      for description in (stored, self._description)
+    )
+    return {
+      name: f'{old[name]} -> {new[name]}' for name in new if old.get(name, new[name]) != new[name]
+    }
+
+  def close(self) -> None:
+    """Ends the writing in the background; `finish` has told how that of the last state went."""
+    with contextlib.suppress(Exception):
+      self._manager.wait_until_finished()
+    self._manager.close()

@@ -1,0 +1,94 @@
+"""How commands end: by signals, and when nobody reads on."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+EXPORT = """
+import pathlib, sys, time
+from dropmae_jax import command_line, destination
+
+def main():
+  with destination.staged(pathlib.Path(sys.argv[1]), num_bytes=1) as partial:
+    partial.write_text('half')
+    print('writing', flush=True)
+    time.sleep(60)
+
+command_line.run(main)
+"""
+
+
+def start(program, *arguments):
+  return subprocess.Popen(
+    [sys.executable, '-c', program, *map(str, arguments)],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(tmp_path, number):
+  process = start(EXPORT, tmp_path / 'out.pth')
+  assert process.stdout.readline() == 'writing\n'
+  assert len(list(tmp_path.iterdir())) == 1
+  process.send_signal(number)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 128 + number
+  assert errors == f'stopped by {number.name}\n'
+  assert list(tmp_path.iterdir()) == []
+
+
+PRINT = """
+from dropmae_jax import command_line
+
+def main():
+  for number in range(100_000):
+    print(number, flush={flush})
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize('flush', [True, False])
+def test_output_that_nobody_reads_ends_the_command_quietly(flush):
+  process = start(PRINT.replace('{flush}', str(flush)))
+  assert process.stdout.readline() == '0\n'
+  process.stdout.close()
+  errors = process.stderr.read()
+  assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+  assert errors == ''
+
+
+INNER_PIPE = """
+import os
+from dropmae_jax import command_line
+
+def main():
+  reader, writer = os.pipe()
+  os.close(reader)
+  os.write(writer, b'x')
+
+command_line.run(main)
+"""
+
+
+def test_other_broken_pipes_are_errors():
+  process = start(INNER_PIPE)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 1
+  assert 'BrokenPipeError' in errors
+
+
+def test_the_handler_goes_with_the_command():
+  process = start(
+    'import signal\nfrom dropmae_jax import command_line\n'
+    'try:\n  command_line.run(lambda: 3)\n'
+    'except SystemExit as ended:\n'
+    '  print(ended.code, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)'
+  )
+  assert process.communicate(timeout=60) == ('3 True\n', '')

@@ -1,0 +1,117 @@
+"""What lies on the disk: a record per frame, in files that get their names once they are whole."""
+
+import contextlib
+import os
+import pathlib
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from tensorflow_datasets.core import example_serializer
+from tensorflow_datasets.proto import tf_example_pb2
+
+from tfds_kinetics.tree import Video
+
+# The time to read a record is linear in the records of its file.
+RECORDS_PER_FILE = 8192
+
+
+def frame_features() -> tfds.features.FeaturesDict:
+  """One record is one frame, with what is known of the video that it is of."""
+  return tfds.features.FeaturesDict(
+    {
+      'jpeg': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
+      'class_name': tfds.features.Text(),
+      'youtube_id': tfds.features.Text(),
+      'video': tfds.features.Text(),
+      'frame': tfds.features.Scalar(np.int32),
+    }
+  )
+
+
+def frame_serializer() -> Callable[[bytes, Video, int], bytes]:
+  """Returns the function from a JPEG, its video and its number among the stored to a record."""
+  features = frame_features()
+  serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+
+  def serialize(jpeg: bytes, video: Video, number: int) -> bytes:
+    record = serializer.serialize_example(
+      features.encode_example(
+        {
+          'jpeg': jpeg,
+          'class_name': video.label,
+          'youtube_id': video.youtube_id,
+          'video': video.path,
+          'frame': number,
+        }
+      )
+    )
+    # As it comes, the order of the features is another in each process.
+    return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
+
+  return serialize
+
+
+class FrameFiles:
+  """Writes records to files of a limited length, under temporary names until `close`."""
+
+  def __init__(self, folder: pathlib.Path, name: str) -> None:
+    self.folder, self._name = folder, name
+    self._serialize = frame_serializer()
+    self._temporary: list[pathlib.Path] = []
+    self._records: list[int] = []
+    self._writer = None
+
+  def write(self, jpeg: bytes, video: Video, number: int) -> None:
+    """Appends one frame."""
+    if self._writer is None or self._records[-1] == RECORDS_PER_FILE:
+      self._finish_file()
+      path = self.folder / f'{self._name}-{len(self._records)}.{secrets.token_hex(8)}.partial'
+      self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+      self._temporary.append(path)
+      self._records.append(0)
+    self._writer.write(self._serialize(jpeg, video, number))
+    self._records[-1] += 1
+
+  def _finish_file(self) -> None:
+    if self._writer is not None:
+      self._writer.close()
+      self._writer = None
+
+  def close(self) -> list[dict[str, Any]]:
+    """Gives the files their names; returns `name`, `records` and `bytes` of each."""
+    self._finish_file()
+    rows = []
+    for number, (path, records) in enumerate(zip(self._temporary, self._records, strict=True)):
+      final = self.folder / f'{self._name}-{number}.array_record'
+      sync(path)
+      os.replace(path, final)
+      rows.append({'name': final.name, 'records': records, 'bytes': final.stat().st_size})
+    return rows
+
+  def discard(self) -> None:
+    """Removes what was written, on a disk that is full too."""
+    with contextlib.suppress(OSError, RuntimeError):
+      self._finish_file()
+    for path in self._temporary:
+      path.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a text file whole or not at all, through a power cut too."""
+  temporary = path.with_name(f'{path.name}.{secrets.token_hex(8)}.partial')
+  temporary.write_text(text, 'utf-8')
+  sync(temporary)
+  os.replace(temporary, path)
+
+
+def sync(path: pathlib.Path) -> None:
+  """Waits until a file or folder is on the disk itself."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
