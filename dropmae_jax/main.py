@@ -74,6 +74,8 @@ def main(_: list[str]) -> int:
       f'--config cannot be read: {_last_line(error)}; configs/ has examples.'
     ) from error
   logging.set_verbosity(logging.WARNING)
+  # What goes wrong in orbax comes as exceptions too, which become a sentence.
+  logging.get_absl_logger().addFilter(lambda record: '/orbax/' not in record.pathname)
   # After the checks, which then answer at once.
   from dropmae_jax import feed, hosts, report, run_checkpoints, train
 
