@@ -1,5 +1,6 @@
 # make quickstart   everything on generated clips: prepare, train, figure, convert
 # make test         the tests
+# make test-all     the slow ones too
 # make lint         ruff: format and lint
 # make venv         only the set-up, which the others do by themselves when it is missing
 
@@ -12,7 +13,7 @@ CLIP := $(RUN)/clips/val/drifting/drifting_0051.mp4
 # The stamp is written last, so a set-up that was interrupted is done again.
 STAMP := $(VENV)/installed
 
-.PHONY: venv quickstart test lint clean
+.PHONY: venv quickstart test test-all lint clean
 
 venv: $(STAMP)
 	@echo "$(VENV) is ready: source $(BIN)/activate"
@@ -47,6 +48,10 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	@echo "using $(VENV) (remove it to install anew)"
 	$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	@echo "using $(VENV) (remove it to install anew)"
+	$(BIN)/python -m pytest -m 'slow or not slow'
 
 lint: $(STAMP)
 	$(BIN)/ruff format .

@@ -102,6 +102,7 @@ def test_two_processes_are_one_run(trained, data_dir, tmp_path):
   assert sorted(together[:6]) == sorted(together[6:]) == list(range(6))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_and_any_number_of_devices_goes_on(trained, data_dir, tmp_path):
   arguments = train_arguments(
     data_dir, tmp_path, '--config.num_steps=100000', '--config.mesh.fsdp=4'

@@ -1,4 +1,5 @@
-"""The recipes of docs/launch.md are at least what a shell and a cluster can parse."""
+"""The recipes of docs/launch.md are at least what a shell and a cluster can parse; the tests that
+docs/reliability.md names are there."""
 
 import re
 import subprocess
@@ -40,3 +41,12 @@ def test_fields_and_configs_that_are_named_exist():
   assert fields <= set(recipe.known_fields())
   for path in re.findall(r'configs/\w+\.py', TEXT):
     assert (ROOT / path).exists()
+
+
+def test_every_fault_has_the_test_that_is_named():
+  rows = re.findall(r'^\|.*\|$', (ROOT / 'docs' / 'reliability.md').read_text(), re.MULTILINE)[2:]
+  assert len(rows) > 10
+  tests = ''.join(path.read_text() for path in (ROOT / 'tests').glob('test_*.py'))
+  for row in rows:
+    (name,) = re.findall(r'`(test_\w+)`', row)
+    assert f'def {name}(' in tests

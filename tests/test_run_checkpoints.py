@@ -140,7 +140,9 @@ def flip_a_bit(path):
   path.write_bytes(content)
 
 
-@pytest.mark.parametrize('deed', [remove, truncate, flip_a_bit])
+@pytest.mark.parametrize(
+  'deed', [pytest.param(remove, marks=pytest.mark.slow), truncate, flip_a_bit]
+)
 def test_no_damage_of_any_file_reaches_the_training(saved, tmp_path, deed):
   """Either the state is what was saved, or the checkpoint before it is taken, and that is said."""
   newest = saved / checkpoint.FOLDER / '12'
@@ -244,6 +246,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, data_dir, tmp_p
   assert_same_weights(tmp_path, trained)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_no_success(data_dir, tmp_path):
   arguments = train_arguments(
     data_dir, tmp_path, '--config.num_steps=5', '--config.checkpoint.every_steps=2'

@@ -71,13 +71,13 @@ def assert_same_state(first, second, *, rtol):
 @pytest.mark.parametrize(
   ('devices', 'fsdp', 'accumulation_steps', 'remat'),
   [
-    (8, 1, 1, 'none'),
-    (8, 8, 1, 'none'),
     (8, 4, 1, 'none'),
     (1, 1, 2, 'none'),
     (4, 2, 2, 'full'),
-    (1, 1, 1, 'full'),
-    (1, 1, 1, 'dots'),
+    pytest.param(8, 1, 1, 'none', marks=pytest.mark.slow),
+    pytest.param(8, 8, 1, 'none', marks=pytest.mark.slow),
+    pytest.param(1, 1, 1, 'full', marks=pytest.mark.slow),
+    pytest.param(1, 1, 1, 'dots', marks=pytest.mark.slow),
   ],
 )
 def test_devices_micro_batches_and_remat_do_not_change_the_numbers(
