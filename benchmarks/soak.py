@@ -9,6 +9,7 @@ with one that nobody disturbed; then the next one begins, until the time is over
 """
 
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -88,42 +89,45 @@ class Trainer:
     return self.process.wait(timeout=300)
 
 
-def kill_trainer(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> None:
+def kill_trainer(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
   """Kill -9, at any point: within a step, a save, a log line."""
   del workdir, rng
-  trainer.end(signal.SIGKILL)
+  return trainer.end(signal.SIGKILL) == -signal.SIGKILL
 
 
-def stop_trainer(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> None:
+def stop_trainer(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
   """SIGTERM, after which it must have saved and said so."""
   del workdir, rng
   status = trainer.end(signal.SIGTERM)
   if status not in (0, STOPPED):
     raise AssertionError(f'status {status} after SIGTERM:\n{trainer.said()}')
+  return status == STOPPED
 
 
-def kill_loader(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> None:
+def kill_loader(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
   """Kill -9 of a loader process; the trainer must go on by itself, so it is stopped afterwards."""
   for child in trainer.children():
-    os.kill(child, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(child, signal.SIGKILL)
   deadline = time.monotonic() + 60
-  while 'built anew' not in trainer.said() and time.monotonic() < deadline:
+  while 'built anew' not in trainer.said():
     if trainer.process.poll() is not None:
-      return  # It was at its end.
+      return False  # It was at its end.
+    if time.monotonic() > deadline:
+      raise AssertionError(f'the loader was not built anew in a minute:\n{trainer.said()}')
     time.sleep(0.2)
   stop_trainer(trainer, workdir, rng)
+  return True
 
 
-def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> None:
+def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
   """Kill -9, and then the newest checkpoint loses a file, the half of one, or a bit."""
   trainer.end(signal.SIGKILL)
-  steps = sorted(
-    (int(p.name), p) for p in (workdir / checkpoint.FOLDER).glob('[0-9]*') if p.name.isdigit()
-  )
+  folders = (workdir / checkpoint.FOLDER).iterdir()
+  steps = sorted((int(path.name), path) for path in folders if path.name.isdigit())
   if len(steps) < 2:
-    return  # The only one may not be lost.
-  files = [path for path in steps[-1][1].rglob('*') if path.is_file() and path.stat().st_size > 64]
-  victim = rng.choice(sorted(files))
+    return False  # The only one may not be lost.
+  victim = rng.choice(sorted(path for path in steps[-1][1].rglob('*') if path.is_file()))
   content = bytearray(victim.read_bytes())
   deed = rng.choice(['remove', 'truncate', 'flip'])
   if deed == 'remove':
@@ -133,9 +137,11 @@ def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Rando
   else:
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     victim.write_bytes(content)
+  return True
 
 
-FAULTS: dict[str, Callable[[Trainer, pathlib.Path, random.Random], None]] = {
+# Each does something to a run, and says whether it came in time to do it.
+FAULTS: dict[str, Callable[[Trainer, pathlib.Path, random.Random], bool]] = {
   'kill -9 of the trainer': kill_trainer,
   'SIGTERM': stop_trainer,
   'kill -9 of the loader': kill_loader,
@@ -193,7 +199,8 @@ def disturb(
     if status is not None:
       raise AssertionError(f'status {status} without a fault:\n{trainer.said()}')
     name = rng.choice(list(FAULTS))
-    FAULTS[name](trainer, workdir, rng)
+    if not FAULTS[name](trainer, workdir, rng):
+      continue
     survived[name] += 1
     print(f'{sum(survived.values()):4d} {name}: {last_step(workdir)}', flush=True)
   run_to_the_end(arguments, log)

@@ -7,6 +7,8 @@ what is listed was whole once. Training writes them by `run_checkpoints`.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import tempfile
@@ -71,6 +73,30 @@ def _examined(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
     (each.sum(dtype=jnp.uint32), jnp.isfinite(leaf).all())
     for each, leaf in zip(words, leaves, strict=True)
   ]
+
+
+def seal(description: dict[str, Any]) -> dict[str, Any]:
+  """Adds the `sha256` of a description to it, by which `unseal` notices damage."""
+  return {**description, 'sha256': _sha256(description)}
+
+
+def unseal(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns a description without its seal; older ones have none, and no sums.
+
+  Raises:
+    ValueError: it is not what was saved.
+  """
+  description = {name: value for name, value in stored.items() if name != 'sha256'}
+  is_old = 'sha256' not in stored and 'checksums' not in stored
+  if not is_old and stored.get('sha256') != _sha256(description):
+    raise ValueError('the description is not what was saved')
+  return description
+
+
+def _sha256(description: dict[str, Any]) -> str:
+  # As it comes back: with lists for tuples.
+  plain = json.loads(json.dumps(description))
+  return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def check(name: str, tree: Any, description: dict[str, Any]) -> None:
@@ -143,9 +169,10 @@ def _stored_steps(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
 
 def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bool) -> Weights:
   stored = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
-  architecture = Architecture(**stored.description['architecture'])
+  description = unseal(stored.description)
+  architecture = Architecture(**description['architecture'])
   # None is what a file that was read in did not tell.
-  objective = stored.description['objective']
+  objective = description['objective']
   _, abstract = mae.abstract_model(architecture)
   items = {'params': abstract}
   if with_moments:
@@ -159,13 +186,13 @@ def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bo
   )
   arrays = jax.tree.map(np.asarray, {name: restored[name] for name in items})
   for name, tree in arrays.items():
-    check(name, tree, stored.description)
+    check(name, tree, description)
   return Weights(
     params=arrays['params'],
     step=step,
     architecture=architecture,
     objective=Objective(**{k: v for k, v in objective.items() if v is not None}),
-    description=stored.description,
+    description=description,
     moments=optimizer.moments_of(arrays['opt_state']) if with_moments else None,
   )
 
@@ -191,7 +218,7 @@ def save_weights(
     arrays['opt_state'] = optimizer.state_of(moments)
   sums = {name: checksums(tree) for name, tree in arrays.items()}
   items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-  items['description'] = ocp.args.JsonSave({**description, 'checksums': sums})
+  items['description'] = ocp.args.JsonSave(seal({**description, 'checksums': sums}))
   try:
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(

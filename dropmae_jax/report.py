@@ -79,6 +79,12 @@ class Report:
         tqdm.tqdm.write(text)
       _log.info(text)
 
+  def warn(self, text: str) -> None:
+    """Says what went wrong, on whichever process it did."""
+    self.say(text)
+    if not self._writes:
+      print(f'process {jax.process_index()}: {text}', file=sys.stderr, flush=True)
+
   def compiled(self, step: int) -> None:
     """Starts the clock anew after the first step, whose time is that of the compiler."""
     self.say(f'first step, compilation included: {time.perf_counter() - self._started:.1f} s')

@@ -59,6 +59,7 @@ class Checkpoints:
       max_to_keep=options.keep_last,
       keep_period=options.keep_every or None,
       enable_async_checkpointing=True,
+      cleanup_tmp_directories=True,  # Of saves that a kill broke off.
     )
     self._folder = (workdir / checkpoint.FOLDER).absolute()
     self._manager = ocp.CheckpointManager(self._folder, options=self._options)
@@ -90,7 +91,8 @@ class Checkpoints:
       arrays = {'params': state.params, 'opt_state': state.opt_state}
       sums = {name: checkpoint.checksums(tree) for name, tree in arrays.items()}
       items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-      items['description'] = ocp.args.JsonSave({**self._description, 'checksums': sums})
+      description = checkpoint.seal({**self._description, 'checksums': sums})
+      items['description'] = ocp.args.JsonSave(description)
       self._pending = step
       try:
         self._manager.save(step, args=ocp.args.Composite(**items))
@@ -108,6 +110,8 @@ class Checkpoints:
   def _give_up(self, error: Exception, say: Callable[[str], None]) -> None:
     """Frees the room of a checkpoint that could not be written; those before it are kept."""
     step, self._pending = self._pending, None
+    if step is None:
+      return  # It was told already.
     if jax.process_index() == 0:
       for left in self._folder.glob(f'{step}.*-tmp*'):
         shutil.rmtree(left, ignore_errors=True)
@@ -146,15 +150,10 @@ class Checkpoints:
     """
     damaged: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      try:
-        state, reason = self._restore_step(step, abstract), ''
-      except BadInput:
-        raise
-      except Exception as error:  # Orbax answers damage with whatever its parts have.
-        state, reason = None, checkpoint.first_line(error)
-      if not hosts.any_of(bool(reason)):
+      state, reason = self._restore_step(step, abstract)
+      if not reason:
         return state, [self._set_aside(each, why) for each, why in damaged.items()]
-      damaged[step] = reason or 'another process cannot read it'
+      damaged[step] = reason
     found = '; '.join(f'step {step}: {reason}' for step, reason in damaged.items())
     raise BadInput(
       f'no checkpoint in {self._folder} can be read ({found}); see to its storage, or give another'
@@ -171,8 +170,37 @@ class Checkpoints:
     self._manager.reload()
     return f'the checkpoint of step {step} is damaged ({reason}); it is set aside as {name}'
 
-  def _restore_step(self, step: int, abstract: TrainState) -> TrainState:
-    stored = self._stored_description(step)
+  def _restore_step(self, step: int, abstract: TrainState) -> tuple[TrainState | None, str]:
+    """Returns the state of a step, or None and what is wrong with it.
+
+    All processes come to the same end: in each stage, what one finds, all hear of before the next.
+    """
+    arrays = {'params': abstract.params, 'opt_state': abstract.opt_state}
+
+    def describe() -> dict[str, Any]:
+      stored = self._stored_description(step)
+      self._refuse_another_model(step, stored)
+      return stored
+
+    def read() -> Any:
+      items = {name: ocp.args.StandardRestore(tree) for name, tree in arrays.items()}
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def examine() -> None:
+      for name in arrays:
+        checkpoint.check(name, restored[name], stored)
+
+    stored, reason = _together(describe)
+    if not reason:
+      restored, reason = _together(read)
+    if not reason:
+      _, reason = _together(examine)
+    if reason:
+      return None, reason
+    count = jax.device_put(np.int32(step), abstract.step.sharding)
+    return TrainState(step=count, params=restored.params, opt_state=restored.opt_state), ''
+
+  def _refuse_another_model(self, step: int, stored: dict[str, Any]) -> None:
     mine, its = self._description['architecture'], stored['architecture']
     changed = [
       f'{k} is {its.get(k)} there and {mine[k]} here' for k in mine if mine[k] != its.get(k)
@@ -187,19 +215,10 @@ class Checkpoints:
         f'{self._folder} holds weights without optimizer state, so training cannot go on from it;'
         ' give another --workdir, and this one as --config.init_from.'
       )
-    items = {'params': abstract.params, 'opt_state': abstract.opt_state}
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in items.items()}),
-    )
-    for name in items:
-      checkpoint.check(name, restored[name], stored)
-    count = jax.device_put(np.int32(step), abstract.step.sharding)
-    return TrainState(step=count, params=restored.params, opt_state=restored.opt_state)
 
   def _stored_description(self, step: int) -> dict[str, Any]:
     items = ocp.args.Composite(description=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=items).description
+    return checkpoint.unseal(self._manager.restore(step, args=items).description)
 
   def changes(self) -> dict[str, str]:
     """Returns the config fields that differ from those of the newest checkpoint, 'old -> new'.
@@ -221,3 +240,22 @@ class Checkpoints:
     with contextlib.suppress(Exception):
       self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _together(stage: Callable[[], Any]) -> tuple[Any, str]:
+  """Runs a stage on all processes; returns its result, or why it failed on this one or another.
+
+  Raises:
+    BadInput: of the stage, once the others have heard that it failed here.
+  """
+  result, refused, reason = None, None, ''
+  try:
+    result = stage()
+  except BadInput as error:
+    refused = error
+  except Exception as error:  # Orbax answers damage with whatever its parts have.
+    reason = checkpoint.first_line(error)
+  failed_somewhere = hosts.any_of(bool(refused or reason))
+  if refused:
+    raise refused
+  return result, reason or ('another process cannot read it' if failed_somewhere else '')

@@ -127,7 +127,7 @@ def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False)
       if run.checkpoints.is_due(step) or stopped or ended:
         run.report.check_finite()
         write = run.checkpoints.finish if stopped or ended else run.checkpoints.save
-        write(step, state, say=run.report.say)
+        write(step, state, say=run.report.warn)
       if stopped and not ended:
         run.report.say(
           f'{interruption.signal_name}: saved at step {step} of {recipe.num_steps};'
@@ -141,12 +141,12 @@ def _open(
   recipe: Recipe, workdir: pathlib.Path, stack: contextlib.ExitStack, *, allow_changes: bool
 ) -> Run:
   """Opens data, checkpoints, report and loader of a run; the stack closes them again."""
+  dataset = _open_dataset(recipe, workdir, allow_changes=allow_changes)
   try:
     mesh = sharding.make_mesh(options=recipe.mesh)
   except ValueError as error:
     raise BadInput(f'config: {error}') from error
   program = build_program(recipe, mesh)
-  dataset = _open_dataset(recipe)
   steps_per_epoch = max(len(dataset) // recipe.batch_size, 1)
   seeds = derive_seeds(recipe.seed)
 
@@ -164,6 +164,7 @@ def _open(
   )
   checkpoints = Checkpoints(workdir, recipe.checkpoint, description)
   stack.callback(checkpoints.close)
+  hosts.agree({'newest checkpoint in --workdir': str(checkpoints.latest_step)})
   state, notes = _begin(
     recipe, workdir, program, checkpoints, key=seeds.init, allow_changes=allow_changes
   )
@@ -183,7 +184,7 @@ def _open(
   )
   for note in notes:
     report.say(note)
-  batches = _feed(recipe, dataset, mesh, seed=seeds.data, first_step=first_step, say=report.say)
+  batches = _feed(recipe, dataset, mesh, seed=seeds.data, first_step=first_step, say=report.warn)
   stack.callback(batches.close)
   step_key = sharding.put_everywhere(seeds.steps, mesh)
   return Run(program, state, step_key, first_step, batches, checkpoints, report)
@@ -214,11 +215,13 @@ def _begin(
   return state, notes
 
 
-def _open_dataset(recipe: Recipe) -> videos.Mixture:
+def _open_dataset(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool) -> videos.Mixture:
   """Opens the dataset, once all processes are there and mean the same run."""
   facts = {
     'code version': hosts.code_version(),
     'config': repr(dataclasses.replace(recipe, data_dir='')),
+    '--workdir': str(workdir.absolute()),
+    '--allow_changes': str(allow_changes),
   }
   try:
     dataset = videos.open_mixture(recipe.data_dir, recipe.dataset, recipe.split)

@@ -124,6 +124,7 @@ def test_a_signal_to_one_stops_both_and_any_number_of_devices_goes_on(trained, d
   ('mine', 'message'),
   [
     (['--config.seed=1'], 'disagree with process 0 about: config (process 1); start all with'),
+    (['--config.mesh.fsdp=3'], 'disagree with process 0 about: config (process 1)'),
     (['--config.data_dir=/none'], 'disagree with process 0 about: dataset (process 1)'),
   ],
 )

@@ -168,12 +168,17 @@ def test_no_damage_of_any_file_reaches_the_training(saved, tmp_path, deed):
   assert fell_back >= 5
 
 
+def description_of(step_folder):
+  """The file, and what it holds without its seal."""
+  path = step_folder / 'description' / 'metadata'
+  return path, checkpoint.unseal(json.loads(path.read_text()))
+
+
 def test_an_array_that_is_not_the_saved_one_is_named(saved):
   """As after a flipped bit that the format has no sum for; read by anyone."""
-  path = saved / checkpoint.FOLDER / '12' / 'description' / 'metadata'
-  stored = json.loads(path.read_text())
+  path, stored = description_of(saved / checkpoint.FOLDER / '12')
   stored['checksums']['params'][3] ^= 1 << 20
-  path.write_text(json.dumps(stored))
+  path.write_text(json.dumps(checkpoint.seal(stored)))
   with pytest.raises(
     BadInput, match=r"step 12 .* cannot be read \(params\['.*\] is not what was saved"
   ):
@@ -181,6 +186,25 @@ def test_an_array_that_is_not_the_saved_one_is_named(saved):
   step, _, (note,) = restored(saved)
   assert step == 10
   assert "(params['" in note
+
+
+@pytest.mark.parametrize('old', ['"width": 64', '"checksums"', '"sha256"'])
+def test_a_description_that_was_changed_is_damaged_and_no_other_model(saved, old):
+  path, _ = description_of(saved / checkpoint.FOLDER / '12')
+  text = path.read_text()
+  assert old in text
+  changed = chr(ord(old[-2]) ^ 1)
+  path.write_text(text.replace(old, old[:-2] + changed + old[-1], 1))
+  step, _, (note,) = restored(saved)
+  assert step == 10
+  assert 'step 12 is damaged (the description is not what was saved)' in note
+
+
+def test_what_broken_saves_left_goes_with_the_next_start(saved):
+  left = saved / checkpoint.FOLDER / '14.orbax-checkpoint-tmp'
+  left.mkdir()
+  assert restored(saved)[0] == 12
+  assert not left.exists()
 
 
 def test_checkpoints_without_sums_are_read_but_not_with_nan(tmp_path):
@@ -192,8 +216,7 @@ def test_checkpoints_without_sums_are_read_but_not_with_nan(tmp_path):
     params = jax.tree.map(np.asarray, state_at(0).params)
     params['mask_token'] = np.full_like(params['mask_token'], value)
     checkpoint.save_weights(folder, params, 7, DESCRIPTION)
-    path = folder / checkpoint.FOLDER / '7' / 'description' / 'metadata'
-    stored = json.loads(path.read_text())
+    path, stored = description_of(folder / checkpoint.FOLDER / '7')
     del stored['checksums']
     path.write_text(json.dumps(stored))
     if message:
@@ -212,7 +235,7 @@ def test_where_none_is_whole_nothing_is_begun_anew(saved):
   assert sorted(int(p.name) for p in (saved / checkpoint.FOLDER).iterdir()) == [4, 8, 10, 12]
 
 
-# From step 3 on the file system takes no file of more than 64 kB, until step 6 where it is given.
+# From step 3 on the file system takes no file of more than 64 kB, until step 7 where it is given.
 FULL = """
 import pathlib, resource, time
 from absl import app
@@ -234,7 +257,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, data_dir, tmp_p
   arguments = train_arguments(
     data_dir, tmp_path, '--config.num_steps=8', '--config.checkpoint.every_steps=2'
   )
-  limits = 'LIMITS = {3: 65536, 6: resource.RLIM_INFINITY}'
+  limits = 'LIMITS = {3: 65536, 7: resource.RLIM_INFINITY}'
   done = run_python('-c', FULL.replace('from absl', f'{limits}\nfrom absl', 1), *arguments[2:])
   assert done.returncode == 0, done.stderr
   assert 'the checkpoint of step 4 could not be written (' in done.stdout

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import run_python, train_arguments
 from flax import traverse_util
 from test_commands import losses
@@ -104,6 +105,17 @@ def test_another_encoder_is_refused(workdir):
   other = dataclasses.replace(TINY, depth=3)
   with pytest.raises(BadInput, match=r'is of another encoder: .* blocks\.2\.norm1\.weight is miss'):
     warm_start.read(workdir, other)
+
+
+def test_weights_that_are_not_finite_are_refused(workdir, params, tmp_path):
+  path = tmp_path / 'weights.safetensors'
+  list(convert.export(workdir, path, convert.ExportOptions(verify=False)))
+  tensors = safetensors.numpy.load_file(path)
+  tensors['norm.bias'][0] = np.nan
+  other = tmp_path / 'nan.safetensors'
+  safetensors.numpy.save_file(tensors, other)
+  with pytest.raises(BadInput, match=r'values that are not finite, in 1 tensors: norm\.bias'):
+    warm_start.read(other, TINY)
 
 
 def test_the_command_begins_with_what_it_is_given(trained, data_dir, tmp_path):
