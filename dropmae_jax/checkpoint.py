@@ -192,7 +192,7 @@ def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bo
     step=step,
     architecture=architecture,
     objective=Objective(**{k: v for k, v in objective.items() if v is not None}),
-    description=description,
+    description={key: value for key, value in description.items() if key != 'checksums'},
     moments=optimizer.moments_of(arrays['opt_state']) if with_moments else None,
   )
 

@@ -63,7 +63,6 @@ def export(
   destination.check_file(path)
   weights = checkpoint.load_weights(folder, step=step, with_moments=options.with_optimizer)
   state = torch_export.to_torch(weights.params, weights.architecture)
-  _check_finite(state, f'step {weights.step} of {folder}')
   state, architecture = _at_resolution(state, weights.architecture, options.image_size)
   if architecture.image_size != weights.architecture.image_size:
     yield f'position tables: of {architecture.image_size} pixels' + (
@@ -125,7 +124,7 @@ def import_(
   model = torch_import.read_model(file, size=size)
   state, architecture = model.state, model.architecture
   yield from model.report
-  _check_finite(state, str(path))
+  torch_import.check_finite(state, str(path))
   if image_size not in (None, architecture.image_size):
     yield f'position tables: resampled from {architecture.image_size} to {image_size} pixels'
     state, architecture = _at_resolution(state, architecture, image_size)
@@ -164,15 +163,6 @@ def _checked_format(path: pathlib.Path, options: ExportOptions) -> str:
   if file_format == 'pth':
     torch_files.torch_or_refuse()
   return file_format
-
-
-def _check_finite(state: dict[str, np.ndarray], where: str) -> None:
-  bad = [name for name, array in state.items() if not np.isfinite(array).all()]
-  if bad:
-    raise BadInput(
-      f'{where} has values that are not finite, in {bad[0]} and {len(bad) - 1} other tensors;'
-      ' give one from before the run diverged.'
-    )
 
 
 def _at_resolution(

@@ -161,6 +161,20 @@ def _fresh_tensors(architecture: Architecture, names: list[str]) -> dict[str, np
   return {name: state[name] for name in names}
 
 
+def check_finite(state: Mapping[str, np.ndarray], where: str) -> None:
+  """Refuses weights of a run that has diverged.
+
+  Raises:
+    BadInput: names the tensors that hold other values than numbers.
+  """
+  bad = [name for name, array in state.items() if not np.isfinite(array).all()]
+  if bad:
+    raise BadInput(
+      f'{where} has values that are not finite, in {grouped(bad)}; give one from before the run'
+      ' diverged.'
+    )
+
+
 def grouped(names: Iterable[str]) -> str:
   """Names tensors in a line: those with a common first part are counted together."""
   names = list(names)

@@ -72,12 +72,7 @@ def read(path: pathlib.Path, architecture: Architecture) -> WarmStart:
   report.append(f'taken: {len(taken)} of {len(expected)} tensors')
   if drawn:
     report.append(f'drawn afresh: {torch_import.grouped(drawn)}')
-  bad = [t.name for t in taken if not np.isfinite(state[t.name]).all()]
-  if bad:
-    raise BadInput(
-      f'init_from={path} has values that are not finite, in {torch_import.grouped(bad)}; give one'
-      ' from before its run diverged.'
-    )
+  torch_import.check_finite({t.name: state[t.name] for t in taken}, f'init_from={path}')
   params = {t.path: torch_export.leaf_of(state[t.name], t) for t in taken}
   return WarmStart(params, report)
 

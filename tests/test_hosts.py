@@ -124,8 +124,16 @@ def test_a_signal_to_one_stops_both_and_any_number_of_devices_goes_on(trained, d
   ('mine', 'message'),
   [
     (['--config.seed=1'], 'disagree with process 0 about: config (process 1); start all with'),
-    (['--config.mesh.fsdp=3'], 'disagree with process 0 about: config (process 1)'),
-    (['--config.data_dir=/none'], 'disagree with process 0 about: dataset (process 1)'),
+    pytest.param(
+      ['--config.mesh.fsdp=3'],
+      'disagree with process 0 about: config (process 1)',
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      ['--config.data_dir=/none'],
+      'disagree with process 0 about: dataset (process 1)',
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_processes_that_mean_different_runs_are_refused(data_dir, tmp_path, mine, message):

@@ -18,6 +18,9 @@ from dropmae_jax.optimizer import OptimizerOptions
 from dropmae_jax.run_checkpoints import CheckpointOptions, Checkpoints
 from dropmae_jax.train_step import TrainState, init_state
 
+# Reads of arrays that another one's damage has broken off are not waited for.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
 TINY = mae.architecture_of_size(
   'XXS', image_size=16, decoder_width=32, decoder_depth=1, decoder_num_heads=2
 )
