@@ -219,6 +219,8 @@ def pair_batches(
   """
   cv2.setNumThreads(0)
   loader_process.allow_many_files()
+  if not options.num_workers:
+    loader_process.keep_freed_memory()
   return blocks.batches_of(
     pairs_of(videos, options, image_size=image_size, seed=seed),
     pair_bytes=2 * 3 * image_size**2,
