@@ -65,7 +65,7 @@ def losses(frame: UInt8[np.ndarray, 'h w c'], rng: np.random.Generator) -> dict[
     frame, quality=STORED.jpeg_quality, colorspace='RGB', colorsubsampling='420'
   )
   stored = simplejpeg.decode_jpeg(jpeg, 'RGB')
-  box = augment.random_resized_crop_box(rng, *frame.shape[:2])
+  box = augment.random_resized_crop_box(rng.random, *frame.shape[:2])
   inside = np.s_[box.top : box.top + box.height, box.left : box.left + box.width]
   fast, exact = (
     augment.crop_and_resize(stored, box, IMAGE_SIZE, resize=name) for name in ('fast', 'exact')

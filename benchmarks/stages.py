@@ -2,8 +2,8 @@
 
 import collections
 import time
+from collections.abc import Sequence
 
-import grain
 import jax
 import numpy as np
 import simplejpeg
@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from benchmarks.clips import Clips
-from dropmae_jax import augment, data
+from dropmae_jax import augment, blocks, data
 
 STAGES = (
   'draw frames and crops',
@@ -19,15 +19,14 @@ STAGES = (
   'parse record',
   'decode JPEG',
   'crop and resize',
-  'stack the batch',
   'transfer to device',
   'grain, and the rest',
 )
 BATCH = 32
 
 
-class TimedPair(grain.transforms.RandomMap):
-  """Does what `data.FramePair` does, and adds up what each stage takes.
+class TimedMaker:
+  """Makes blocks as `data.PairMaker` does, and adds up what each stage takes.
 
   Attributes:
     seconds: of this process's cores, by stage, so far.
@@ -47,13 +46,12 @@ class TimedPair(grain.transforms.RandomMap):
     self.seconds[stage] += now - self._since
     self._since = now
 
-  def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Returns what `data.FramePair` returns."""
-    self.lap('grain, and the rest')
-    video, size = int(element), self._image_size
-    first = int(self._clips.first[video])
-    num_frames = self._clips.videos.num_frames(video)
-    numbers = data.sample_pair(rng, num_frames, self._options.frame_gap)
+  def _make(self, key: data.PairKey, out: np.ndarray) -> tuple[int, int]:
+    """Fills `out` with the frames of a pair; returns their numbers."""
+    uniform = iter(key.uniforms.tolist()).__next__
+    first = int(self._clips.first[key.video])
+    num_frames = self._clips.videos.num_frames(key.video)
+    numbers = data.sample_pair(uniform, num_frames, self._options.frame_gap)
     self.lap('draw frames and crops')
     records = [self._records[first + number] for number in numbers]
     self.lap('read record')
@@ -62,17 +60,25 @@ class TimedPair(grain.transforms.RandomMap):
     self.lap('parse record')
     images = [simplejpeg.decode_jpeg(jpeg, 'RGB') for jpeg in jpegs]
     self.lap('decode JPEG')
-    boxes = [augment.random_resized_crop_box(rng, *image.shape[:2]) for image in images]
+    boxes = [augment.random_resized_crop_box(uniform, *image.shape[:2]) for image in images]
     self.lap('draw frames and crops')
-    frames = np.empty((2, size, size, 3), np.uint8)
-    for image, box, out in zip(images, boxes, frames, strict=True):
-      augment.crop_and_resize(image, box, size, resize=self._options.resize, out=out)
+    for image, box, frame in zip(images, boxes, out, strict=True):
+      augment.crop_and_resize(image, box, self._image_size, resize=self._options.resize, out=frame)
     self.lap('crop and resize')
+    return numbers
+
+  def __call__(self, keys: Sequence[data.PairKey]) -> blocks.Block:
+    """Returns what `data.PairMaker` returns."""
+    size = self._image_size
+    frames = np.empty((len(keys), 2, size, size, 3), np.uint8)
+    self.lap('grain, and the rest')
+    numbers = [self._make(key, out) for key, out in zip(keys, frames, strict=True)]
     return {
       'frames': frames,
-      'dataset': np.int32(0),
-      'video': np.int32(video),
+      'dataset': np.array([key.dataset for key in keys], np.int32),
+      'video': np.array([key.video for key in keys], np.int32),
       'frame_numbers': np.array(numbers, np.int32),
+      blocks.DAMAGED: (),
     }
 
 
@@ -86,22 +92,20 @@ def time_stages(
     options: of the pairs; one crop for both frames is not supported.
     image_size: pixels along a side.
     seed: of the stream.
-    pairs: to make, in batches of up to 32.
+    pairs: to make, rounded up to whole batches of up to 32.
 
   Returns:
     Microseconds per pair by stage, and the batches.
   """
-  timed = TimedPair(clips, options, image_size)
-  stream, batches = data.pair_stream(clips.videos, timed, seed), []
+  timed, batch = TimedMaker(clips, options, image_size), min(pairs, BATCH)
+  stream, batches = data.pair_keys(clips.videos, seed).batch(batch, batch_fn=timed), []
   stream[0]
-  timed.seconds.clear()
   timed.lap('grain, and the rest')
   timed.seconds.clear()
-  for start in range(0, pairs, BATCH):
-    rows = [stream[number] for number in range(start, min(pairs, start + BATCH))]
+  for number in range(-(-pairs // batch)):
+    batches.append(stream[number])
+    del batches[-1][blocks.DAMAGED]
     timed.lap('grain, and the rest')
-    batches.append({name: np.stack([row[name] for row in rows]) for name in rows[0]})
-    timed.lap('stack the batch')
     jax.block_until_ready(jax.device_put(batches[-1]['frames']))
     timed.lap('transfer to device')
-  return {stage: timed.seconds[stage] / pairs * 1e6 for stage in STAGES}, batches
+  return {stage: timed.seconds[stage] / (batch * len(batches)) * 1e6 for stage in STAGES}, batches

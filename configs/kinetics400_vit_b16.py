@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
   config.data.num_workers = 12
   config.data.num_threads = 2
   config.data.stall_seconds = 300.0
+  config.data.max_damaged_records = 10
 
   config.optimizer = ConfigDict()
   config.optimizer.base_learning_rate = 1.5e-4

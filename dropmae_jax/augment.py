@@ -5,6 +5,7 @@ the device. Both frames of a pair are augmented independently unless told to sha
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import cv2
@@ -22,6 +23,10 @@ CROP_AREA = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 LOG_CROP_RATIO = tuple(np.log(np.float32(CROP_RATIO)).tolist())
 CROP_ATTEMPTS = 10
+CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
+
+# Draws a number from [0, 1), such as the method `random` of a NumPy generator.
+Uniform = Callable[[], float]
 
 
 class Box(NamedTuple):
@@ -33,26 +38,26 @@ class Box(NamedTuple):
   width: int
 
 
-def random_resized_crop_box(rng: np.random.Generator, height: int, width: int) -> Box:
+def random_resized_crop_box(uniform: Uniform, height: int, width: int) -> Box:
   """Draws a crop by the law of torchvision's RandomResizedCrop.
 
   Up to ten tries of an area share in 0.2..1 and a log-uniform aspect ratio in 3/4..4/3; then the
   largest centred crop of a ratio in that range.
 
   Args:
-    rng: consumed by two draws per try, and two for the position.
+    uniform: called twice per try, and twice for the position; at most CROP_DRAWS times.
     height: of the frame, in pixels.
     width: of the frame, in pixels.
   """
-  area = height * width
+  area, (least, most), (low, high) = height * width, CROP_AREA, LOG_CROP_RATIO
   for _ in range(CROP_ATTEMPTS):
-    target = area * rng.uniform(*CROP_AREA)
-    ratio = math.exp(rng.uniform(*LOG_CROP_RATIO))
+    target = area * (least + (most - least) * uniform())
+    ratio = math.exp(low + (high - low) * uniform())
     crop_width = round(math.sqrt(target * ratio))
     crop_height = round(math.sqrt(target / ratio))
     if 0 < crop_width <= width and 0 < crop_height <= height:
-      top = int(rng.integers(0, height - crop_height + 1))
-      left = int(rng.integers(0, width - crop_width + 1))
+      top = int(uniform() * (height - crop_height + 1))
+      left = int(uniform() * (width - crop_width + 1))
       return Box(top, left, crop_height, crop_width)
   return centre_box(height, width)
 

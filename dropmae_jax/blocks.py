@@ -1,37 +1,64 @@
-"""Between the second stop and the third: single pairs to batches, by threads or by processes.
+"""Between the second stop and the third: keys of pairs to batches, by threads or by processes.
 
 A process makes small blocks of pairs in shared memory, which the trainer gathers. So the shared
 memory that is needed grows with the number of processes, not with the batch.
 """
 
 import functools
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from dropmae_jax import loader_process
 
-# The largest block: two processes then fit into the 64 MB that a container has by default.
+# The largest block of a process: two of them fit into the 64 MB that a container has by default.
 BLOCK_PAIRS = 16
 # Of each process: one block that it makes, one in grain's queue, one in grain's thread of it in the
 # trainer, one on the way between these, and one that is gathered or whose memory is given back.
 BLOCKS_PER_WORKER = 5
+# The largest block of a thread of the trainer. A batch of one such block is copied nowhere.
+THREAD_BLOCK_PAIRS = 128
+# Of each thread: one block that it makes, and one that is made.
+BLOCKS_PER_THREAD = 2
+
+# Arrays of the same first axis by name, and under DAMAGED sentences on records that were not read.
+Block = dict[str, Any]
+FRAMES, DAMAGED = 'frames', 'damaged'
+# Makes a block of keys, with its frames in the array that is given; in a new one if none is.
+MakeBlock = Callable[..., Block]
 
 
-class HostPairs:
-  """The pairs of one host: an equal share of every batch, in one piece; a source of grain."""
+class HostKeys:
+  """The keys of one host: an equal share of every batch, in one piece; a source of grain."""
 
-  def __init__(self, pairs: grain.MapDataset, share: int, host: int, num_hosts: int) -> None:
-    self._pairs, self._share, self._host, self._num_hosts = pairs, share, host, num_hosts
+  def __init__(self, keys: grain.MapDataset, share: int, host: int, num_hosts: int) -> None:
+    self._keys, self._share, self._host, self._num_hosts = keys, share, host, num_hosts
 
   def __len__(self) -> int:
-    return len(self._pairs) // self._num_hosts
+    return len(self._keys) // self._num_hosts
 
-  def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+  def __getitem__(self, number: int) -> Any:
     step, place = divmod(number, self._share)
-    return self._pairs[(step * self._num_hosts + self._host) * self._share + place]
+    return self._keys[(step * self._num_hosts + self._host) * self._share + place]
+
+
+class SharedBlocks:
+  """Makes blocks in a loader process, with their frames in slots of shared memory."""
+
+  def __init__(self, make: MakeBlock, shape: tuple[int, ...]) -> None:
+    self._make, self._shape = make, shape
+    self._ring: loader_process.RingWriter | None = None
+
+  def __call__(self, keys: Sequence[Any]) -> Block:
+    """Returns the block, under FRAMES the slot instead of the array."""
+    if self._ring is None:  # Not before the process is the one that writes.
+      self._ring = loader_process.RingWriter(BLOCKS_PER_WORKER, self._shape)
+    slot, out = self._ring.next_slot()
+    return self._make(keys, out) | {FRAMES: slot}
 
 
 class GatheredBatches(Iterator[dict[str, np.ndarray]]):
@@ -41,45 +68,74 @@ class GatheredBatches(Iterator[dict[str, np.ndarray]]):
   let go one by one.
   """
 
-  def __init__(self, blocks: grain.DatasetIterator, blocks_per_batch: int) -> None:
+  def __init__(
+    self,
+    blocks: grain.DatasetIterator,
+    blocks_per_batch: int,
+    tell_damaged: Callable[[str], None],
+  ) -> None:
     self._blocks, self._blocks_per_batch = blocks, blocks_per_batch
+    self._tell_damaged = tell_damaged
+    self._rings = loader_process.RingReader()
 
   def __next__(self) -> dict[str, np.ndarray]:
-    batch = {}
+    blocks, frames = [], None
     for number in range(self._blocks_per_batch):
-      for name, array in next(self._blocks).items():
-        if number == 0:
-          batch[name] = np.empty((self._blocks_per_batch, *array.shape), array.dtype)
-        batch[name][number] = array
-    return {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
+      block = next(self._blocks)
+      for sentence in block.pop(DAMAGED):
+        self._tell_damaged(sentence)
+      part = block.pop(FRAMES)
+      if self._blocks_per_batch == 1 and isinstance(part, np.ndarray):
+        frames = part[None]
+      else:
+        if frames is None:
+          frames = np.empty((self._blocks_per_batch, *part.shape), np.uint8)
+        self._take(part, frames[number])
+      blocks.append(block)
+    batch = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return batch | {FRAMES: frames.reshape(-1, *frames.shape[2:])}
+
+  def _take(self, part: np.ndarray | loader_process.Slot, out: np.ndarray) -> None:
+    if isinstance(part, np.ndarray):
+      np.copyto(out, part)
+    else:
+      self._rings.copy(part, out)
 
   def close(self) -> None:
     """Ends the loader that makes the blocks."""
-    self._blocks.close()
+    self._rings.stop()
+    try:
+      self._blocks.close()
+    finally:
+      self._rings.close()
 
 
 def batches_of(
-  pairs: grain.MapDataset,
+  keys: grain.MapDataset,
+  make: MakeBlock,
   *,
-  pair_bytes: int,
+  pair_shape: tuple[int, ...],
   batch_size: int,
   first_step: int,
   host: int,
   num_hosts: int,
   num_workers: int,
   num_threads: int,
+  tell_damaged: Callable[[str], None],
 ) -> GatheredBatches:
   """Returns this host's share of the batches of a stream of pairs; see `data.pair_batches`.
 
   Args:
-    pairs: of all hosts.
-    pair_bytes: of the frames of a pair.
+    keys: of the pairs of all hosts.
+    make: a block of its keys.
+    pair_shape: of the frames of a pair.
     batch_size: of all hosts together.
     first_step: batches to leave out.
     host: number of this process.
     num_hosts: number of processes.
-    num_workers: processes that make blocks; if 0, threads of this one make single pairs.
+    num_workers: processes that make blocks; if 0, threads of this one do.
     num_threads: of those.
+    tell_damaged: is told of what is damaged in a block; may raise.
 
   Raises:
     ValueError: the hosts do not divide the batch.
@@ -91,24 +147,28 @@ def batches_of(
       f'{batch_size=} is not divisible by {num_hosts=}; use for example batch_size={fitting}.'
     )
   share = batch_size // num_hosts
-  # Pairs of a thread of this process need not be brought together before they are gathered.
-  block = _largest_divisor(share, BLOCK_PAIRS if num_workers else 1)
+  block = _largest_divisor(share, BLOCK_PAIRS if num_workers else THREAD_BLOCK_PAIRS)
   blocks_per_batch = share // block
-  source = grain.MapDataset.source(HostPairs(pairs, share, host, num_hosts))
-  blocks = source.batch(block)[first_step * blocks_per_batch :]
-  if not num_workers:
-    # Threads are ahead as far as a process is.
-    ahead = BLOCKS_PER_WORKER * BLOCK_PAIRS if num_threads else 0
+  source = grain.MapDataset.source(HostKeys(keys, share, host, num_hosts))
+  shape = (block, *pair_shape)
+  make_here = SharedBlocks(make, shape) if num_workers else make
+  blocks = source.batch(block, batch_fn=make_here)[first_step * blocks_per_batch :]
+  if num_workers:
+    loader_process.unlink_blocks_of_dead_runs()
+    loader_process.check_room(BLOCKS_PER_WORKER * num_workers * math.prod(shape), num_workers)
+    read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    # What is left to grain are a few numbers, which are not worth shared memory of their own.
+    options = grain.experimental.DatasetOptions(min_shm_size=2**62)
+    stream = grain.experimental.WithOptionsIterDataset(blocks.to_iter_dataset(read), options)
+    stream = stream.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
+      worker_init_fn=functools.partial(loader_process.start_worker, trainer=os.getpid()),
+    )
+  else:
+    ahead = BLOCKS_PER_THREAD * num_threads
     read = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
-    return GatheredBatches(iter(blocks.to_iter_dataset(read)), blocks_per_batch)
-  loader_process.unlink_blocks_of_dead_runs()
-  loader_process.check_room(BLOCKS_PER_WORKER * num_workers * block * pair_bytes, num_workers)
-  read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  stream = blocks.to_iter_dataset(read).mp_prefetch(
-    grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
-    worker_init_fn=functools.partial(loader_process.start_worker, trainer=os.getpid()),
-  )
-  return GatheredBatches(iter(stream), blocks_per_batch)
+    stream = blocks.to_iter_dataset(read)
+  return GatheredBatches(iter(stream), blocks_per_batch, tell_damaged)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

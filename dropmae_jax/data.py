@@ -7,20 +7,24 @@ on at step s takes the same stream, sliced at s. Of a mixture each dataset has i
 
 import dataclasses
 import functools
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cv2
 import grain
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 
 from dropmae_jax import augment, blocks, loader_process
-from dropmae_jax.augment import Box
-from dropmae_jax.videos import Mixture, VideoSource
+from dropmae_jax.augment import Box, Uniform
+from dropmae_jax.blocks import Block
+from dropmae_jax.mixture import Mixture, mixture_of
+from dropmae_jax.videos import DamagedRecord, VideoSource
 
 # More than any run takes.
 EPOCHS = 10**9
+# For the frames, and for the crop of each.
+PAIR_DRAWS = 2 + 2 * augment.CROP_DRAWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,8 @@ class DataOptions:
     num_workers: processes that decode and crop; 0 does it in threads of this one.
     num_threads: threads of a process without workers; 0 works only when a batch is asked for.
     stall_seconds: a run ends with an error when no batch came for so long.
+    max_damaged_records: a run ends with an error when more records than these cannot be read;
+      other videos take the place of those that they are of.
   """
 
   frame_gap: int = 50
@@ -42,6 +48,7 @@ class DataOptions:
   num_workers: int = 0
   num_threads: int = 2
   stall_seconds: float = 300.0
+  max_damaged_records: int = 10
 
   def __post_init__(self) -> None:
     if self.frame_gap < 2:
@@ -53,7 +60,7 @@ class DataOptions:
       raise ValueError(
         f'resize={self.resize!r} is unknown; use one of {", ".join(augment.RESIZES)}.'
       )
-    for name in ('num_workers', 'num_threads'):
+    for name in ('num_workers', 'num_threads', 'max_damaged_records'):
       if getattr(self, name) < 0:
         raise ValueError(f'{name}={getattr(self, name)} is negative; use 0 or more.')
     if not self.stall_seconds > 0:
@@ -63,69 +70,132 @@ class DataOptions:
       )
 
 
-def sample_pair(rng: np.random.Generator, num_frames: int, frame_gap: int) -> tuple[int, int]:
+def sample_pair(uniform: Uniform, num_frames: int, frame_gap: int) -> tuple[int, int]:
   """Draws an earlier and a later frame, 1 to frame_gap - 1 apart, by the published law.
 
   The start is uniform over all frames but the last, the end uniform over what the gap and the
   clip's end leave; so the gap is cut near the end. A clip of one frame gives it twice.
 
   Args:
-    rng: consumed by two draws, or none for a single frame.
+    uniform: called twice.
     num_frames: of the clip; at least 1.
     frame_gap: at least 2.
   """
+  first, second = uniform(), uniform()
   if num_frames == 1:
     return 0, 0
-  earlier = int(rng.integers(0, num_frames - 1))
-  later = int(rng.integers(earlier + 1, min(num_frames, earlier + frame_gap)))
-  return earlier, later
+  earlier = int(first * (num_frames - 1))
+  choices = min(num_frames - 1 - earlier, frame_gap - 1)
+  return earlier, earlier + 1 + int(second * choices)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PairKey:
+  """All that a pair is a function of, beside the dataset and the options.
+
+  Attributes:
+    dataset: number of a dataset in its mixture.
+    video: number of a video in that dataset.
+    uniforms: from [0, 1); what is random in the pair, from the frames to the last crop.
+  """
+
+  dataset: int
+  video: int
+  uniforms: Float64[np.ndarray, f'{PAIR_DRAWS}']
 
 
 class DrawnPair(NamedTuple):
-  """The numbers of a pair's frames, both frames whole, and the crop of each."""
+  """What was drawn and read for a pair.
 
+  Attributes:
+    video: number of the video; that of the key, unless that one is damaged.
+    frame_numbers: in the video.
+    images: both frames, whole.
+    boxes: the crop of each.
+    damaged: what is wrong with each record that could not be read, and was replaced.
+  """
+
+  video: int
   frame_numbers: tuple[int, int]
   images: list[UInt8[np.ndarray, 'h w c']]
   boxes: list[Box]
+  damaged: tuple[str, ...]
 
 
-class FramePair(grain.transforms.RandomMap):
-  """A video's number to an augmented pair: the two frames are all that is read of it."""
+class PairMaker:
+  """Makes pairs, and blocks of them, from their keys: two frames are all that is read for each."""
 
-  def __init__(
-    self, videos: VideoSource, options: DataOptions, image_size: int, *, dataset: int = 0
-  ) -> None:
-    self._videos = videos
+  def __init__(self, videos: VideoSource | Mixture, options: DataOptions, image_size: int) -> None:
+    self._datasets = mixture_of(videos).datasets
     self._options = options
     self._image_size = image_size
-    self.dataset = dataset
 
-  def draw(self, video: int, rng: np.random.Generator) -> DrawnPair:
-    """Draws two frames, reads them, and draws their crops."""
-    numbers = sample_pair(rng, self._videos.num_frames(video), self._options.frame_gap)
-    images = [self._videos.frame(video, number) for number in numbers]
+  def draw(self, key: PairKey) -> DrawnPair:
+    """Draws two frames, reads them, and draws their crops.
+
+    Where a record is damaged, another video of the same dataset takes the place of this one.
+
+    Raises:
+      DamagedRecord: more records than `max_damaged_records` are damaged, for this pair alone.
+    """
+    damaged = []
+    while True:
+      try:
+        return self._draw(key, tuple(damaged))
+      except DamagedRecord as error:
+        if len(damaged) == self._options.max_damaged_records:
+          raise
+        damaged.append(str(error))
+      key = self._replacement(key)
+
+  def _draw(self, key: PairKey, damaged: tuple[str, ...]) -> DrawnPair:
+    videos, uniform = self._datasets[key.dataset], iter(key.uniforms.tolist()).__next__
+    numbers = sample_pair(uniform, videos.num_frames(key.video), self._options.frame_gap)
+    images = [videos.frame(key.video, number) for number in numbers]
     sizes = [image.shape[:2] for image in images]
-    boxes = [augment.random_resized_crop_box(rng, *size) for size in sizes]
+    boxes = [augment.random_resized_crop_box(uniform, *sizes[0])]
     if self._options.shared_augmentation:
-      boxes[1] = augment.same_place(boxes[0], *sizes)
-    return DrawnPair(numbers, images, boxes)
+      boxes.append(augment.same_place(boxes[0], *sizes))
+    else:
+      boxes.append(augment.random_resized_crop_box(uniform, *sizes[1]))
+    return DrawnPair(key.video, numbers, images, boxes, damaged)
 
-  def crop(self, drawn: DrawnPair) -> UInt8[np.ndarray, 'f size size c']:
-    """Crops and resizes both frames."""
+  def _replacement(self, key: PairKey) -> PairKey:
+    """Returns a key that is random, and a function of this one."""
+    rng = np.random.default_rng(key.uniforms[:4].view(np.uint64))
+    video = int(rng.integers(len(self._datasets[key.dataset])))
+    return PairKey(key.dataset, video, rng.random(PAIR_DRAWS))
+
+  def crop(
+    self, drawn: DrawnPair, out: UInt8[np.ndarray, 'f size size c'] | None = None
+  ) -> UInt8[np.ndarray, 'f size size c']:
+    """Crops and resizes both frames, into `out` if it is given."""
     size = self._image_size
-    frames = np.empty((2, size, size, 3), np.uint8)
-    for image, box, out in zip(drawn.images, drawn.boxes, frames, strict=True):
-      augment.crop_and_resize(image, box, size, resize=self._options.resize, out=out)
-    return frames
+    out = np.empty((2, size, size, 3), np.uint8) if out is None else out
+    for image, box, frame in zip(drawn.images, drawn.boxes, out, strict=True):
+      augment.crop_and_resize(image, box, size, resize=self._options.resize, out=frame)
+    return out
 
-  def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Returns uint8 `frames` [2, h, w, 3], `dataset` and `video` of it, and `frame_numbers` [2]."""
-    drawn = self.draw(int(element), rng)
+  def __call__(
+    self, keys: Sequence[PairKey], out: UInt8[np.ndarray, 'b f size size c'] | None = None
+  ) -> Block:
+    """Makes a block of pairs: uint8 `frames` [b, 2, h, w, 3], which are written into `out`.
+
+    Beside them are `dataset` [b] and `video` [b], `frame_numbers` [b, 2], and what is `damaged`.
+    """
+    size = self._image_size
+    frames = np.empty((len(keys), 2, size, size, 3), np.uint8) if out is None else out
+    drawn = []
+    for key, pair_frames in zip(keys, frames, strict=True):
+      pair = self.draw(key)
+      self.crop(pair, pair_frames)
+      drawn.append(pair._replace(images=[]))
     return {
-      'frames': self.crop(drawn),
-      'dataset': np.int32(self.dataset),
-      'video': np.int32(element),
-      'frame_numbers': np.array(drawn.frame_numbers, np.int32),
+      'frames': frames,
+      'dataset': np.array([key.dataset for key in keys], np.int32),
+      'video': np.array([pair.video for pair in drawn], np.int32),
+      'frame_numbers': np.array([pair.frame_numbers for pair in drawn], np.int32),
+      'damaged': tuple(sentence for pair in drawn for sentence in pair.damaged),
     }
 
 
@@ -152,41 +222,30 @@ def _epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng((seed, epoch)).permutation(num_videos)
 
 
-def pair_stream(
-  videos: VideoSource, transform: grain.transforms.RandomMap, seed: int
-) -> grain.MapDataset:
-  """Returns the pairs of all epochs: `transform` of a video and a generator of (seed, place)."""
-  orders = EpochOrders(len(videos), seed)
-  return grain.MapDataset.source(orders).seed(seed).random_map(transform)
+class _DrawKey(grain.transforms.RandomMap):
+  """A video's number to the key of a pair of it."""
+
+  def __init__(self, dataset: int) -> None:
+    self._dataset = dataset
+
+  def random_map(self, element: int, rng: np.random.Generator) -> PairKey:
+    """Returns a key of random numbers for this video."""
+    return PairKey(self._dataset, int(element), rng.random(PAIR_DRAWS))
 
 
-def pairs_of(
-  videos: VideoSource | Mixture,
-  options: DataOptions,
-  *,
-  image_size: int,
-  seed: int,
-  pair: type[FramePair] = FramePair,
-) -> grain.MapDataset:
-  """Returns the endless stream of single pairs, by number.
+def pair_keys(videos: VideoSource | Mixture, seed: int) -> grain.MapDataset:
+  """Returns the endless stream of the keys of all pairs, by number.
 
   Args:
     videos: where frames come from. A mixture takes its datasets in turn, as evenly as their
       weights allow; ratios of weights that are no whole multiples of 1/100 are off by up to 1 %.
-    options: how pairs are drawn.
-    image_size: pixels along a side.
     seed: of order, pairs and crops.
-    pair: what makes a pair of a video.
   """
-  mixture = videos if isinstance(videos, Mixture) else Mixture((videos,), (Fraction(1),))
-  parts = [
-    pair_stream(
-      each,
-      pair(each, options, image_size, dataset=number),
-      seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0]),
-    )
-    for number, each in enumerate(mixture.datasets)
-  ]
+  mixture, parts = mixture_of(videos), []
+  for number, each in enumerate(mixture.datasets):
+    own = seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+    orders = grain.MapDataset.source(EpochOrders(len(each), own))
+    parts.append(orders.seed(own).random_map(_DrawKey(number)))
   return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
 
 
@@ -200,6 +259,7 @@ def pair_batches(
   first_step: int = 0,
   host: int = 0,
   num_hosts: int = 1,
+  tell_damaged: Callable[[str], None] | None = None,
 ) -> blocks.GatheredBatches:
   """Returns the endless stream of this host's batches, from `first_step` on.
 
@@ -212,6 +272,7 @@ def pair_batches(
     first_step: batches to leave out.
     host: number of this process.
     num_hosts: number of processes.
+    tell_damaged: is told of every damaged record that was met; may raise.
 
   Raises:
     ValueError: the hosts do not divide the batch.
@@ -222,12 +283,14 @@ def pair_batches(
   if not options.num_workers:
     loader_process.keep_freed_memory()
   return blocks.batches_of(
-    pairs_of(videos, options, image_size=image_size, seed=seed),
-    pair_bytes=2 * 3 * image_size**2,
+    pair_keys(videos, seed),
+    PairMaker(videos, options, image_size),
+    pair_shape=(2, image_size, image_size, 3),
     batch_size=batch_size,
     first_step=first_step,
     host=host,
     num_hosts=num_hosts,
     num_workers=options.num_workers,
     num_threads=options.num_threads,
+    tell_damaged=tell_damaged or (lambda sentence: None),
   )

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from dropmae_jax import loader_process
+from dropmae_jax.command_line import BadInput
 
 AHEAD = 2
 DEATHS_IN_A_ROW = 3
@@ -50,6 +51,39 @@ class _Failure:
 
   error: Exception
   death: str
+
+
+class DamagedRecords:
+  """Counts the records of a dataset that could not be read, each once in the life of a process."""
+
+  def __init__(self, most: int, say: Callable[[str], None]) -> None:
+    """Begins to count.
+
+    Args:
+      most: how many are allowed.
+      say: takes what the user should know.
+    """
+    self._most, self._say = most, say
+    self._found: set[str] = set()
+
+  def tell(self, sentence: str) -> None:
+    """Takes the sentence on a record, which names it.
+
+    Raises:
+      BadInput: it is one record too many.
+    """
+    if sentence in self._found:
+      return
+    self._found.add(sentence)
+    if len(self._found) > self._most:
+      raise BadInput(
+        f'{sentence} It is damaged record {len(self._found)} of this start, and'
+        f' config.data.max_damaged_records={self._most}.'
+      )
+    self._say(
+      f'{sentence} Another video is taken instead; damaged record {len(self._found)} of at most'
+      f' {self._most}.'
+    )
 
 
 class _Reader:

@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw
 
 from dropmae_jax import augment, command_line, data, figures, loader_process
 from dropmae_jax.command_line import BadInput
-from dropmae_jax.data import DataOptions, DrawnPair, FramePair
+from dropmae_jax.data import DataOptions, DrawnPair
+from dropmae_jax.mixture import Mixture, open_mixture
 from dropmae_jax.train_step import derive_seeds
-from dropmae_jax.videos import open_mixture
 
 GAP_DRAWS = 10_000
 GAP_BARS = 25
@@ -44,18 +44,20 @@ class ShownPair(NamedTuple):
   """A pair of the training stream with all that led to it."""
 
   dataset: int
-  video: int
   drawn: DrawnPair
   crops: UInt8[np.ndarray, 'f size size c']
 
 
-class WholePair(FramePair):
-  """Draws just what training does, and keeps the whole frames and the boxes."""
-
-  def random_map(self, element: int, rng: np.random.Generator) -> ShownPair:
-    """Returns the pair with all that led to it."""
-    drawn = self.draw(int(element), rng)
-    return ShownPair(self.dataset, int(element), drawn, self.crop(drawn))
+def first_pairs(
+  videos: Mixture, options: DataOptions, *, image_size: int, seed: int, count: int
+) -> list[ShownPair]:
+  """Makes the first pairs that training with this seed is fed."""
+  keys, maker = data.pair_keys(videos, seed), data.PairMaker(videos, options, image_size)
+  pairs = []
+  for number in range(count):
+    drawn = maker.draw(keys[number])
+    pairs.append(ShownPair(keys[number].dataset, drawn, maker.crop(drawn)))
+  return pairs
 
 
 def read_index(folder: pathlib.Path, split: str) -> Index:
@@ -92,7 +94,8 @@ def gap_counts(
   """
   rng = np.random.default_rng(seed)
   pairs = [
-    data.sample_pair(rng, int(num_frames), frame_gap) for num_frames in rng.choice(frames, draws)
+    data.sample_pair(rng.random, int(num_frames), frame_gap)
+    for num_frames in rng.choice(frames, draws)
   ]
   return np.bincount([later - earlier for earlier, later in pairs], minlength=frame_gap)
 
@@ -163,10 +166,10 @@ def contact_sheet(
   for row, pair in enumerate(pairs):
     top = MARGIN + row * row_height
     earlier, later = pair.drawn.frame_numbers
-    index = indices[pair.dataset]
+    index, video = indices[pair.dataset], pair.drawn.video
     caption = (
-      f'{index.dataset}   {index.path[pair.video]}   class {class_of(index, pair.video)}'
-      f'   frames {earlier} and {later} of {index.frames[pair.video]}   gap {later - earlier}'
+      f'{index.dataset}   {index.path[video]}   class {class_of(index, video)}'
+      f'   frames {earlier} and {later} of {index.frames[video]}   gap {later - earlier}'
     )
     # The font that PIL always has knows few letters.
     caption = caption.encode('ascii', 'backslashreplace').decode()
@@ -235,14 +238,15 @@ def main() -> None:
     draws = max(1, round(GAP_DRAWS * weight / sum(mixture.weights)))
     counts.append(gap_counts(index.frames, options.frame_gap, seed=arguments.seed, draws=draws))
     print(statistics(index, counts[-1]))
-  stream = data.pairs_of(
+  pairs = first_pairs(
     mixture,
     options,
     image_size=arguments.image_size,
     seed=derive_seeds(arguments.seed).data,
-    pair=WholePair,
+    count=arguments.pairs,
   )
-  pairs = [stream[number] for number in range(arguments.pairs)]
+  for sentence in dict.fromkeys(each for pair in pairs for each in pair.drawn.damaged):
+    print(f'note: {sentence} Another video is taken instead.')
   figures.save_png(contact_sheet(pairs, indices, sum(counts)), arguments.output)
   print(f'{arguments.output}: the first {len(pairs)} pairs of seed {arguments.seed}')
 

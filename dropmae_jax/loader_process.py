@@ -9,6 +9,8 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import math
+import mmap
 import os
 import pathlib
 import resource
@@ -17,10 +19,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from multiprocessing import resource_tracker, shared_memory
+from typing import NamedTuple
 
 import cv2
+import numpy as np
+from jaxtyping import UInt8
 
 from dropmae_jax.command_line import BadInput
 
@@ -32,6 +37,8 @@ SHOW_STACKS = signal.SIGUSR1
 ORDERLY_END = 75
 # Options of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# How long a process that is ahead of the trainer waits before it looks again.
+FULL_SECONDS = 0.001
 SHARED_MEMORY = pathlib.Path('/dev/shm')
 MORE_MEMORY = (
   f'lower config.data.num_workers, or enlarge {SHARED_MEMORY} (of a container by --shm-size)'
@@ -54,8 +61,6 @@ def start_worker(worker: int, num_workers: int, *, trainer: int) -> None:
   allow_many_files()
   keep_freed_memory()
   Block.prefix = f'{run_prefix(trainer)}{os.getpid()}-'
-  # Grain lets Python choose names, which then do not tell whose a block is.
-  shared_memory.SharedMemory = Block
 
 
 def _end_orderly() -> None:
@@ -102,6 +107,87 @@ class Block(shared_memory.SharedMemory):
     if create and name is None:
       name = f'{self.prefix}{secrets.token_hex(8)}'
     super().__init__(name, create, size)
+
+
+class Slot(NamedTuple):
+  """Where in shared memory a block lies: in a ring of slots of one shape, the `number`-th made."""
+
+  ring: str
+  number: int
+  slots: int
+  shape: tuple[int, ...]
+
+
+class _Ring:
+  """Bytes in shared memory: at the front how many blocks the trainer is done with, then slots."""
+
+  def __init__(self, memory: shared_memory.SharedMemory, slots: int, shape: Sequence[int]) -> None:
+    self._memory = memory
+    self.done = np.ndarray((), np.int64, buffer=memory.buf)
+    self.slots = np.ndarray((slots, *shape), np.uint8, buffer=memory.buf, offset=mmap.PAGESIZE)
+
+  def close(self) -> None:
+    """Lets go of the memory and removes it; nobody may hold a slot any more."""
+    del self.done, self.slots
+    self._memory.close()
+    self.unlink()
+
+  def unlink(self) -> None:
+    """Removes the memory, as soon as nobody holds it any more."""
+    with contextlib.suppress(FileNotFoundError):  # The other side may have been faster.
+      self._memory.unlink()
+
+
+class RingWriter:
+  """A loader process's blocks: it fills the same few slots again and again.
+
+  Memory that is taken anew for every block, as grain does it, costs a page fault every 4 kB, which
+  took longer than resizing what is written there (benchmarks/input_pipeline.py).
+  """
+
+  def __init__(self, slots: int, shape: Sequence[int]) -> None:
+    """Takes memory for a number of slots of one shape."""
+    memory = Block(create=True, size=mmap.PAGESIZE + slots * math.prod(shape))
+    self._ring, self._made = _Ring(memory, slots, shape), 0
+    self._name = memory.name
+    atexit.register(self._ring.unlink)  # The trainer may never have opened it.
+
+  def next_slot(self) -> tuple[Slot, UInt8[np.ndarray, '...']]:
+    """Returns the next slot and its bytes to fill, once the trainer is done with what they hold."""
+    slots = self._ring.slots
+    while self._made - self._ring.done >= len(slots):
+      time.sleep(FULL_SECONDS)
+    self._made += 1
+    number = self._made - 1
+    slot = Slot(self._name, number, len(slots), slots.shape[1:])
+    return slot, slots[number % len(slots)]
+
+
+class RingReader:
+  """The trainer's view of the rings of its loader processes."""
+
+  def __init__(self) -> None:
+    """Begins without a ring; those that slots name are opened as they come."""
+    self._rings: dict[str, _Ring] = {}
+
+  def copy(self, slot: Slot, out: UInt8[np.ndarray, '...']) -> None:
+    """Copies what a slot holds, which may be overwritten from then on."""
+    if slot.ring not in self._rings:
+      memory = shared_memory.SharedMemory(slot.ring)
+      self._rings[slot.ring] = _Ring(memory, slot.slots, slot.shape)
+    ring = self._rings[slot.ring]
+    np.copyto(out, ring.slots[slot.number % slot.slots])
+    ring.done[...] = slot.number + 1
+
+  def stop(self) -> None:
+    """Lets the writers write on without waiting: nothing of it will be read."""
+    for ring in self._rings.values():
+      ring.done[...] = np.iinfo(np.int64).max
+
+  def close(self) -> None:
+    """Lets go of all memory, and removes it."""
+    while self._rings:
+      self._rings.popitem()[1].close()
 
 
 def _machine_prefix() -> str:

@@ -33,6 +33,7 @@ MAY_CHANGE = frozenset(
     'data.num_workers',
     'data.num_threads',
     'data.stall_seconds',
+    'data.max_damaged_records',
     'optimizer',
     'checkpoint',
   }

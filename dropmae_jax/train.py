@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dropmae_jax import data, hosts, mae, optimizer, sharding, videos, warm_start
+from dropmae_jax import data, hosts, mae, optimizer, sharding, warm_start
 from dropmae_jax.checkpoint import describe
 from dropmae_jax.command_line import BadInput
-from dropmae_jax.feed import Feed
+from dropmae_jax.feed import DamagedRecords, Feed
+from dropmae_jax.mixture import Mixture, open_mixture
 from dropmae_jax.recipe import Recipe, may_change
 from dropmae_jax.report import Report
 from dropmae_jax.run_checkpoints import Checkpoints
@@ -215,7 +216,7 @@ def _begin(
   return state, notes
 
 
-def _open_dataset(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool) -> videos.Mixture:
+def _open_dataset(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool) -> Mixture:
   """Opens the dataset, once all processes are there and mean the same run."""
   facts = {
     'code version': hosts.code_version(),
@@ -224,7 +225,7 @@ def _open_dataset(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool)
     '--allow_changes': str(allow_changes),
   }
   try:
-    dataset = videos.open_mixture(recipe.data_dir, recipe.dataset, recipe.split)
+    dataset = open_mixture(recipe.data_dir, recipe.dataset, recipe.split)
   except BadInput:
     # The others must hear of it, or they would wait for this process.
     with contextlib.suppress(BadInput):
@@ -246,7 +247,7 @@ def _refuse_another_run(changes: dict[str, str], workdir: pathlib.Path) -> None:
 
 def _feed(
   recipe: Recipe,
-  dataset: videos.Mixture,
+  dataset: Mixture,
   mesh: Mesh,
   *,
   seed: int,
@@ -254,6 +255,7 @@ def _feed(
   say: Callable[[str], None],
 ) -> Feed:
   """Starts the loader of this process's share of every batch."""
+  damaged = DamagedRecords(recipe.data.max_damaged_records, say)
 
   def make_batches(step: int) -> Iterator[dict[str, np.ndarray]]:
     return data.pair_batches(
@@ -265,6 +267,7 @@ def _feed(
       first_step=step,
       host=jax.process_index(),
       num_hosts=jax.process_count(),
+      tell_damaged=damaged.tell,
     )
 
   return Feed(

@@ -5,14 +5,10 @@ and else when the frame is asked for; either way in one sentence that says what 
 """
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 import re
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -25,6 +21,10 @@ from dropmae_jax.command_line import BadInput
 
 # Major versions of the dataset that are read: its other numbers change nothing for a reader.
 SUPPORTED_VERSIONS = frozenset({2})
+
+
+class DamagedRecord(BadInput):
+  """One record of a dataset cannot be read; the message names video, record and file."""
 
 
 @runtime_checkable
@@ -40,7 +40,7 @@ class VideoSource(Protocol):
     ...
 
   def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """One decoded frame."""
+    """One decoded frame; raises DamagedRecord where that one cannot be read."""
     ...
 
 
@@ -130,7 +130,8 @@ class TfdsVideos:
     """Reads one record and decodes its JPEG to RGB.
 
     Raises:
-      BadInput: the record is damaged; names video, record and file.
+      DamagedRecord: what was read is no picture.
+      BadInput: the system does not let it be read.
     """
     record = int(self._first[video]) + number
     try:
@@ -152,7 +153,7 @@ class TfdsVideos:
       path = self.path(video)
     except Exception:  # The record's error is the one to tell.
       path = 'unknown path'
-    return BadInput(
+    return DamagedRecord(
       f'video {video} ({path}) cannot be read: record {record} of split {self._split}, in {file},'
       f' is damaged ({_reason(error)}); {_remedy(self.folder)}.'
     )
@@ -181,7 +182,7 @@ def _other_version(folder: pathlib.Path, version: str) -> BadInput:
 
 
 @contextlib.contextmanager
-def _refusing_what_the_system_refuses() -> Iterator[None]:
+def refusing_what_the_system_refuses() -> Iterator[None]:
   """Makes one sentence of a name that is too long, a permission that lacks, and the like."""
   try:
     yield
@@ -192,7 +193,7 @@ def _refusing_what_the_system_refuses() -> Iterator[None]:
     ) from error
 
 
-@_refusing_what_the_system_refuses()
+@refusing_what_the_system_refuses()
 def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> TfdsVideos:
   """Opens the newest version of a dataset.
 
@@ -226,73 +227,6 @@ def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> TfdsVideo
   if int(newest.name.partition('.')[0]) not in SUPPORTED_VERSIONS:
     raise _other_version(newest, newest.name)
   return TfdsVideos(newest, split)
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-  """Datasets that are fed together.
-
-  Attributes:
-    datasets: at least one.
-    weights: a dataset's share of the pairs is its weight over the sum; all are positive.
-  """
-
-  datasets: tuple[VideoSource, ...]
-  weights: tuple[Fraction, ...]
-
-  def __len__(self) -> int:
-    return sum(len(dataset) for dataset in self.datasets)
-
-  @property
-  def fingerprint(self) -> str:
-    """Of all datasets and their shares; that of one dataset is its own."""
-    if len(self.datasets) == 1:
-      return self.datasets[0].fingerprint
-    shares = [str(weight / sum(self.weights)) for weight in self.weights]
-    rows = [[each.fingerprint, share] for each, share in zip(self.datasets, shares, strict=True)]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-@_refusing_what_the_system_refuses()
-def open_mixture(data_dir: str, text: str, split: str = 'train') -> Mixture:
-  """Opens the datasets of `config.dataset`.
-
-  Args:
-    data_dir: see `open_dataset`; for more than one dataset it is their common data directory.
-    text: one dataset's name, or several as 'NAME=WEIGHT,NAME=WEIGHT'.
-    split: of every dataset.
-
-  Raises:
-    BadInput: the text is not understood, or a dataset is not there or cannot be read.
-  """
-  weights = _parse_weights(text)
-  if len(weights) > 1 and is_version_folder(pathlib.Path(data_dir)):
-    raise BadInput(
-      f'data_dir={data_dir!r} is the folder of one dataset, and dataset={text!r} names'
-      f' {len(weights)}; give the folder that was --data_dir when they were built.'
-    )
-  datasets = tuple(open_dataset(data_dir, name, split) for name in weights)
-  return Mixture(datasets, tuple(weights.values()))
-
-
-def _parse_weights(text: str) -> dict[str, Fraction]:
-  """Reads 'NAME' or 'NAME=WEIGHT,NAME=WEIGHT'; the weights are exact, so 0.3 is 3/10."""
-  if not re.search('[=,]', text):
-    return {text: Fraction(1)}
-  weights: dict[str, Fraction] = {}
-  for part in text.split(','):
-    name, _, number = (each.strip() for each in part.partition('='))
-    try:
-      weight = Fraction(number)
-    except (ValueError, ZeroDivisionError):
-      weight = Fraction(0)
-    if not name or name in weights or weight <= 0:
-      raise BadInput(
-        f'dataset={text!r} is not understood at {part!r}; give one name, or several different ones'
-        ' with positive weights, as NAME=3,NAME=1.'
-      )
-    weights[name] = weight
-  return weights
 
 
 def is_version_folder(folder: pathlib.Path) -> bool:

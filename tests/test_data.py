@@ -14,7 +14,8 @@ from sources import NumberedVideos, PictureVideos
 
 from dropmae_jax import augment, blocks, data
 from dropmae_jax.data import DataOptions
-from dropmae_jax.videos import Mixture, open_dataset
+from dropmae_jax.mixture import Mixture
+from dropmae_jax.videos import DamagedRecord, open_dataset
 
 OPTIONS = DataOptions(frame_gap=4, num_threads=0)
 
@@ -44,7 +45,7 @@ def assert_same(first, second):
 def test_pairs_follow_the_published_law(num_frames, gap):
   rng = np.random.default_rng(0)
   draws = 20_000
-  drawn = [data.sample_pair(rng, num_frames, gap) for _ in range(draws)]
+  drawn = [data.sample_pair(rng.random, num_frames, gap) for _ in range(draws)]
   if num_frames == 1:
     assert set(drawn) == {(0, 0)}
     return
@@ -177,7 +178,7 @@ def test_the_stream_is_the_recorded_one():
   drawn = batches(NumberedVideos([1, 2, 3, 10, 30, 300]), 12, options=DataOptions(num_threads=0))
   content = b''.join(b['video'].tobytes() + b['frame_numbers'].tobytes() for b in drawn)
   assert hashlib.sha256(content).hexdigest() == (
-    '17f4346fc8a7a487fcacfad943f23f15fd76c16b7dbb8ae58bd69ba0befd2485'
+    'f92cde411296cdc462b27304fe52ff8de7557bc59c18a68e1b11ccbdacd0810f'
   )
 
 
@@ -195,15 +196,16 @@ def test_hosts_share_the_global_batch():
 def test_batches_of_many_blocks_are_the_plain_stream(num_workers):
   videos, size = NumberedVideos([10] * 50), 6 * blocks.BLOCK_PAIRS
   options = DataOptions(frame_gap=4, num_workers=num_workers)
-  pairs = data.pairs_of(videos, options, image_size=16, seed=7)
+  keys, make = data.pair_keys(videos, 7), data.PairMaker(videos, options, 16)
   shares = [
     batches(videos, 3, options=options, batch_size=size, first_step=2, host=host, num_hosts=2)
     for host in range(2)
   ]
-  for name in pairs[0]:
+  expected = make([keys[number] for number in range(2 * size, 5 * size)])
+  assert set(expected) == {*shares[0][0], 'damaged'}
+  for name in shares[0][0]:
     both = np.concatenate([column(share, name).reshape(3, size // 2, -1) for share in shares], 1)
-    plain = np.stack([pairs[number][name] for number in range(2 * size, 5 * size)])
-    np.testing.assert_array_equal(both.reshape(plain.shape), plain)
+    np.testing.assert_array_equal(both.reshape(expected[name].shape), expected[name])
 
 
 @pytest.mark.parametrize('num_workers', [0, 1])
@@ -284,6 +286,55 @@ def test_a_mixture_goes_on_at_any_step_on_any_hosts_and_workers():
   assert_same(plain, batches(MIXTURE, 9, options=DataOptions(frame_gap=4, num_workers=2)))
 
 
+class DamagedVideos(NumberedVideos):
+  """Some frames cannot be read."""
+
+  def __init__(self, lengths, damaged):
+    super().__init__(lengths)
+    self.damaged = damaged
+
+  def frame(self, video, number):
+    if (video, number) in self.damaged:
+      raise DamagedRecord(f'video {video} frame {number} is damaged.')
+    return super().frame(video, number)
+
+
+def test_a_damaged_record_changes_its_own_pairs_and_no_others():
+  damaged = {(2, 3), (5, 0), (5, 1)}
+  whole, told = batches(NumberedVideos([6] * 8), 30), []
+  drawn = batches(DamagedVideos([6] * 8, damaged), 30, tell_damaged=told.append)
+  wanted = zip(column(whole, 'video'), column(whole, 'frame_numbers'), strict=True)
+  hit = np.array([any((v, n) in damaged for n in numbers) for v, numbers in wanted])
+  assert hit.sum() > 10
+  for name in whole[0]:
+    np.testing.assert_array_equal(column(whole, name)[~hit], column(drawn, name)[~hit])
+  read = zip(column(drawn, 'video'), column(drawn, 'frame_numbers'), strict=True)
+  assert not any((v, n) in damaged for v, numbers in read for n in numbers)
+  # Another video takes its place, not one and the same each time.
+  assert len(set(column(drawn, 'video')[hit])) > 3
+  assert set(told) == {f'video {v} frame {n} is damaged.' for v, n in damaged}
+  assert len(told) >= hit.sum()
+
+
+@pytest.mark.parametrize(('num_workers', 'first_step'), [(0, 7), (2, 0)])
+def test_what_takes_the_place_of_a_damaged_record_is_a_function_of_the_seed(
+  num_workers, first_step
+):
+  videos = DamagedVideos([6] * 8, {(2, 3), (5, 0), (5, 1)})
+  options, told = DataOptions(frame_gap=4, num_workers=num_workers), []
+  again = batches(
+    videos, 30 - first_step, options=options, first_step=first_step, tell_damaged=told.append
+  )
+  assert_same(batches(videos, 30)[first_step:], again)
+  assert told
+
+
+def test_a_pair_is_not_looked_for_for_ever():
+  videos = DamagedVideos([6] * 8, {(v, n) for v in range(8) for n in range(6)})
+  with pytest.raises(DamagedRecord, match=r'is damaged'):
+    batches(videos, 1)
+
+
 def test_the_stream_has_no_end_that_a_run_could_reach():
   class Many(NumberedVideos):
     def __len__(self):
@@ -293,11 +344,11 @@ def test_the_stream_has_no_end_that_a_run_could_reach():
       return 300
 
   huge = Mixture((Many([]), Many([])), (Fraction(1, 1000), Fraction(1)))
-  pairs = data.pairs_of(huge, OPTIONS, image_size=16, seed=7)
-  assert len(pairs) > 10**12
-  far = 10**12 + 7
-  first, second = pairs[far], pairs[far]
-  np.testing.assert_array_equal(first['frames'], second['frames'])
+  keys = data.pair_keys(huge, 7)
+  assert len(keys) > 10**12
+  first, second = keys[10**12 + 7], keys[10**12 + 7]
+  assert first.video == second.video
+  np.testing.assert_array_equal(first.uniforms, second.uniforms)
   batch = batches(huge, 1, first_step=10**11)[0]
   assert batch['frames'].shape == (4, 2, 16, 16, 3)
 
@@ -349,6 +400,7 @@ def test_the_resize_is_the_one_asked_for(data_dir):
     ({'frame_gap': 1}, 'frame_gap=1 leaves no second frame'),
     ({'resize': 'nearest'}, "resize='nearest' is unknown; use one of fast, exact"),
     ({'num_workers': -1}, 'num_workers=-1 is negative'),
+    ({'max_damaged_records': -1}, 'max_damaged_records=-1 is negative'),
     ({'stall_seconds': 0.0}, 'stall_seconds=0.0 is not positive'),
   ],
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import mmap
 import multiprocessing
 import os
 import re
@@ -57,13 +58,6 @@ def assert_no_blocks(processes=()):
   assert not blocks_in_memory(processes)
 
 
-def is_of_frames(block):
-  """Whether a block holds more than numbers of videos and frames."""
-  with contextlib.suppress(FileNotFoundError):
-    return block.stat().st_size > 16 * 2 * 4
-  return False
-
-
 @contextlib.contextmanager
 def feeding(make, *, first_step=0, stall_seconds=60.0):
   """Yields a feed of frames, and the list of what it says."""
@@ -87,6 +81,13 @@ def plain(count, first_step=0):
 def assert_fed(fed, count, first_step=0):
   for expected in plain(count, first_step):
     np.testing.assert_array_equal(next(fed), expected)
+
+
+def assert_fed_like(fed, make, count):
+  """The next batches of a feed that has given one are those of another loader."""
+  with contextlib.closing(make(1)) as stream:
+    for _ in range(count):
+      np.testing.assert_array_equal(next(fed), next(stream)['frames'])
 
 
 def started_processes(number=2):
@@ -220,16 +221,42 @@ def test_the_memory_that_is_shared_does_not_grow_with_the_batch():
   num_workers, blocks_per_batch = 2, 40
   videos = NumberedVideos([10] * 24)
   make = make_batches(videos, num_workers, batch_size=blocks_per_batch * blocks.BLOCK_PAIRS)
-  counts = []
+  of_process = blocks.BLOCKS_PER_WORKER * blocks.BLOCK_PAIRS * 2 * 16 * 16 * 3
   with feeding(make) as (fed, _):
     next(fed)
-    processes = loader_processes()  # Of tests before, the trainer may hold blocks still.
-    # Until it has not changed for two seconds.
-    while len(set(counts[-100:])) > 1 or len(counts) < 100:
-      counts.append(sum(map(is_of_frames, blocks_in_memory(processes))))
-      time.sleep(0.02)
-  assert max(counts) < blocks_per_batch
-  assert num_workers < counts[-1] <= blocks.BLOCKS_PER_WORKER * num_workers
+    time.sleep(1)
+    sizes = [block.stat().st_size for block in blocks_in_memory()]
+    assert len(sizes) == num_workers
+    assert all(of_process < size <= of_process + 2 * mmap.PAGESIZE for size in sizes)
+    assert_fed_like(fed, make, 3)
+  assert_no_blocks()
+
+
+def test_a_process_waits_where_the_trainer_reads_none_of_its_slots():
+  """It may overwrite a block only once the trainer has copied it."""
+  writer, reader = loader_process.RingWriter(3, (2, 4)), loader_process.RingReader()
+  slots = []
+  for number in range(3):
+    slot, out = writer.next_slot()
+    out[:] = number
+    slots.append(slot)
+  ahead = threading.Thread(target=lambda: slots.append(writer.next_slot()[0]), daemon=True)
+  ahead.start()
+  ahead.join(0.2)
+  assert ahead.is_alive()
+  for number in range(3):
+    copy = np.empty((2, 4), np.uint8)
+    reader.copy(slots[number], copy)
+    assert (copy == number).all()
+    ahead.join(10)
+    assert not ahead.is_alive()
+  assert slots[3].number == 3
+  for _ in range(2):
+    writer.next_slot()
+  reader.stop()
+  writer.next_slot()  # Does not wait.
+  reader.close()
+  assert_no_blocks()
 
 
 def test_no_room_for_the_processes_is_told_before_they_start(monkeypatch):

@@ -22,12 +22,12 @@ import sys
 from absl import app
 from dropmae_jax import command_line, data, main
 name = sys.argv.pop()
-real = data.FramePair.draw
-def draw(self, video, rng):
+real = data.PairMaker.draw
+def draw(self, key):
   with open(name, 'a') as file:
-    file.write(f'{video}\\n')
-  return real(self, video, rng)
-data.FramePair.draw = draw
+    file.write(f'{key.video}\\n')
+  return real(self, key)
+data.PairMaker.draw = draw
 command_line.run(lambda: app.run(main.main, flags_parser=main.parse))
 """
 

@@ -8,8 +8,9 @@ from PIL import Image
 from dropmae_jax import augment, data, inspect_data
 from dropmae_jax.data import DataOptions
 from dropmae_jax.inspect_data import BOX_COLOUR, CAPTION, CHART, MARGIN
+from dropmae_jax.mixture import open_mixture
 from dropmae_jax.train_step import derive_seeds
-from dropmae_jax.videos import open_dataset, open_mixture
+from dropmae_jax.videos import open_dataset
 
 SIZE = 40
 

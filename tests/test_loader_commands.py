@@ -188,14 +188,19 @@ def test_a_run_whose_own_threads_hang_does_end(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize('workers', ['--config.data.num_workers=0', WORKERS])
-def test_a_damaged_record_ends_the_run_in_one_sentence(data_dir, tmp_path, workers):
+def test_too_many_damaged_records_end_the_run_in_one_sentence(data_dir, tmp_path, workers):
   shutil.copytree(data_dir, tmp_path / 'data')
   for shard in (tmp_path / 'data').glob('**/*-train.array_record*'):
     with shard.open('r+b') as file:
       file.seek(500)
       file.write(b'damage')
   done = run_python(
-    *train_arguments(tmp_path / 'data', tmp_path / 'run', '--config.num_steps=100', workers)
+    *train_arguments(tmp_path / 'data', tmp_path / 'run', '--config.num_steps=100', workers),
+    '--config.data.max_damaged_records=2',
   )
   assert_one_sentence(done, 'cannot be read: record ')
+  assert (
+    'It is damaged record 3 of this start, and config.data.max_damaged_records=2.' in done.stderr
+  )
+  assert done.stdout.count('Another video is taken instead; damaged record') == 2
   assert 'a process of the loader died' not in done.stdout

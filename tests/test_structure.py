@@ -13,8 +13,8 @@ PACKAGE = ROOT / 'dropmae_jax'
 # An import points to a lower layer only.
 LAYERS = [
   {'command_line', 'patches', 'position', 'masking', 'asad'},
-  {'attention', 'vit', 'loader_process'},
-  {'mae', 'augment', 'blocks', 'synthetic_clips', 'videos', 'destination'},
+  {'attention', 'vit', 'loader_process', 'videos'},
+  {'mae', 'augment', 'blocks', 'synthetic_clips', 'mixture', 'destination'},
   {
     'data',
     'hosts',

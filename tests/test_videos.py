@@ -13,7 +13,7 @@ import pytest
 from conftest import run_python
 
 from benchmarks import loader_memory
-from dropmae_jax import data, videos
+from dropmae_jax import data, mixture, videos
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
 
@@ -146,7 +146,7 @@ def test_what_the_system_refuses_is_told_in_one_sentence(damaged, monkeypatch):
   with pytest.raises(
     BadInput, match=r'^/x+/dataset_info.json cannot be opened \(File name too long\); give'
   ):
-    videos.open_mixture('/' + 300 * 'x', DATASET)
+    mixture.open_mixture('/' + 300 * 'x', DATASET)
   shard = sorted(folder.glob('*train.array_record*'))[2]
   shard.rename(folder / 'elsewhere')
   shard.symlink_to(folder / 'nowhere')
@@ -176,9 +176,12 @@ def test_a_damaged_record_is_named_when_it_is_read(damaged, num_workers):
     dataset.frame(3, 0)
   assert dataset.frame(3, 1).shape == (48, 64, 3)
   stream = data.pair_batches(
-    dataset, DataOptions(num_threads=0, num_workers=num_workers), image_size=16, batch_size=6,
+    dataset,
+    DataOptions(num_threads=0, num_workers=num_workers, max_damaged_records=0),
+    image_size=16,
+    batch_size=6,
     seed=0,
-  )  # fmt: skip
+  )
   with pytest.raises(BadInput, match=r'video \d .* is damaged .*; copy .* anew, or'):
     for _ in range(20):
       next(stream)
@@ -189,22 +192,22 @@ def test_a_mixture_opens_its_datasets(data_dir, tmp_path):
   (tmp_path / 'kinetics_frames').mkdir()
   for name in ('folder', 'other'):
     (tmp_path / 'kinetics_frames' / name).symlink_to(data_dir / DATASET)
-  one = videos.open_mixture(str(tmp_path), DATASET)
+  one = mixture.open_mixture(str(tmp_path), DATASET)
   assert (len(one), one.weights) == (6, (1,))
   assert one.fingerprint == videos.open_dataset(str(tmp_path), DATASET).fingerprint
   text = f'{DATASET}=0.3, kinetics_frames/other=1/10'
-  two = videos.open_mixture(str(tmp_path), text)
+  two = mixture.open_mixture(str(tmp_path), text)
   assert (len(two), two.weights) == (12, (Fraction(3, 10), Fraction(1, 10)))
   prints = {
-    videos.open_mixture(str(tmp_path), f'{DATASET}={weights}').fingerprint
+    mixture.open_mixture(str(tmp_path), f'{DATASET}={weights}').fingerprint
     for weights in ('3,kinetics_frames/other=1', '6,kinetics_frames/other=2')
   }
   assert prints == {two.fingerprint}
-  assert videos.open_mixture(str(tmp_path), text.replace('0.3', '0.4')).fingerprint not in prints
+  assert mixture.open_mixture(str(tmp_path), text.replace('0.3', '0.4')).fingerprint not in prints
   with pytest.raises(
     BadInput, match=r'is the folder of one dataset, and .* names 2; give the fold'
   ):
-    videos.open_mixture(str(version_folder(data_dir)), text)
+    mixture.open_mixture(str(version_folder(data_dir)), text)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,7 @@ def test_a_mixture_opens_its_datasets(data_dir, tmp_path):
 )
 def test_a_mixture_that_is_not_one_is_refused(data_dir, text, part):
   with pytest.raises(BadInput, match=re.escape(f'dataset={text!r} is not understood at {part};')):
-    videos.open_mixture(str(data_dir), text)
+    mixture.open_mixture(str(data_dir), text)
 
 
 LIMITED = """
