@@ -121,10 +121,10 @@ class TfdsVideos:
     """Frames of a video; at least 1."""
     return int(self._frames[video])
 
-  def path(self, video: int) -> str:
-    """The video's path below the root it was built from; reads the index anew."""
+  def paths(self) -> np.ndarray:
+    """The path of every video below the root it was built from; reads the index anew."""
     with np.load(self.folder / f'index-{self._split}.npz') as index:
-      return str(index['path'][video])
+      return index['path']
 
   def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
     """Reads one record and decodes its JPEG to RGB.
@@ -150,7 +150,7 @@ class TfdsVideos:
       )
     file = instructions[int(np.searchsorted(ends, record, side='right'))].filename
     try:
-      path = self.path(video)
+      path = str(self.paths()[video])
     except Exception:  # The record's error is the one to tell.
       path = 'unknown path'
     return DamagedRecord(

@@ -37,6 +37,7 @@ LAYERS = [
   {'run_checkpoints', 'torch_import'},
   {'convert', 'torch_inspect', 'warm_start'},
   {'figures', 'recipe'},
+  {'bad_batch'},
   {'train', 'inspect_data'},
   {'main'},
 ]

@@ -169,7 +169,7 @@ def test_a_damaged_record_is_named_when_it_is_read(damaged, num_workers):
     with shard.open('r+b') as file:  # The first record of the shard, and no other.
       file.seek(500)
       file.write(b'damage')
-  shard, path = shards[3], dataset.path(3)
+  shard, path = shards[3], str(dataset.paths()[3])
   assert path.endswith('.mp4')
   message = re.escape(f'video 3 ({path}) cannot be read: record 24 of split train, in {shard}')
   with pytest.raises(BadInput, match=message):
