@@ -69,4 +69,5 @@ def get_config() -> ConfigDict:
   config.checkpoint.every_steps = 10 * STEPS_PER_EPOCH
   config.checkpoint.keep_last = 3
   config.checkpoint.keep_every = 100 * STEPS_PER_EPOCH
+  config.checkpoint.keep_best = 0
   return config.lock()

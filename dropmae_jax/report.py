@@ -44,6 +44,7 @@ class Report:
     self._batch_size = batch_size
     self._log_every = log_every
     self._window: list[tuple[int, Metrics]] = []
+    self._losses: list[float] = []
     self._writes = jax.process_index() == 0
     self._show = tqdm.tqdm(
       total=num_steps,
@@ -125,7 +126,18 @@ class Report:
             f'the {name} of step {step} is {value}; the last checkpoint is from before it. Lower'
             ' config.optimizer.base_learning_rate or look at the data.'
           )
+    self._losses += [float(metrics.loss) for metrics in fetched]
     self._window.clear()
+
+  def take_losses(self) -> list[float]:
+    """Returns the losses of the steps since it was last asked, or from the first one on.
+
+    Raises:
+      NonFiniteLoss: as `check_finite`.
+    """
+    self.check_finite()
+    taken, self._losses = self._losses, []
+    return taken
 
   def _write_line(self, step: int) -> None:
     latest = jax.device_get(self._window[-1][1])

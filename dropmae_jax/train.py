@@ -125,9 +125,9 @@ def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False)
       previous = metrics
       stopped, ended = interruption.is_due(step), step == recipe.num_steps
       if run.checkpoints.is_due(step) or stopped or ended:
-        run.report.check_finite()
+        losses = run.report.take_losses()
         write = run.checkpoints.finish if stopped or ended else run.checkpoints.save
-        write(step, state, say=run.report.warn)
+        write(step, state, losses=losses, say=run.report.warn)
       if stopped and not ended:
         run.report.say(
           f'{interruption.signal_name}: saved at step {step} of {recipe.num_steps};'

@@ -29,6 +29,13 @@ def losses(workdir):
   return [(row['step'], row['loss']) for row in metrics_of(workdir)]
 
 
+def assert_score(workdir, step, num_steps):
+  """The score of a checkpoint is the mean loss of the last so many steps."""
+  told = checkpoint.load_weights(workdir, step=step).description
+  expected = np.mean([loss for _, loss in losses(workdir)][step - num_steps : step])
+  assert (told['score'], told['score_steps']) == (pytest.approx(expected, rel=1e-12), num_steps)
+
+
 def assert_same_weights(first, second):
   import jax
 
@@ -92,6 +99,8 @@ def test_resuming_is_exact(trained, data_dir, tmp_path):
   assert 'going on after step 3 of 8' in done.stdout
   assert losses(tmp_path) == losses(trained)
   assert_same_weights(tmp_path, trained)
+  for step, num_steps in ((6, 3), (8, 2)):
+    assert_score(tmp_path, step, num_steps)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +131,15 @@ def test_a_signal_saves_and_the_next_start_goes_on(data_dir, tmp_path, number, w
   assert 'the same command goes on from there' in told
   step = int(told.split('saved at step ')[1].split()[0])
   assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 1))
+  assert_score(tmp_path, step, step)
   again = train_arguments(data_dir, tmp_path, f'--config.num_steps={step + 2}')
   done = run_python(*again)
   assert done.returncode == 0, done.stderr
   assert f'going on after step {step} of {step + 2}' in done.stdout
   assert f'changed since that checkpoint: num_steps: 100000 -> {step + 2}' in done.stdout
   assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 3))
+  # As if nothing had stopped it.
+  assert_score(tmp_path, step + 2, step + 2)
 
 
 def test_loader_processes_and_training_end_cleanly(trained, data_dir, tmp_path):
@@ -321,6 +333,7 @@ def test_what_does_not_make_another_run_may_change(begun, data_dir, tmp_path):
     'num_steps': 9, 'accumulation_steps': 2, 'dtype': 'bfloat16', 'log_every': 2,
     'data.num_workers': 1, 'data.num_threads': 1, 'data.stall_seconds': 99.0,
     'optimizer.base_learning_rate': 0.01, 'checkpoint.every_steps': 7,
+    'checkpoint.keep_best': 2,
   }  # fmt: skip
   more = [f'--config.{name}={value}' for name, value in fields.items()]
   done = run_python(*train_arguments(tmp_path / 'moved', begun, *more))
