@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
   config.dtype = 'bfloat16'
   config.remat = 'none'
   config.log_every = 20
+  config.step_stall_seconds = 1800.0
 
   config.model = ConfigDict()
   config.model.size = 'B'

@@ -20,6 +20,7 @@ from dropmae_jax.feed import Feed
 from dropmae_jax.recipe import Recipe, may_change
 from dropmae_jax.report import Report
 from dropmae_jax.run_checkpoints import Checkpoints
+from dropmae_jax.stalls import Watchdog
 from dropmae_jax.train_step import Metrics, TrainState, derive_seeds, init_state, train_step
 
 
@@ -87,10 +88,13 @@ class Run(NamedTuple):
   batches: Feed
   checkpoints: Checkpoints
   report: Report
+  watchdog: Watchdog
 
 
 def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False) -> bool:
   """Trains to `recipe.num_steps`, going on from the newest checkpoint of `workdir` if there is one.
+
+  A step that hangs ends the process, with the status `stalls.STALLED`.
 
   Args:
     recipe: what to do.
@@ -114,7 +118,9 @@ def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False)
     state, previous = run.state, None
     for step in range(run.first_step + 1, recipe.num_steps + 1):
       asked = time.perf_counter()
+      run.watchdog.pause()  # The loader has one of its own.
       frames = next(run.batches)
+      run.watchdog.watch(f'step {step}', is_slow=previous is None)
       run.report.batch_arrived(asked)
       state, metrics = run.program.step(state, frames, run.step_key)
       # At most two steps are under way, so that memory and signals are not held up.
@@ -126,6 +132,7 @@ def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False)
       stopped, ended = interruption.is_due(step), step == recipe.num_steps
       if run.checkpoints.is_due(step) or stopped or ended:
         losses = run.report.take_losses()
+        run.watchdog.watch(f'the checkpoint of step {step}', is_slow=True)
         write = run.checkpoints.finish if stopped or ended else run.checkpoints.save
         write(step, state, losses=losses, say=run.report.warn)
       if stopped and not ended:
@@ -187,7 +194,9 @@ def _open(
   batches = _feed(recipe, dataset, mesh, seed=seeds.data, first_step=first_step, say=report.warn)
   stack.callback(batches.close)
   step_key = sharding.put_everywhere(seeds.steps, mesh)
-  return Run(program, state, step_key, first_step, batches, checkpoints, report)
+  watchdog = Watchdog(recipe.step_stall_seconds, say=report.warn)
+  stack.callback(watchdog.close)
+  return Run(program, state, step_key, first_step, batches, checkpoints, report, watchdog)
 
 
 def _begin(

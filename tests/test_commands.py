@@ -333,7 +333,7 @@ def test_what_does_not_make_another_run_may_change(begun, data_dir, tmp_path):
     'num_steps': 9, 'accumulation_steps': 2, 'dtype': 'bfloat16', 'log_every': 2,
     'data.num_workers': 1, 'data.num_threads': 1, 'data.stall_seconds': 99.0,
     'optimizer.base_learning_rate': 0.01, 'checkpoint.every_steps': 7,
-    'checkpoint.keep_best': 2,
+    'checkpoint.keep_best': 2, 'step_stall_seconds': 999.0,
   }  # fmt: skip
   more = [f'--config.{name}={value}' for name, value in fields.items()]
   done = run_python(*train_arguments(tmp_path / 'moved', begun, *more))
