@@ -73,20 +73,22 @@ def test_a_step_that_hangs_ends_the_run_with_stacks(trained, data_dir, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_host_that_hangs_ends_the_others_too(data_dir, tmp_path):
-  """What waits for its message says so; what hangs cannot, and JAX or its scheduler ends it."""
+@pytest.mark.parametrize('fault', [signal.SIGSTOP, signal.SIGKILL])
+def test_a_host_that_hangs_or_dies_ends_the_others_too(data_dir, tmp_path, fault):
+  """Before JAX's heartbeat notices, if the limit is shorter."""
   arguments = train_arguments(
     data_dir, tmp_path, '--config.num_steps=100000', '--config.step_stall_seconds=5'
   )
   both = Processes(arguments)
   both.wait_for('step 3/')
-  both.running[1].send_signal(signal.SIGSTOP)
+  both.running[1].send_signal(fault)
   _, errors = both.running[0].communicate(timeout=60)
   both.running[1].send_signal(signal.SIGCONT)
   assert both.running[0].returncode == stalls.STALLED, errors
   assert ' took more than 5 s; ' in errors
   assert ' in train' in (tmp_path / 'log.txt').read_text()
-  assert both.running[1].wait(timeout=60) != 0
+  both.running[1].communicate(timeout=60)
+  assert both.running[1].returncode != 0
 
 
 # Works for a second, as its own clock has it, and then hangs.
