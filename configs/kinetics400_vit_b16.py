@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
   config.dtype = 'bfloat16'
   config.remat = 'none'
   config.log_every = 20
+  config.step_stall_seconds = 1800.0
 
   config.model = ConfigDict()
   config.model.size = 'B'
@@ -70,4 +71,5 @@ def get_config() -> ConfigDict:
   config.checkpoint.every_steps = 10 * STEPS_PER_EPOCH
   config.checkpoint.keep_last = 3
   config.checkpoint.keep_every = 100 * STEPS_PER_EPOCH
+  config.checkpoint.keep_best = 0
   return config.lock()

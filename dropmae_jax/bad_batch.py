@@ -64,8 +64,7 @@ def write(workdir: pathlib.Path, recipe: Recipe, dataset: Mixture, step: int) ->
   path = workdir / f'bad_batch_{step}.json'
   if jax.process_index() == 0:
     try:
-      with jax.transfer_guard('allow'):
-        described = describe_batch(recipe, dataset, step)
+      described = describe_batch(recipe, dataset, step)
       partial = path.with_suffix('.partial')
       partial.write_text(json.dumps(described, indent=1))
       partial.replace(path)

@@ -7,13 +7,11 @@ one. A loader that hangs ends the run, with the stacks of all threads.
 
 import dataclasses
 import errno
-import faulthandler
 import multiprocessing
 import os
 import queue
 import re
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from multiprocessing.process import BaseProcess
 import jax
 import numpy as np
 
-from dropmae_jax import loader_process
+from dropmae_jax import loader_process, stalls
 from dropmae_jax.command_line import BadInput
 
 AHEAD = 2
@@ -253,7 +251,7 @@ class Feed:
   def _give_up_waiting(self) -> None:
     self._failed = True
     processes = [each for each in self._reader.processes() if each.is_alive()]
-    self._say(f'the loader hangs; all threads of this process:\n{_stacks()}')
+    self._say(f'the loader hangs; all threads of this process:\n{stalls.stacks()}')
     for process in processes:
       os.kill(process.pid, loader_process.SHOW_STACKS)
     if processes:
@@ -286,10 +284,3 @@ def _how(exit_code: int) -> str:
   if exit_code < 0:
     return f'killed by signal {-exit_code}'
   return f'exit status {0 if exit_code == SILENT_DEATH else exit_code}'
-
-
-def _stacks() -> str:
-  with tempfile.TemporaryFile('w+') as file:
-    faulthandler.dump_traceback(file, all_threads=True)
-    file.seek(0)
-    return file.read()

@@ -1,8 +1,8 @@
 """Trains: python -m dropmae_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=...].
 
 Exit status: 0 when the last step is reached, 1 when training diverged or the loader failed, 2 for
-bad input, 75 when a signal stopped the run after a checkpoint (the same command goes on from
-there).
+bad input, 69 when a step hung, 75 when a signal stopped the run after a checkpoint (after both, the
+same command goes on from the last one).
 """
 
 import os

@@ -30,6 +30,7 @@ MAY_CHANGE = frozenset(
     'remat',
     'mesh',
     'log_every',
+    'step_stall_seconds',
     'data.num_workers',
     'data.num_threads',
     'data.stall_seconds',
@@ -58,6 +59,8 @@ class Recipe:
     remat: which activations are computed anew for the gradient, to save memory: of 'none', of
       'full' blocks, or of all but the 'dots' (matrix products with parameters).
     log_every: steps between two lines of metrics.
+    step_stall_seconds: a run ends, to be started again, when a step takes so long; the first one,
+      which compiles, and the writing of a checkpoint may take half an hour in any case.
     model: `size` of the size table, `image_size`, and any other field of `Architecture`.
     objective: see `mae.Objective`.
     data: see `data.DataOptions`.
@@ -78,6 +81,7 @@ class Recipe:
   dtype: str = 'bfloat16'
   remat: str = 'none'
   log_every: int = 20
+  step_stall_seconds: float = 1800.0
   objective: Objective = dataclasses.field(default_factory=Objective)
   data: DataOptions = dataclasses.field(default_factory=DataOptions)
   optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
@@ -88,6 +92,11 @@ class Recipe:
     for name in ('num_steps', 'batch_size', 'accumulation_steps', 'log_every'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is not positive; use 1 or more.')
+    if not self.step_stall_seconds > 0:
+      raise ValueError(
+        f'step_stall_seconds={self.step_stall_seconds} is not positive; use the longest time that a'
+        ' step may take.'
+      )
     if not 0 <= self.seed < 2**32:
       raise ValueError(f'seed={self.seed} is not in 0..2**32 - 1.')
     for name, known in (('dtype', DTYPES), ('remat', mae.REMATERIALISATIONS)):

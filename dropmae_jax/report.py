@@ -20,7 +20,15 @@ _log = logging.getLogger('dropmae_jax')
 
 
 class NonFiniteLoss(RuntimeError):
-  """Loss or gradient became infinite or not a number; the message names the step."""
+  """Loss or gradient became infinite or not a number; the message names the step.
+
+  Attributes:
+    step: number of the update.
+  """
+
+  def __init__(self, message: str, step: int) -> None:
+    super().__init__(message)
+    self.step = step
 
 
 class Report:
@@ -44,6 +52,7 @@ class Report:
     self._batch_size = batch_size
     self._log_every = log_every
     self._window: list[tuple[int, Metrics]] = []
+    self._losses: list[float] = []
     self._writes = jax.process_index() == 0
     self._show = tqdm.tqdm(
       total=num_steps,
@@ -123,9 +132,21 @@ class Report:
         if not np.isfinite(value):
           raise NonFiniteLoss(
             f'the {name} of step {step} is {value}; the last checkpoint is from before it. Lower'
-            ' config.optimizer.base_learning_rate or look at the data.'
+            ' config.optimizer.base_learning_rate or look at the data.',
+            step,
           )
+    self._losses += [float(metrics.loss) for metrics in fetched]
     self._window.clear()
+
+  def take_losses(self) -> list[float]:
+    """Returns the losses of the steps since it was last asked, or from the first one on.
+
+    Raises:
+      NonFiniteLoss: as `check_finite`.
+    """
+    self.check_finite()
+    taken, self._losses = self._losses, []
+    return taken
 
   def _write_line(self, step: int) -> None:
     latest = jax.device_get(self._window[-1][1])

@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from dropmae_jax import checkpoint, hosts
+from dropmae_jax import checkpoint, hosts, retention
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.train_step import TrainState
 
@@ -33,16 +34,22 @@ class CheckpointOptions:
     every_steps: updates between two of them; one is always written at the end.
     keep_last: how many of the newest to keep.
     keep_every: those at multiples of this many steps are kept for good; 0 keeps none of them.
+    keep_best: how many of the lowest score to keep too, be they among the newest or not. The score
+      is the mean loss of the steps since the last multiple of `every_steps`.
   """
 
   every_steps: int = 1000
   keep_last: int = 3
   keep_every: int = 0
+  keep_best: int = 0
 
   def __post_init__(self) -> None:
     for name in ('every_steps', 'keep_last'):
       if getattr(self, name) < 1:
         raise ValueError(f'checkpoint.{name}={getattr(self, name)} is not positive; use 1 or more.')
+    for name in ('keep_every', 'keep_best'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'checkpoint.{name}={getattr(self, name)} is negative; 0 keeps none.')
 
 
 class Checkpoints:
@@ -55,9 +62,15 @@ class Checkpoints:
     self, workdir: pathlib.Path, options: CheckpointOptions, description: dict[str, Any]
   ) -> None:
     self._description = description
+    self._scores: dict[int, float | None] = {}
+    self._mean_loss = retention.MeanLoss()
     self._options = ocp.CheckpointManagerOptions(
-      max_to_keep=options.keep_last,
-      keep_period=options.keep_every or None,
+      preservation_policy=retention.policy(
+        last=options.keep_last,
+        every=options.keep_every,
+        best=options.keep_best,
+        scores=self._scores,
+      ),
       enable_async_checkpointing=True,
       cleanup_tmp_directories=True,  # Of saves that a kill broke off.
     )
@@ -65,6 +78,8 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self._folder, options=self._options)
     self._every_steps = options.every_steps
     self._pending: int | None = None
+    for step in self._manager.all_steps() if options.keep_best else []:
+      self._scores[step], _ = _together(partial(self._stored_score, step))
 
   @property
   def latest_step(self) -> int | None:
@@ -75,14 +90,24 @@ class Checkpoints:
     """Whether a checkpoint belongs at this step."""
     return step % self._every_steps == 0
 
-  def save(self, step: int, state: TrainState, *, say: Callable[[str], None]) -> None:
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    *,
+    losses: Sequence[float] = (),
+    say: Callable[[str], None],
+  ) -> None:
     """Copies the state off the devices and writes it in the background; once per step.
 
     Args:
       step: number of the state.
       state: on the devices.
+      losses: of the steps since the last call, or since `restore`; make the score.
       say: is told when the one before could not be written, which ends nothing.
     """
+    mean_loss = self._mean_loss.plus(losses)
+    self._mean_loss = retention.MeanLoss() if self.is_due(step) else mean_loss
     self._settle(say)
     if step == self.latest_step:
       return
@@ -91,8 +116,9 @@ class Checkpoints:
       arrays = {'params': state.params, 'opt_state': state.opt_state}
       sums = {name: checkpoint.checksums(tree) for name, tree in arrays.items()}
       items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-      description = checkpoint.seal({**self._description, 'checksums': sums})
-      items['description'] = ocp.args.JsonSave(description)
+      description = {**self._description, **mean_loss.described(), 'checksums': sums}
+      self._scores[step] = retention.score_in(description, self._every_steps)
+      items['description'] = ocp.args.JsonSave(checkpoint.seal(description))
       self._pending = step
       try:
         self._manager.save(step, args=ocp.args.Composite(**items))
@@ -122,13 +148,20 @@ class Checkpoints:
       f' {newest}, and training goes on. Make room before the next one.'
     )
 
-  def finish(self, step: int, state: TrainState, *, say: Callable[[str], None]) -> None:
+  def finish(
+    self,
+    step: int,
+    state: TrainState,
+    *,
+    losses: Sequence[float] = (),
+    say: Callable[[str], None],
+  ) -> None:
     """Saves the last state, and waits until it is on the disk.
 
     Raises:
       NotSaved: it could not be written; says from where the next start goes on.
     """
-    self.save(step, state, say=say)
+    self.save(step, state, losses=losses, say=say)
     self._settle(say)
     if self.latest_step != step:
       before = self.latest_step or 0
@@ -197,6 +230,7 @@ class Checkpoints:
       _, reason = _together(examine)
     if reason:
       return None, reason
+    self._mean_loss = retention.MeanLoss() if self.is_due(step) else retention.mean_in(stored)
     count = jax.device_put(np.int32(step), abstract.step.sharding)
     return TrainState(step=count, params=restored.params, opt_state=restored.opt_state), ''
 
@@ -219,6 +253,9 @@ class Checkpoints:
   def _stored_description(self, step: int) -> dict[str, Any]:
     items = ocp.args.Composite(description=ocp.args.JsonRestore())
     return checkpoint.unseal(self._manager.restore(step, args=items).description)
+
+  def _stored_score(self, step: int) -> float | None:
+    return retention.score_in(self._stored_description(step), self._every_steps)
 
   def changes(self) -> dict[str, str]:
     """Returns the config fields that differ from those of the newest checkpoint, 'old -> new'.

@@ -79,7 +79,8 @@ _KEPT = {
   'config': _Law(lambda value: isinstance(value, dict), 'a dict of plain values'),
   'data_fingerprint': _Law(lambda value: value is None or isinstance(value, str), 'a text'),
   'source': _Law(_is_source, 'a dict with a list of names under "fresh"'),
-  'score': _Law(is_plain, 'a plain value'),
+  'score': _Law(lambda value: value is None or _is_a(value, float), 'a number'),
+  'score_steps': _whole_from(1),
 }
 
 

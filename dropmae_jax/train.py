@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dropmae_jax import data, hosts, mae, optimizer, sharding, warm_start
+from dropmae_jax import bad_batch, data, hosts, mae, optimizer, sharding, warm_start
 from dropmae_jax.checkpoint import describe
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.feed import DamagedRecords, Feed
 from dropmae_jax.mixture import Mixture, open_mixture
 from dropmae_jax.recipe import Recipe, may_change
-from dropmae_jax.report import Report
+from dropmae_jax.report import NonFiniteLoss, Report
 from dropmae_jax.run_checkpoints import Checkpoints
+from dropmae_jax.stalls import Watchdog
 from dropmae_jax.train_step import Metrics, TrainState, derive_seeds, init_state, train_step
 
 
@@ -88,10 +89,14 @@ class Run(NamedTuple):
   batches: Feed
   checkpoints: Checkpoints
   report: Report
+  watchdog: Watchdog
+  dataset: Mixture
 
 
 def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False) -> bool:
   """Trains to `recipe.num_steps`, going on from the newest checkpoint of `workdir` if there is one.
+
+  A step that hangs ends the process, with the status `stalls.STALLED`.
 
   Args:
     recipe: what to do.
@@ -104,37 +109,50 @@ def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False)
   Raises:
     BadInput: the data are not there or cannot be read, the batch does not fit the devices, or the
       workdir holds another model or run.
-    NonFiniteLoss: training diverged.
+    NonFiniteLoss: training diverged; the pairs of the batch are listed in the workdir.
     LoaderFailed: the loader hangs or dies again and again; end the process by os._exit.
     NotSaved: the last state could not be written.
   """
   interruption = hosts.Interruption()
   with interruption.watched(), contextlib.ExitStack() as stack:
     run = _open(recipe, workdir, stack, allow_changes=allow_changes)
-    stack.enter_context(jax.transfer_guard('disallow'))
-    state, previous = run.state, None
-    for step in range(run.first_step + 1, recipe.num_steps + 1):
-      asked = time.perf_counter()
-      frames = next(run.batches)
-      run.report.batch_arrived(asked)
-      state, metrics = run.program.step(state, frames, run.step_key)
-      # At most two steps are under way, so that memory and signals are not held up.
-      jax.block_until_ready(previous or metrics)
-      run.report.after_step(step, metrics)
-      if previous is None:
-        run.report.compiled(step)
-      previous = metrics
-      stopped, ended = interruption.is_due(step), step == recipe.num_steps
-      if run.checkpoints.is_due(step) or stopped or ended:
-        run.report.check_finite()
-        write = run.checkpoints.finish if stopped or ended else run.checkpoints.save
-        write(step, state, say=run.report.warn)
-      if stopped and not ended:
-        run.report.say(
-          f'{interruption.signal_name}: saved at step {step} of {recipe.num_steps};'
-          ' the same command goes on from there'
-        )
-        return False
+    try:
+      with jax.transfer_guard('disallow'):
+        return _loop(recipe, run, interruption)
+    except NonFiniteLoss as error:
+      run.watchdog.pause()
+      found = bad_batch.write(workdir, recipe, run.dataset, error.step)
+      raise NonFiniteLoss(f'{error} {found}', error.step) from error
+
+
+def _loop(recipe: Recipe, run: Run, interruption: hosts.Interruption) -> bool:
+  """Takes the steps that are left; returns whether the last one was reached."""
+  state, previous = run.state, None
+  for step in range(run.first_step + 1, recipe.num_steps + 1):
+    asked = time.perf_counter()
+    run.watchdog.pause()  # The loader has one of its own.
+    frames = next(run.batches)
+    run.watchdog.watch(f'step {step}', is_slow=previous is None)
+    run.report.batch_arrived(asked)
+    state, metrics = run.program.step(state, frames, run.step_key)
+    # At most two steps are under way, so that memory and signals are not held up.
+    jax.block_until_ready(previous or metrics)
+    run.report.after_step(step, metrics)
+    if previous is None:
+      run.report.compiled(step)
+    previous = metrics
+    stopped, ended = interruption.is_due(step), step == recipe.num_steps
+    if run.checkpoints.is_due(step) or stopped or ended:
+      losses = run.report.take_losses()
+      run.watchdog.watch(f'the checkpoint of step {step}', is_slow=True)
+      write = run.checkpoints.finish if stopped or ended else run.checkpoints.save
+      write(step, state, losses=losses, say=run.report.warn)
+    if stopped and not ended:
+      run.report.say(
+        f'{interruption.signal_name}: saved at step {step} of {recipe.num_steps};'
+        ' the same command goes on from there'
+      )
+      return False
   return True
 
 
@@ -188,7 +206,9 @@ def _open(
   batches = _feed(recipe, dataset, mesh, seed=seeds.data, first_step=first_step, say=report.warn)
   stack.callback(batches.close)
   step_key = sharding.put_everywhere(seeds.steps, mesh)
-  return Run(program, state, step_key, first_step, batches, checkpoints, report)
+  watchdog = Watchdog(recipe.step_stall_seconds, say=report.warn)
+  stack.callback(watchdog.close)
+  return Run(program, state, step_key, first_step, batches, checkpoints, report, watchdog, dataset)
 
 
 def _begin(

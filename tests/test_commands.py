@@ -1,13 +1,16 @@
 """The command lines as a user meets them: the whole road, stops and restarts, and bad input."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +18,9 @@ from conftest import ROOT, run_python, train_arguments
 from flax import traverse_util
 from PIL import Image
 
-from dropmae_jax import checkpoint, report
-from dropmae_jax.train_step import Metrics
+from dropmae_jax import augment, checkpoint, data, report
+from dropmae_jax.data import DataOptions
+from dropmae_jax.train_step import Metrics, derive_seeds
 from dropmae_jax.videos import open_dataset
 
 
@@ -27,6 +31,13 @@ def metrics_of(workdir):
 
 def losses(workdir):
   return [(row['step'], row['loss']) for row in metrics_of(workdir)]
+
+
+def assert_score(workdir, step, num_steps):
+  """The score of a checkpoint is the mean loss of the last so many steps."""
+  told = checkpoint.load_weights(workdir, step=step).description
+  expected = np.mean([loss for _, loss in losses(workdir)][step - num_steps : step])
+  assert (told['score'], told['score_steps']) == (pytest.approx(expected, rel=1e-12), num_steps)
 
 
 def assert_same_weights(first, second):
@@ -92,6 +103,8 @@ def test_resuming_is_exact(trained, data_dir, tmp_path):
   assert 'going on after step 3 of 8' in done.stdout
   assert losses(tmp_path) == losses(trained)
   assert_same_weights(tmp_path, trained)
+  for step, num_steps in ((6, 3), (8, 2)):
+    assert_score(tmp_path, step, num_steps)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +135,15 @@ def test_a_signal_saves_and_the_next_start_goes_on(data_dir, tmp_path, number, w
   assert 'the same command goes on from there' in told
   step = int(told.split('saved at step ')[1].split()[0])
   assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 1))
+  assert_score(tmp_path, step, step)
   again = train_arguments(data_dir, tmp_path, f'--config.num_steps={step + 2}')
   done = run_python(*again)
   assert done.returncode == 0, done.stderr
   assert f'going on after step {step} of {step + 2}' in done.stdout
   assert f'changed since that checkpoint: num_steps: 100000 -> {step + 2}' in done.stdout
   assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 3))
+  # As if nothing had stopped it.
+  assert_score(tmp_path, step + 2, step + 2)
 
 
 def test_loader_processes_and_training_end_cleanly(trained, data_dir, tmp_path):
@@ -137,6 +153,32 @@ def test_loader_processes_and_training_end_cleanly(trained, data_dir, tmp_path):
   assert done.returncode == 0, done.stderr
   assert 'Traceback' not in done.stderr
   assert losses(tmp_path) == losses(trained)
+
+
+def assert_batch_of_step(described, step, data_dir):
+  """What is listed leads to just what the step was fed, and to its noise."""
+  videos = open_dataset(str(data_dir), 'kinetics_frames/folder')
+  config, seeds = described['config'], derive_seeds(described['seed'])
+  size = config['model']['image_size']
+  stream = data.pair_batches(
+    videos,
+    DataOptions(**config['data']),
+    image_size=size,
+    batch_size=config['batch_size'],
+    seed=seeds.data,
+    first_step=step - 1,
+  )
+  with contextlib.closing(stream):
+    batch = next(stream)
+  assert len(described['pairs']) == config['batch_size']
+  for pair, expected in zip(described['pairs'], batch['frames'], strict=True):
+    assert pair['path'] == videos.paths()[pair['video']]
+    for number, crop, frame in zip(pair['frame_numbers'], pair['crops'], expected, strict=True):
+      whole = videos.frame(pair['video'], number)
+      again = augment.crop_and_resize(whole, augment.Box(*crop), size, resize='fast')
+      np.testing.assert_array_equal(again, frame)
+  key = jax.random.fold_in(seeds.steps, step - 1)
+  assert described['step_key'] == jax.random.key_data(key).tolist()
 
 
 def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_path):
@@ -150,8 +192,11 @@ def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_pa
     )
   )
   assert done.returncode == 1
-  assert 'error: the loss of step' in done.stderr
+  step = int(re.search(r'error: the loss of step (\d+) is', done.stderr)[1])
   assert 'Traceback' not in done.stderr
+  found = tmp_path / f'bad_batch_{step}.json'
+  assert f'The pairs of its batch are in {found}.' in done.stderr
+  assert_batch_of_step(json.loads(found.read_text()), step, data_dir)
   weights = checkpoint.load_weights(tmp_path)
   leaves = traverse_util.flatten_dict(weights.params).values()
   assert all(np.isfinite(leaf).all() for leaf in leaves)
@@ -321,6 +366,7 @@ def test_what_does_not_make_another_run_may_change(begun, data_dir, tmp_path):
     'num_steps': 9, 'accumulation_steps': 2, 'dtype': 'bfloat16', 'log_every': 2,
     'data.num_workers': 1, 'data.num_threads': 1, 'data.stall_seconds': 99.0,
     'optimizer.base_learning_rate': 0.01, 'checkpoint.every_steps': 7,
+    'checkpoint.keep_best': 2, 'step_stall_seconds': 999.0,
   }  # fmt: skip
   more = [f'--config.{name}={value}' for name, value in fields.items()]
   done = run_python(*train_arguments(tmp_path / 'moved', begun, *more))

@@ -84,8 +84,10 @@ def assert_close_weights(first, second):
 
 def test_two_processes_are_one_run(trained, data_dir, tmp_path):
   arguments = train_arguments(
-    data_dir, tmp_path / 'run', '--config.num_steps=8', '--config.mesh.fsdp=2'
-  )
+    data_dir, tmp_path / 'run', '--config.num_steps=8', '--config.mesh.fsdp=2',
+    '--config.checkpoint.every_steps=2', '--config.checkpoint.keep_last=1',
+    '--config.checkpoint.keep_best=2',
+  )  # fmt: skip
   ends = Processes(arguments, read=tmp_path / 'read').ends()
   assert [status for status, _, _ in ends] == [0, 0], ends
   steps, values = zip(*losses(tmp_path / 'run'), strict=True)
@@ -95,6 +97,9 @@ def test_two_processes_are_one_run(trained, data_dir, tmp_path):
   # One report: process 1 tells nothing, and there is one line for a step.
   assert 'step 8/8' in ends[0][1]
   assert 'step 8/8' not in ends[1][1]
+  means = {step: (expected[step - 2] + expected[step - 1]) / 2 for step in (2, 4, 6, 8)}
+  kept = sorted({8, *sorted(means, key=means.get)[:2]})
+  assert sorted(int(path.name) for path in (tmp_path / 'run' / 'checkpoints').iterdir()) == kept
   # Three batches of four are two epochs of six videos; each process reads half of every batch.
   read = [[int(n) for n in (tmp_path / f'read{i}').read_text().split()] for i in range(2)]
   assert all(len(videos) >= 16 for videos in read)

@@ -77,6 +77,8 @@ def test_the_published_recipe_is_complete():
     ('model', 3, 'config.model=3 should be a group of fields'),
     ('optimizer.warmup_steps', -1, 'optimizer.warmup_steps=-1 is negative'),
     ('checkpoint.keep_last', 0, 'checkpoint.keep_last=0 is not positive'),
+    ('checkpoint.keep_best', -1, 'checkpoint.keep_best=-1 is negative; 0 keeps none'),
+    ('step_stall_seconds', 0, 'step_stall_seconds=0.0 is not positive; use the longest time'),
     ('data.frame_gap', 1, 'frame_gap=1 leaves no second frame'),
   ],
 )

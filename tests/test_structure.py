@@ -13,7 +13,7 @@ PACKAGE = ROOT / 'dropmae_jax'
 # An import points to a lower layer only.
 LAYERS = [
   {'command_line', 'patches', 'position', 'masking', 'asad'},
-  {'attention', 'vit', 'loader_process', 'videos'},
+  {'attention', 'vit', 'loader_process', 'retention', 'stalls', 'videos'},
   {'mae', 'augment', 'blocks', 'synthetic_clips', 'mixture', 'destination'},
   {
     'data',

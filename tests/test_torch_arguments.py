@@ -19,7 +19,8 @@ OURS = {
   'config': {'batch_size': 4},
   'data_fingerprint': 'abc',
   'source': {'file': 'in.pth', 'fresh': ['mask_token']},
-  'score': None,
+  'score': 0.25,
+  'score_steps': 3,
   'epoch': 7,
 }
 UNKNOWN = dict.fromkeys(dataclasses.asdict(Objective()))
@@ -67,7 +68,7 @@ def test_files_may_say_nothing(entries):
     ('data_fingerprint', b'abc', "data_fingerprint=b'abc' and not a text"),
     ('source', 'abc', "source='abc' and not a dict"),
     ('source', {'fresh': 3}, 'and not a dict'),
-    ('score', b'1', "score=b'1' and not a plain value"),
+    ('score', b'1', "score=b'1' and not a number"),
     ('architecture', 'abc', "architecture='abc' and not a dict"),
     ('architecture', {'width': '64'}, "width='64' in its architecture, where 768 is usual"),
     ('architecture', {'width': np.ones(1)}, 'width=array([1.]) in its architecture'),
