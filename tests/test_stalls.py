@@ -95,8 +95,10 @@ def test_a_host_that_hangs_or_dies_ends_the_others_too(data_dir, tmp_path, fault
 SUSPENDED = """
 import time
 from dropmae_jax import stalls
+stalls.POLL_SECONDS = 0.1
 watchdog = stalls.Watchdog(2.0, say=print)
 watchdog.watch('work')
+time.sleep(0.3)  # By now it counts.
 print('ready', flush=True)
 for _ in range(10):
   time.sleep(0.1)
