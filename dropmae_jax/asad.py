@@ -5,16 +5,34 @@ softmax, drawn without replacement with weights that grow where the query alread
 in the other frame (Wu et al., DropMAE, CVPR 2023, section 3.3). A pair is never a token with
 itself and never crosses frames, so no query loses all of its keys.
 
-Logits are kept as [b, f, m, i, j] with the keys of the query's own frame first (j < n), then
-those of the other frame (j >= n): what may be dropped is then a plain slice.
+Logits are kept as two arrays [b, f, m, i, n]: those of keys of the query's own frame, which may be
+dropped, and those of keys of the other frame, which may not.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt16, UInt32
 
 EPSILON = 1e-6
+# Ranks are positive floats of 6 bits of exponent, from 2^-4 on, and 10 of mantissa.
+LEAST_RANKED = 2.0**-4
+MANTISSA_BITS = 10
+# The rank of what is never drawn.
+NEVER = 2**16 - 1
+# 5^7 is more than the number of ranks.
+WAYS, PASSES = 5, 7
+
+
+class Logits(NamedTuple):
+  """Scaled products of queries and keys, float32."""
+
+  own: Float[Array, 'b f m i n']
+  other: Float[Array, 'b f m i n']
 
 
 def num_dropped(tokens_per_frame: int, drop_rate: float) -> int:
@@ -25,63 +43,132 @@ def num_dropped(tokens_per_frame: int, drop_rate: float) -> int:
   return int(drop_rate * (tokens_per_frame - 1)) * 2 * tokens_per_frame
 
 
-def own_frame_first(tokens: Float[Array, 'b l m e']) -> Float[Array, 'b f j m e']:
-  """Lists for each frame the tokens that its queries see: its own n, then the other frame's."""
-  by_frame = rearrange(tokens, 'b (f n) m e -> b f n m e', f=2)
-  return jnp.concatenate([by_frame, by_frame[:, ::-1]], axis=2)
+def by_frame(tokens: Float[Array, 'b l m e']) -> Float[Array, 'b f n m e']:
+  """Splits the tokens of two frames."""
+  return rearrange(tokens, 'b (f n) m e -> b f n m e', f=2)
 
 
-def scaled_logits(
-  query: Float[Array, 'b l m e'], key: Float[Array, 'b l m e']
-) -> Float[Array, 'b f m i j']:
-  """Returns float32 attention logits, own frame's keys first; scaled after the product."""
-  query = rearrange(query, 'b (f i) m e -> b f i m e', f=2)
-  products = jnp.einsum(
-    'bfime,bfjme->bfmij', query, own_frame_first(key), preferred_element_type=jnp.float32
-  )
-  return products * query.shape[-1] ** -0.5
+def scaled_logits(query: Float[Array, 'b l m e'], key: Float[Array, 'b l m e']) -> Logits:
+  """Returns the attention logits; scaled after the product."""
+  query, key = by_frame(query), by_frame(key)
+
+  def products(keys: Array) -> Array:
+    found = jnp.einsum('bfime,bfjme->bfmij', query, keys, preferred_element_type=jnp.float32)
+    return found * query.shape[-1] ** -0.5
+
+  return Logits(products(key), products(key[:, ::-1]))
 
 
-def sampling_weights(logits: Float[Array, 'b f m i j']) -> Float[Array, 'b f m i n']:
+def sampling_weights(logits: Logits) -> Float[Array, 'b f m i n']:
   """Returns the weight with which each within-frame pair is drawn; 0 on the diagonal.
 
   A query's weights sum to its best match in the other frame (plus 1e-6), shared out in
   proportion to its attention within its own frame (plus 1e-6 each, itself left out).
   """
-  n = logits.shape[-2]
-  own, other = jnp.split(jax.nn.softmax(logits, axis=-1), [n], axis=-1)
+  own, other = softmax(logits, row_sums(logits))
   best_match = other.max(axis=-1, keepdims=True) + EPSILON
-  candidates = jnp.where(jnp.eye(n, dtype=bool), 0.0, own + EPSILON)
+  candidates = jnp.where(jnp.eye(own.shape[-1], dtype=bool), 0.0, own + EPSILON)
   return candidates / candidates.sum(axis=-1, keepdims=True) * best_match
 
 
-def smallest(values: Float[Array, 'b f m i n'], count: int) -> Bool[Array, 'b f m i n']:
-  """Marks exactly the `count` smallest values of every (sample, head); ties by position.
+class RowSums(NamedTuple):
+  """What a query's softmax over the keys of both frames is normalised by."""
 
-  A bisection over bit patterns finds the threshold: non-negative floats order as their bits do,
-  so 31 counting passes replace a sort.
+  largest: Float[Array, 'b f m i 1']
+  total: Float[Array, 'b f m i 1']
+
+
+def row_sums(logits: Logits) -> RowSums:
+  """Returns each query's largest logit, and the sum of the powers relative to that."""
+  largest = jnp.maximum(*(each.max(axis=-1, keepdims=True) for each in logits))
+  return RowSums(largest, sum(jnp.exp(x - largest).sum(axis=-1, keepdims=True) for x in logits))
+
+
+def softmax(logits: Logits, sums: RowSums) -> Logits:
+  """Returns every query's attention to the keys of both frames, of sum 1."""
+  return Logits(*(jnp.exp(each - sums.largest) / sums.total for each in logits))
+
+
+def exponential_noise(keys: Key[Array, ' b'], shape: tuple[int, ...]) -> Float[Array, 'b f m i n']:
+  """Draws from the exponential law, every number by its own place and its sample's key alone.
+
+  The bits are a hash of the place, keyed by two words for each sample and head: nothing is stored
+  or communicated, the draw is the same on any mesh, and it costs a fifth of threefry's
+  instructions. The hash is two rounds of a 32-bit mixer (Ellis, "Prospecting for hash functions",
+  2018) with a word of the key before each.
 
   Args:
-    values: float32, none negative.
-    count: how many to mark; at least 1, at most the number of values.
+    keys: one per sample.
+    shape: f, m, i, n.
   """
-  bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+  frames, heads, rows, columns = shape
+  words = jax.vmap(lambda key: jax.random.bits(key, (2, 1, heads, 1, 1), jnp.uint32))(keys)
+  frame, row, column = (
+    jax.lax.broadcasted_iota(jnp.uint32, (frames, 1, rows, columns), axis) for axis in (0, 2, 3)
+  )
+  place = (frame * rows + row) * columns + column
+  bits = mix(mix(place ^ words[:, 0]) + words[:, 1])
+  return -jnp.log(((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24)
 
-  def total(marks: Array) -> Int[Array, 'b 1 m 1 1']:
-    return marks.sum(axis=(1, 3, 4), keepdims=True, dtype=jnp.int32)
 
-  def halve(_: int | Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-    low, high = bounds
-    middle = low + (high - low) // 2
-    enough = total(bits <= middle) >= count
-    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+def mix(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
+  """Spreads every bit of a word over all of it; a permutation of the words."""
+  bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+  bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+  return bits ^ (bits >> 16)
 
-  shape = (values.shape[0], 1, values.shape[2], 1, 1)
-  infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
-  bounds = (jnp.zeros(shape, jnp.int32), jnp.full(shape, infinity))
-  _, threshold = jax.lax.fori_loop(0, 31, halve, bounds)
-  below = bits < threshold
-  return below | _first(bits == threshold, count - total(below))
+
+def to_ranks(
+  values: Float[Array, 'b f m i n'], scale: Float[Array, 'b 1 m 1 1']
+) -> UInt16[Array, 'b f m i n']:
+  """Rounds positive values, times `scale`, to 16 bits that order as they do; infinity to NEVER."""
+  bits = jax.lax.bitcast_convert_type(values * scale, jnp.int32)
+  least = jax.lax.bitcast_convert_type(jnp.float32(LEAST_RANKED), jnp.int32)
+  ranks = jnp.clip((bits - least) >> (23 - MANTISSA_BITS), 0, NEVER - 1)
+  return jnp.where(jnp.isinf(values), NEVER, ranks).astype(jnp.uint16)
+
+
+def lowest(
+  ranks: UInt16[Array, 'b f m i n'], count: int, from_behind: Bool[Array, 'b 1 m 1 1']
+) -> Bool[Array, 'b f m i n']:
+  """Marks exactly the `count` lowest ranks of every (sample, head).
+
+  Args:
+    ranks: of which at least `count` are not NEVER.
+    count: how many to mark; at least 1.
+    from_behind: of equal ranks at the border, whether the last ones are marked or the first.
+  """
+  threshold, below = _threshold(ranks, count)
+  ties = ranks == threshold.astype(jnp.uint16)
+  needed = count - below
+  total = ties.sum(axis=(1, 3, 4), keepdims=True, dtype=jnp.int32)
+  first = _first(ties, jnp.where(from_behind, total - needed, needed))
+  return (ranks < threshold.astype(jnp.uint16)) | (ties & (first ^ from_behind))
+
+
+def _threshold(
+  ranks: UInt16[Array, 'b f m i n'], count: int
+) -> tuple[Int[Array, 'b 1 m 1 1'], Int[Array, 'b 1 m 1 1']]:
+  """Returns the `count`-th lowest rank of every (sample, head), and how many are lower.
+
+  Each pass narrows the range to a fifth. Its four counts share one sum over a row, of 8 bits each;
+  rows of more than 255 are cut in equal parts.
+  """
+  b, _, m, _, n = ranks.shape
+  parts = next(parts for parts in range(1, n + 1) if n % parts == 0 and n // parts <= 255)
+  wide = ranks.astype(jnp.int32)
+
+  lower = jnp.zeros((b, 1, m, 1, 1), jnp.int32)
+  low = lower - 1
+  for width in (WAYS**number for number in reversed(range(PASSES))):
+    borders = [low + width * way for way in range(1, WAYS)]
+    marks = sum(jnp.where(wide <= border, 1 << (8 * k), 0) for k, border in enumerate(borders))
+    of_row = rearrange(marks, 'b f m i (s n) -> b f m i s n', s=parts).sum(axis=-1)
+    for k, border in enumerate(borders):
+      field = jax.lax.shift_right_logical(of_row, jnp.int32(8 * k)) & 255
+      found = field.sum(axis=(1, 3, 4)).reshape(lower.shape)
+      low, lower = jnp.where(found < count, border, low), jnp.where(found < count, found, lower)
+  return low + 1, lower
 
 
 def _first(
@@ -111,29 +198,105 @@ def sample_drops(
   """Draws `count` pairs per (sample, head) without replacement, jointly over all queries.
 
   Successive weighted draws without replacement are the `count` least of E / weight with E
-  exponential: the Gumbel-top-k trick, and the law of torch.multinomial.
+  exponential: the Gumbel-top-k trick, and the law of torch.multinomial. These are compared by
+  ranks of 16 bits, scaled so that the last one drawn has at least rank 2^0: E / weight is less
+  than count / (sum of weights) for less than `count` pairs in the mean. What is equal within
+  2^-10 at the border, a few pairs of some thousand, is taken from the front or from behind, by
+  one bit of the key, which favours no place.
 
   Args:
     keys: one per sample, so that the draw is the same on any mesh and any split of the batch.
     weights: none negative; a pair of weight 0 is never drawn.
     count: at most the number of positive weights of a (sample, head).
   """
-  noise = jax.vmap(lambda key: jax.random.exponential(key, weights.shape[1:]))(keys)
-  return smallest(jnp.where(weights > 0, noise / weights, jnp.inf), count)
+  noise = exponential_noise(keys, weights.shape[1:])
+  scale = weights.sum(axis=(1, 3, 4), keepdims=True) / count
+  ranks = to_ranks(jnp.where(weights > 0, noise / weights, jnp.inf), scale)
+  heads = (1, weights.shape[2], 1, 1)
+  coins = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), shape=heads))(keys)
+  return lowest(ranks, count, coins)
 
 
-def attend(
-  logits: Float[Array, 'b f m i j'],
-  value: Float[Array, 'b l m e'],
-  is_dropped: Bool[Array, 'b f m i n'],
-) -> Float[Array, 'b l m e']:
-  """Softmax attention without the dropped pairs; the rest is renormalised by the softmax."""
-  n = logits.shape[-2]
-  own, other = jnp.split(logits, [n], axis=-1)
-  logits = jnp.concatenate([jnp.where(is_dropped, -jnp.inf, own), other], axis=-1)
-  attention = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  mixed = jnp.einsum('bfmij,bfjme->bfime', attention, own_frame_first(value))
+# Marks the pairs to drop, from the logits and whatever else it takes.
+Draw = Callable[[Logits, Array], Bool[Array, 'b f m i n']]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query: Array, key: Array, value: Array, source: Array, draw: Draw) -> Array:
+  """Attention without the pairs that `draw` marks, given the logits and `source`."""
+  return _attend_forward(query, key, value, source, draw)[0]
+
+
+class _Kept(NamedTuple):
+  """What the gradient needs; of the size of the logits there is one bit for each own pair."""
+
+  query: Float[Array, 'b l m e']
+  key: Float[Array, 'b l m e']
+  value: Float[Array, 'b l m e']
+  output: Float[Array, 'b l m e']
+  sums: RowSums
+  dropped_bits: UInt8[Array, 'b f m i w']
+
+
+def _attend_forward(
+  query: Array, key: Array, value: Array, source: Array, draw: Draw
+) -> tuple[Array, _Kept]:
+  logits = scaled_logits(query, key)
+  is_dropped = draw(logits, source)
+  left = _without(logits, is_dropped)
+  sums = row_sums(left)
+  attention = Logits(*(each.astype(value.dtype) for each in softmax(left, sums)))
+  output = _mix_values(attention, value)
+  bits = jnp.packbits(is_dropped, axis=-1)
+  return output, _Kept(query, key, value, output, sums, bits)
+
+
+def _attend_backward(draw: Draw, kept: _Kept, gradient: Array) -> tuple[Array | None, ...]:
+  del draw
+  query, key, value = kept.query, kept.key, kept.value
+  logits = scaled_logits(query, key)
+  n = logits.own.shape[-1]
+  is_dropped = jnp.unpackbits(kept.dropped_bits, axis=-1, count=n).astype(bool)
+  attention = softmax(_without(logits, is_dropped), kept.sums)
+  of_output = by_frame(gradient)
+  mean = jnp.einsum('blme,blme->blm', gradient, kept.output, preferred_element_type=jnp.float32)
+  mean = rearrange(mean, 'b (f i) m -> b f m i 1', f=2)
+
+  def of_logits(attention: Array, values: Array) -> Array:
+    of_attention = jnp.einsum(
+      'bfime,bfjme->bfmij', of_output, values, preferred_element_type=jnp.float32
+    )
+    return (attention * (of_attention - mean) * query.shape[-1] ** -0.5).astype(query.dtype)
+
+  values, queries = by_frame(value), by_frame(query)
+  steep = Logits(of_logits(attention.own, values), of_logits(attention.other, values[:, ::-1]))
+  lower = Logits(*(each.astype(value.dtype) for each in attention))
+  to_keys = partial(jnp.einsum, 'bfmij,bfime->bfjme')
+  of_value = to_keys(lower.own, of_output) + to_keys(lower.other, of_output)[:, ::-1]
+  of_key = to_keys(steep.own, queries) + to_keys(steep.other, queries)[:, ::-1]
+  of_query = _mix_values(steep, key)
+  merge = partial(rearrange, pattern='b f n m e -> b (f n) m e')
+  return of_query, merge(of_key), merge(of_value), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _without(logits: Logits, is_dropped: Bool[Array, 'b f m i n']) -> Logits:
+  return Logits(jnp.where(is_dropped, -jnp.inf, logits.own), logits.other)
+
+
+def _mix_values(attention: Logits, value: Float[Array, 'b l m e']) -> Float[Array, 'b l m e']:
+  """Sums the values of both frames by the attention to them."""
+  values = by_frame(value)
+  mixed = jnp.einsum('bfmij,bfjme->bfime', attention.own, values)
+  mixed += jnp.einsum('bfmij,bfjme->bfime', attention.other, values[:, ::-1])
   return rearrange(mixed, 'b f i m e -> b (f i) m e')
+
+
+def _as_recorded(logits: Logits, is_dropped: Bool[Array, 'b f m i n']) -> Array:
+  del logits
+  return is_dropped
 
 
 def attention_with_drops(
@@ -144,7 +307,11 @@ def attention_with_drops(
   is_dropped: Bool[Array, 'b f m i n'],
 ) -> Float[Array, 'b l m e']:
   """Attention that removes the within-frame pairs it is told to remove."""
-  return attend(scaled_logits(query, key), value, is_dropped)
+  return _attend(query, key, value, is_dropped, _as_recorded)
+
+
+def _drawn(logits: Logits, keys: Key[Array, ' b'], *, count: int) -> Array:
+  return sample_drops(keys, sampling_weights(logits), count)
 
 
 def asad_attention(
@@ -165,7 +332,5 @@ def asad_attention(
     drop_rate: P, the share of within-frame pairs to drop. Must drop at least one pair: see
       `num_dropped`.
   """
-  logits = scaled_logits(query, key)
-  weights = sampling_weights(jax.lax.stop_gradient(logits))
-  count = num_dropped(logits.shape[-2], drop_rate)
-  return attend(logits, value, sample_drops(draw_keys, weights, count))
+  count = num_dropped(query.shape[1] // 2, drop_rate)
+  return _attend(query, key, value, draw_keys, partial(_drawn, count=count))

@@ -60,7 +60,7 @@ def test_exactly_the_stated_number_and_never_the_diagonal(scale, rate):
 def test_weights_of_a_query_sum_to_its_best_match_in_the_other_frame():
   query, key, _ = qkv(2)
   logits = asad.scaled_logits(query, key)
-  other = jax.nn.softmax(logits, axis=-1)[..., 16:]
+  other = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)[..., 16:]
   _, weights = draw(0, query, key, 32)
   np.testing.assert_allclose(weights.sum(-1), other.max(-1) + 1e-6, rtol=1e-5)
 
@@ -70,27 +70,53 @@ def test_own_frame_is_the_querys_own():
   query = jnp.ones((1, 8, 1, 4))
   key = jnp.zeros((1, 8, 1, 4)).at[0, 3].set(10.0)
   logits = asad.scaled_logits(query, key)
-  assert (logits[0, 0, 0, :, 3] == 20).all()
-  assert (logits[0, 1, 0, :, 4 + 3] == 20).all()
+  assert (logits.own[0, 0, 0, :, 3] == 20).all()
+  assert (logits.other[0, 1, 0, :, 3] == 20).all()
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 24), st.integers(1, 4))
-def test_smallest_marks_exactly_that_many_with_ties_by_position(seed, count, distinct):
-  values = np.random.default_rng(seed).integers(0, distinct, (2, 2, 1, 3, 4)).astype(np.float32)
-  marks = np.asarray(asad.smallest(jnp.asarray(values), count))
+@given(st.integers(0, 2**31), st.integers(1, 24), st.sampled_from([1, 2, 4, 100, 2**16 - 1]))
+def test_lowest_marks_exactly_that_many_with_ties_by_position(seed, count, distinct):
+  rng = np.random.default_rng(seed)
+  ranks = rng.integers(0, distinct, (2, 2, 1, 3, 4)).astype(np.uint16)
+  from_behind = rng.integers(0, 2, (2, 1, 1, 1, 1)).astype(bool)
+  marks = np.asarray(asad.lowest(jnp.asarray(ranks), count, jnp.asarray(from_behind)))
   for sample in range(2):
-    order = np.argsort(values[sample].ravel(), kind='stable')
+    flat = ranks[sample].ravel().astype(int)
+    place = np.arange(24)[:: -1 if from_behind[sample].item() else 1]
     expected = np.zeros(24, bool)
-    expected[order[:count]] = True
+    expected[np.lexsort((place, flat))[:count]] = True
     np.testing.assert_array_equal(marks[sample].ravel(), expected)
+
+
+@pytest.mark.parametrize('n', [16, 196, 256, 289])
+def test_rows_of_any_length_are_counted(n):
+  ranks = np.random.default_rng(n).integers(0, 2**16 - 1, (1, 2, 2, n, n)).astype(np.uint16)
+  for count in (1, 2 * n, 2 * n * n):
+    marks = np.asarray(asad.lowest(jnp.asarray(ranks), count, jnp.zeros((1, 1, 2, 1, 1), bool)))
+    for head in range(2):
+      assert marks[:, :, head].sum() == count
+      inside, outside = (
+        ranks[:, :, head][each] for each in (marks[:, :, head], ~marks[:, :, head])
+      )
+      assert not len(outside) or inside.max() <= outside.min()
+
+
+def test_ranks_order_as_the_values_do_over_the_whole_range():
+  values = np.float32(2.0) ** np.linspace(-3.9, 59, 4001, dtype=np.float32)
+  shape = (1, 1, 1, 1, -1)
+  ranks = np.asarray(asad.to_ranks(jnp.asarray(values).reshape(shape), jnp.ones((1, 1, 1, 1, 1))))
+  assert (np.diff(ranks.ravel().astype(int)) > 0).all()
+  odd = jnp.asarray([0.0, 1e-3, jnp.inf, 1e30, 3e38]).reshape(shape)
+  ranks = np.asarray(asad.to_ranks(odd, jnp.ones((1, 1, 1, 1, 1)))).ravel().tolist()
+  assert ranks == [0, 0, asad.NEVER, asad.NEVER - 1, asad.NEVER - 1]
 
 
 def test_every_subset_has_its_exact_probability():
   """All 924 ways to drop 6 of 12 pairs, against successive draws without replacement."""
   n, count, draws = 3, 6, 100_000
-  logits = jax.random.normal(jax.random.key(5), (1, 2, 1, n, 2 * n)) * 1.5
-  weights = np.asarray(asad.sampling_weights(logits), np.float64).ravel()
+  own, other = jax.random.normal(jax.random.key(5), (2, 1, 2, 1, n, n)) * 1.5
+  weights = np.asarray(asad.sampling_weights(asad.Logits(own, other)), np.float64).ravel()
   candidates = np.flatnonzero(weights)
   assert len(candidates) == 12
   w = weights[candidates]
@@ -166,6 +192,102 @@ def test_dropped_pairs_have_no_weight_and_the_rest_is_renormalised():
     own = np.asarray(mixed)[16 * frame :][:16, 16 * frame :][:, :16]
     np.testing.assert_array_equal(own == 0, drops[0, frame, 0])
   np.testing.assert_allclose(mixed.sum(-1), 1, atol=1e-6)
+
+
+def plain_attention(query, key, value, is_dropped):
+  """The definition, on whole matrices [l, l], differentiated by JAX."""
+  n = query.shape[1] // 2
+  logits = jnp.einsum('bime,bjme->bmij', query, key) * query.shape[-1] ** -0.5
+  dropped = jnp.zeros(logits.shape, bool)
+  for frame in range(2):
+    inside = slice(frame * n, frame * n + n)
+    dropped = dropped.at[:, :, inside, inside].set(is_dropped[:, frame])
+  attention = jax.nn.softmax(jnp.where(dropped, -jnp.inf, logits), axis=-1)
+  return jnp.einsum('bmij,bjme->bime', attention, value)
+
+
+@pytest.mark.parametrize('from_seeds', [False, True])
+@pytest.mark.parametrize(('scale', 'rate', 'n'), [(1.0, 0.3, 16), (1.5, 0.1, 37), (0.0, 1.0, 9)])
+def test_gradients_are_those_of_the_definition(scale, rate, n, from_seeds):
+  query, key, value = qkv(8, n=n, scale=scale)
+  value = value + 1.0
+  keys = jax.random.split(jax.random.key(2), 2)
+  drops, _ = draw(2, query, key, asad.num_dropped(n, rate))
+  if from_seeds:
+    ours = partial(asad.asad_attention, draw_keys=keys, drop_rate=rate)
+  else:
+    ours = partial(asad.attention_with_drops, is_dropped=drops)
+  theirs = partial(plain_attention, is_dropped=drops)
+  output, defined = ours(query, key, value), theirs(query, key, value)
+  assert jnp.linalg.norm(output - defined) <= 1e-6 * jnp.linalg.norm(defined)
+  gradients, expected = (
+    jax.grad(lambda *x, f=f: jnp.sin(f(*x)).sum(), argnums=(0, 1, 2))(query, key, value)
+    for f in (ours, theirs)
+  )
+  for one, other in zip(gradients, expected, strict=True):
+    assert jnp.linalg.norm(one - other) <= 1e-6 * max(float(jnp.linalg.norm(other)), 1e-3)
+
+
+def test_the_gradient_keeps_one_bit_for_each_pair_that_may_be_dropped():
+  """And no more than four arrays of the logits' size lie in memory at a time."""
+  b, n, m, e = 2, 64, 4, 16
+  arguments = [jax.ShapeDtypeStruct((b, 2 * n, m, e), jnp.float32)] * 3
+  keys = jax.random.split(jax.random.key(0), b)
+  attend = partial(asad.asad_attention, draw_keys=keys, drop_rate=0.1)
+  _, pullback = jax.eval_shape(lambda *x: jax.vjp(attend, *x), *arguments)
+  kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
+  tokens, rows = b * 2 * n * m * e * 4, b * m * 2 * n
+  assert kept == 4 * tokens + 2 * rows * 4 + rows * n // 8
+  gradient = jax.jit(jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2)))
+  memory = gradient.lower(*arguments).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 4 * b * m * (2 * n) ** 2 * 4 + 12 * tokens
+
+
+def test_the_draw_is_the_same_on_any_mesh():
+  query, key, _ = qkv(9, b=8)
+  keys = jax.random.split(jax.random.key(3), 8)
+  mesh = jax.make_mesh((4, 2), ('data', 'heads'))
+
+  @jax.jit
+  def drops(query, key):
+    return asad.sample_drops(keys, asad.sampling_weights(asad.scaled_logits(query, key)), 96)
+
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  whole = drops(query, key)
+  parts = drops(*(jax.device_put(each, spread) for each in (query, key)))
+  assert len(parts.sharding.device_set) == 8
+  np.testing.assert_array_equal(whole, parts)
+
+
+@pytest.mark.parametrize('level', [0.0, 20.0, 60.0])
+def test_no_place_is_favoured_and_no_two_draws_are_alike(level):
+  """At full size: where pairs are dropped, and what heads, samples and blocks have in common."""
+  n, heads, samples, count = 196, 4, 6, 7448
+  logits = asad.Logits(*(jnp.full((1, 2, 1, n, n), number) for number in (level, 0.0)))
+  weights = jnp.broadcast_to(asad.sampling_weights(logits), (samples, 2, heads, n, n))
+  sample = jax.jit(asad.sample_drops, static_argnums=2)
+  drops = []
+  for block in range(4):
+    keys = jax.vmap(jax.random.fold_in, (0, None))(jax.random.split(jax.random.key(4), 6), block)
+    drops.append(np.asarray(sample(keys, weights, count)).transpose(0, 2, 1, 3, 4))
+  drops = np.concatenate(drops).reshape(-1, 2, n, n)
+  assert (drops.sum(axis=(1, 2, 3)) == count).all()
+  share = count / (2 * n * (n - 1))
+  deviation = np.sqrt(len(drops) * share * (1 - share))
+  for axes, size in (((1, 2, 3), 0), ((0, 2, 3), n * (n - 1)), ((0, 1, 3), 2 * (n - 1))):
+    if size:
+      found = drops.sum(axis=axes)
+      z = (found - found.mean()) / (deviation * np.sqrt(size))
+      assert np.abs(z).max() < 5, axes
+  flat = drops.reshape(len(drops), -1).astype(np.float32)
+  common = flat @ flat.T
+  expected, spread = count * share, np.sqrt(count * share * (1 - share) ** 2)
+  z = (common[np.triu_indices(len(flat), 1)] - expected) / spread
+  assert np.abs(z).max() < 5.5
+  assert abs(z.mean()) < 0.2
+  for shift in (1, n, n * n):  # The next column, row and frame.
+    z = ((flat * np.roll(flat, shift, axis=1)).sum(axis=1) - expected) / spread
+    assert abs(z.mean()) < 0.8, shift
 
 
 def test_no_gradient_flows_through_the_draw():

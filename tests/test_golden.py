@@ -128,18 +128,18 @@ def test_intermediate_values(golden, state):
   assert float(loss) == pytest.approx(float(recorded['loss_no_asad']), rel=1e-6)
 
 
-def own_frame_first(logits):
-  """[..., l, l] as recorded, to [1, f, m, i, j] with one matrix per head."""
+def split_by_frame(logits):
+  """[..., l, l] as recorded, to logits [1, f, m, i, n] with one matrix per head."""
   length = logits.shape[-1]
   n = length // 2
   blocks = logits.reshape(-1, 2, n, 2, n)
-  frames = [np.concatenate([blocks[:, f, :, f], blocks[:, f, :, 1 - f]], axis=-1) for f in (0, 1)]
-  return np.stack(frames)[None]
+  parts = [[blocks[:, f, :, f] for f in (0, 1)], [blocks[:, f, :, 1 - f] for f in (0, 1)]]
+  return asad.Logits(*(jnp.asarray(np.stack(part))[None] for part in parts))
 
 
 def weights_of(logits):
   """Recorded logits to weights in the recorded layout: [matrices, 2n queries, n own keys]."""
-  weights = np.asarray(asad.sampling_weights(jnp.asarray(own_frame_first(logits))))[0]
+  weights = np.asarray(asad.sampling_weights(split_by_frame(logits)))[0]
   return np.concatenate(list(weights), axis=1)
 
 
@@ -157,8 +157,8 @@ def test_sampler_has_the_recorded_law(golden, seed):
   """The indicators depend on one another (their total is fixed), so their covariance is used."""
   recorded = golden('asad_sampling_stats')
   draws, batches = 8_000, 5
-  logits = jnp.asarray(own_frame_first(recorded['logits']))
-  weights = jnp.broadcast_to(asad.sampling_weights(logits), (draws, *logits.shape[1:-1], 8))
+  weights = asad.sampling_weights(split_by_frame(recorded['logits']))
+  weights = jnp.broadcast_to(weights, (draws, *weights.shape[1:]))
   count = asad.num_dropped(8, float(recorded['P']))
   assert count == recorded['sample_num']
 
