@@ -121,6 +121,8 @@ class Program:
       if group > 1:
         dtypes = '+'.join(sorted({dtype for dtype, _, _ in _ARRAY.findall(sent)}))
         overlaps = spread or instruction.opcode.endswith('-start')
+        # GPU: start and end are written also of one that is waited for at once.
+        overlaps &= '"is_sync":true' not in instruction.attributes
         found.append(Collective(kind, dtypes, num_bytes(sent), group, times, overlaps))
     return found
 

@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
+import re
 
 import jax
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
 
 from benchmarks import hlo, scaling, targets
 from dropmae_jax import mae
@@ -67,13 +68,17 @@ def test_a_tuple_is_added_up_and_a_group_of_one_sends_nothing():
   assert (found.operand_bytes, found.dtypes) == (256 + 6, 'bf16+f32')
 
 
-def test_start_and_done_are_one():
+@pytest.mark.parametrize(
+  ('note', 'overlaps'),
+  [('', True), (', backend_config={"is_sync":false}', True), (', {"is_sync":true}', False)],
+)
+def test_start_and_done_are_one(note, overlaps):
   (found,) = program(
-    '  %s = (f32[16,4]{1,0}, f32[64,4]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]\n'
-    '  ROOT %d = f32[64,4]{1,0} all-gather-done(%s)\n'
+    '  %s = (f32[16,4]{1,0}, f32[64,4]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]'
+    f'{note}\n  ROOT %d = f32[64,4]{{1,0}} all-gather-done(%s)\n'
   ).collectives()
   assert found.sent_bytes == 3 * 256
-  assert found.overlaps
+  assert found.overlaps == overlaps
 
 
 LOOP = """%body (p: (s32[], f32[16,4])) -> (s32[], f32[16,4]) {
@@ -226,6 +231,7 @@ def test_the_largest_batch_is_where_the_line_meets_the_limit():
   assert fit['worst_error'] == pytest.approx(0.1 / 5.1)
   assert fit['largest'] == {'16 GB': 60, '0.5 GB': 0}
   assert scaling.largest_batches(rows[:1], [16]) == {}
+  assert scaling.largest_batches(rows[:2], [16])['worst_error'] is None
 
 
 def test_messages_between_boxes_go_over_the_network():
@@ -259,6 +265,18 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert message in errors[0]
+
+
+COMMANDS = re.findall(
+  r'python -m benchmarks.scaling (.*)',
+  (ROOT / 'docs' / 'scaling.md').read_text().replace('\\\n', ''),
+)
+
+
+@pytest.mark.parametrize('flags', sorted(set(COMMANDS)))
+def test_the_commands_of_the_documentation_are_understood(monkeypatch, flags):
+  monkeypatch.setattr('sys.argv', ['scaling', *flags.split()])
+  scaling.make_recipe(scaling.parse(), 8)
 
 
 @pytest.mark.parametrize(('name', 'remedy'), [('tpu_v6e', 'jax\\[tpu'), ('a100', 'jax-cuda12')])
