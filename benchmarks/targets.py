@@ -12,6 +12,13 @@ from dropmae_jax.command_line import BadInput
 # Libraries that hold the compilers, of the versions that fit the pinned jax.
 TPU_COMPILER = "pip install 'jax[tpu]'"
 GPU_COMPILER = 'pip install --no-deps jax-cuda12-plugin=={0} jax-cuda12-pjrt=={0}'
+# Else libtpu asks the machine that it is on what it is, and lets one process in at a time.
+COMPILE_ONLY = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
 # What XLA asks of a GPU that it cannot see; of the makers' data sheets and architecture papers.
 GPU_CONFIG = """
 gpu_device_info {{
@@ -128,10 +135,8 @@ def _tpus(name: str, target: Target, chips: int) -> list[jax.Device]:
   if chips not in target.shapes:
     known = ', '.join(map(str, target.shapes))
     raise BadInput(f'--chips={chips} is no slice of {name}; choose one of {known}.')
-  # Else libtpu looks for the machine that it is on.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
-  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  for variable, value in COMPILE_ONLY.items():
+    os.environ.setdefault(variable, value)
   shape = f'{name.removeprefix("tpu_")}:{target.shapes[chips]}'
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=shape).devices[:chips]
