@@ -151,8 +151,9 @@ def measure(
     return result | {'refused': needs[0] if needs else str(error).splitlines()[0]}
   result['compile_seconds'] = time.monotonic() - began
   result |= analyse(compiled, len(devices))
-  result['flops'] = result['flops'] or flops_before_compilation(options, len(devices))
-  # XLA counts what is in a loop once.
+  # Neither counts what is in a loop more than once, and only the compiled one may have its products
+  # there, between messages; that of GPUs is not told.
+  result['flops'] = max(result['flops'], flops_before_compilation(options, len(devices)))
   for name in ('flops', 'bytes_accessed'):
     result[name] *= options.accumulation_steps
   return result | {'projected': project(result, target)}
