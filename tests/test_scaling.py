@@ -267,10 +267,9 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
     assert message in errors[0]
 
 
-COMMANDS = re.findall(
-  r'python -m benchmarks.scaling (.*)',
-  (ROOT / 'docs' / 'scaling.md').read_text().replace('\\\n', ''),
-)
+DOCUMENTATION = (ROOT / 'docs' / 'scaling.md').read_text()
+COMMANDS = re.findall(r'^python -m benchmarks.scaling (.*)$', DOCUMENTATION, re.MULTILINE)
+COMMANDS += re.findall(r'`(--target=\w+ [^`]*)`', DOCUMENTATION)
 
 
 @pytest.mark.parametrize('flags', sorted(set(COMMANDS)))
