@@ -159,6 +159,10 @@ def _gpus(target: Target, chips: int, target_config: pathlib.Path | None) -> lis
       target_config=config,
     ).devices
   except (RuntimeError, OSError, ValueError) as error:
+    if 'GpuTargetConfigProto' in str(error):
+      raise BadInput(
+        f'--target_config={target_config} does not describe a GPU as XLA does; leave it out.'
+      ) from error
     remedy = GPU_COMPILER.format(jax.__version__)
     raise BadInput(
       f'this target needs the compiler of GPUs ({_first_line(error)}); {remedy}.'
