@@ -22,8 +22,9 @@ import jax.numpy as jnp
 
 from benchmarks import clips, hlo, targets
 from benchmarks.targets import TARGETS, Target
-from dropmae_jax import command_line, mae, recipe, sharding, train, vit
+from dropmae_jax import command_line, mae, recipe, sharding, vit
 from dropmae_jax.command_line import BadInput
+from dropmae_jax.program import build_program
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.sharding import MeshOptions
 
@@ -43,7 +44,7 @@ def lower_step(options: Recipe, devices: list[jax.Device]) -> jax.stages.Lowered
     mesh = sharding.make_mesh(devices, options.mesh)
   except ValueError as error:
     raise BadInput(f'config: {error}') from error
-  program = train.build_program(options, mesh)
+  program = build_program(options, mesh)
   size = options.model.image_size
   frames = jax.ShapeDtypeStruct(
     (options.batch_size, 2, size, size, 3), jnp.uint8, sharding=sharding.batch_sharding(mesh)

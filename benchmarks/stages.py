@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from benchmarks.clips import Clips
-from dropmae_jax import augment, blocks, data
+from dropmae_jax import augment, blocks, data, stream
 
 STAGES = (
   'draw frames and crops',
@@ -46,7 +46,7 @@ class TimedMaker:
     self.seconds[stage] += now - self._since
     self._since = now
 
-  def _make(self, key: data.PairKey, out: np.ndarray) -> tuple[int, int]:
+  def _make(self, key: stream.PairKey, out: np.ndarray) -> tuple[int, int]:
     """Fills `out` with the frames of a pair; returns their numbers."""
     uniform = iter(key.uniforms.tolist()).__next__
     first = int(self._clips.first[key.video])
@@ -67,7 +67,7 @@ class TimedMaker:
     self.lap('crop and resize')
     return numbers
 
-  def __call__(self, keys: Sequence[data.PairKey]) -> blocks.Block:
+  def __call__(self, keys: Sequence[stream.PairKey]) -> blocks.Block:
     """Returns what `data.PairMaker` returns."""
     size = self._image_size
     frames = np.empty((len(keys), 2, size, size, 3), np.uint8)
@@ -98,12 +98,12 @@ def time_stages(
     Microseconds per pair by stage, and the batches.
   """
   timed, batch = TimedMaker(clips, options, image_size), min(pairs, BATCH)
-  stream, batches = data.pair_keys(clips.videos, seed).batch(batch, batch_fn=timed), []
-  stream[0]
+  made, batches = stream.pair_keys(clips.videos, seed).batch(batch, batch_fn=timed), []
+  made[0]
   timed.lap('grain, and the rest')
   timed.seconds.clear()
   for number in range(-(-pairs // batch)):
-    batches.append(stream[number])
+    batches.append(made[number])
     del batches[-1][blocks.DAMAGED]
     timed.lap('grain, and the rest')
     jax.block_until_ready(jax.device_put(batches[-1]['frames']))

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dropmae_jax import data
+from dropmae_jax import data, stream
 from dropmae_jax.mixture import Mixture
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.train_step import derive_seeds
@@ -27,47 +27,62 @@ def describe_batch(recipe: Recipe, dataset: Mixture, step: int) -> dict[str, Any
   Returns:
     `seed`, `step`, `step_key` (the words of the key that all noise of the step is derived from,
     see `train_step.step_keys`), and `pairs`: of each its dataset, video, path, both frame numbers
-    and both crops as (top, left, height, width), in the order of the batch.
-
-  Raises:
-    BadInput: the frames cannot be read any more.
+    and both crops as (top, left, height, width), in the order of the batch. Where a frame cannot
+    be read any more, `error` says why instead of the crops.
   """
   seeds = derive_seeds(recipe.seed)
   maker = data.PairMaker(dataset, recipe.data, recipe.model.image_size)
-  keys = data.pair_keys(dataset, seeds.data)
+  keys, paths = stream.pair_keys(dataset, seeds.data), _paths(dataset)
   first = (step - 1) * recipe.batch_size
-  paths, pairs = [each.paths() for each in dataset.datasets], []
-  for place in range(first, first + recipe.batch_size):
-    number, drawn = keys[place].dataset, maker.draw(keys[place])
-    pairs.append(
-      {
-        'dataset': number,
-        'video': drawn.video,
-        'path': str(paths[number][drawn.video]),
-        'frame_numbers': list(drawn.frame_numbers),
-        'crops': [list(box) for box in drawn.boxes],
-      }
-    )
+  places = range(first, first + recipe.batch_size)
   # The state of update N is at step N - 1 when its keys are derived.
   key = jax.random.fold_in(seeds.steps, step - 1)
   return {
     'seed': recipe.seed,
     'step': step,
     'step_key': jax.random.key_data(key).tolist(),
-    'pairs': pairs,
+    'pairs': [_describe_pair(maker, keys[place], paths) for place in places],
     'config': dataclasses.asdict(recipe),
   }
 
 
-def write(workdir: pathlib.Path, recipe: Recipe, dataset: Mixture, step: int) -> str:
-  """Writes `bad_batch_N.json` on the first process; returns a sentence that says so."""
-  path = workdir / f'bad_batch_{step}.json'
-  if jax.process_index() == 0:
+def _paths(dataset: Mixture) -> list[Any]:
+  """Returns the paths of each dataset's videos; None where they cannot be read."""
+  found = []
+  for each in dataset.datasets:
     try:
-      described = describe_batch(recipe, dataset, step)
-      partial = path.with_suffix('.partial')
-      partial.write_text(json.dumps(described, indent=1))
-      partial.replace(path)
-    except Exception as error:  # The cause is to be told, whatever becomes of this.
-      return f'The pairs of its batch could not be listed: {error}'
+      found.append(each.paths())
+    except Exception:  # As when the storage is gone; what does not need it is still of use.
+      found.append(None)
+  return found
+
+
+def _describe_pair(maker: data.PairMaker, key: stream.PairKey, paths: list[Any]) -> dict[str, Any]:
+  try:
+    drawn = maker.draw(key)
+    video, numbers = drawn.video, drawn.frame_numbers
+    more = {'crops': [list(box) for box in drawn.boxes]}
+  except Exception as error:
+    video, numbers, more = key.video, maker.frame_numbers(key), {'error': str(error)}
+  of_dataset = paths[key.dataset]
+  return {
+    'dataset': key.dataset,
+    'video': video,
+    'path': None if of_dataset is None else str(of_dataset[video]),
+    'frame_numbers': list(numbers),
+    **more,
+  }
+
+
+def write(workdir: pathlib.Path, recipe: Recipe, dataset: Mixture, step: int) -> str:
+  """Writes `bad_batch_N.json` on the first process, and returns a sentence that says so."""
+  path = workdir / f'bad_batch_{step}.json'
+  if jax.process_index():
+    return 'The first process lists the pairs of its batch.'
+  try:
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(describe_batch(recipe, dataset, step), indent=1))
+    partial.replace(path)
+  except Exception as error:  # The cause is to be told, whatever becomes of this.
+    return f'The pairs of its batch could not be listed: {error}'
   return f'The pairs of its batch are in {path}.'

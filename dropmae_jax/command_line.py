@@ -15,6 +15,8 @@ from typing import NoReturn
 class BadInput(ValueError):
   """Input that the user can mend; the message names the value and the remedy in one sentence."""
 
+  exit_status = 2
+
 
 class Terminated(KeyboardInterrupt):
   """SIGTERM, which unwinds the program as Ctrl-C does, so that temporary folders go."""
@@ -41,7 +43,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.stdout.flush()
   except BadInput as error:
     print(f'error: {error}', file=sys.stderr)
-    status = 2
+    status = error.exit_status
   except KeyboardInterrupt as error:
     number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
     print(f'stopped by {number.name}', file=sys.stderr)

@@ -6,25 +6,20 @@ on at step s takes the same stream, sliced at s. Of a mixture each dataset has i
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cv2
-import grain
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import UInt8
 
 from dropmae_jax import augment, blocks, loader_process
 from dropmae_jax.augment import Box, Uniform
-from dropmae_jax.blocks import Block
+from dropmae_jax.blocks import DAMAGED, FRAMES, Block
+from dropmae_jax.damaged_records import too_many_damaged
 from dropmae_jax.mixture import Mixture, mixture_of
+from dropmae_jax.stream import PAIR_DRAWS, PairKey, pair_keys
 from dropmae_jax.videos import DamagedRecord, VideoSource
-
-# More than any run takes.
-EPOCHS = 10**9
-# For the frames, and for the crop of each.
-PAIR_DRAWS = 2 + 2 * augment.CROP_DRAWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,21 +84,6 @@ def sample_pair(uniform: Uniform, num_frames: int, frame_gap: int) -> tuple[int,
   return earlier, earlier + 1 + int(second * choices)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PairKey:
-  """All that a pair is a function of, beside the dataset and the options.
-
-  Attributes:
-    dataset: number of a dataset in its mixture.
-    video: number of a video in that dataset.
-    uniforms: from [0, 1); what is random in the pair, from the frames to the last crop.
-  """
-
-  dataset: int
-  video: int
-  uniforms: Float64[np.ndarray, f'{PAIR_DRAWS}']
-
-
 class DrawnPair(NamedTuple):
   """What was drawn and read for a pair.
 
@@ -143,14 +123,22 @@ class PairMaker:
       try:
         return self._draw(key, tuple(damaged))
       except DamagedRecord as error:
-        if len(damaged) == self._options.max_damaged_records:
-          raise
         damaged.append(str(error))
+        if len(damaged) > self._options.max_damaged_records:
+          raise too_many_damaged(damaged, self._options.max_damaged_records) from error
       key = self._replacement(key)
+
+  def frame_numbers(self, key: PairKey) -> tuple[int, int]:
+    """Draws two frames; reads nothing."""
+    return self._frame_numbers(key, iter(key.uniforms.tolist()).__next__)
+
+  def _frame_numbers(self, key: PairKey, uniform: Uniform) -> tuple[int, int]:
+    num_frames = self._datasets[key.dataset].num_frames(key.video)
+    return sample_pair(uniform, num_frames, self._options.frame_gap)
 
   def _draw(self, key: PairKey, damaged: tuple[str, ...]) -> DrawnPair:
     videos, uniform = self._datasets[key.dataset], iter(key.uniforms.tolist()).__next__
-    numbers = sample_pair(uniform, videos.num_frames(key.video), self._options.frame_gap)
+    numbers = self._frame_numbers(key, uniform)
     images = [videos.frame(key.video, number) for number in numbers]
     sizes = [image.shape[:2] for image in images]
     boxes = [augment.random_resized_crop_box(uniform, *sizes[0])]
@@ -191,62 +179,12 @@ class PairMaker:
       self.crop(pair, pair_frames)
       drawn.append(pair._replace(images=[]))
     return {
-      'frames': frames,
+      FRAMES: frames,
       'dataset': np.array([key.dataset for key in keys], np.int32),
       'video': np.array([pair.video for pair in drawn], np.int32),
       'frame_numbers': np.array([pair.frame_numbers for pair in drawn], np.int32),
-      'damaged': tuple(sentence for pair in drawn for sentence in pair.damaged),
+      DAMAGED: tuple(sentence for pair in drawn for sentence in pair.damaged),
     }
-
-
-class EpochOrders:
-  """The numbers of all videos, epoch after epoch, each in an order of its own; a source of grain.
-
-  Grain's own shuffle costs up to milliseconds an element where there are few videos
-  (benchmarks/input_pipeline.py), as it looks for each in a range of 2^16 numbers or more.
-  """
-
-  def __init__(self, num_videos: int, seed: int) -> None:
-    self._num_videos, self._seed = num_videos, seed
-
-  def __len__(self) -> int:
-    return self._num_videos * EPOCHS
-
-  def __getitem__(self, place: int) -> int:
-    epoch, number = divmod(place, self._num_videos)
-    return int(_epoch_order(self._num_videos, self._seed, epoch)[number])
-
-
-@functools.lru_cache(maxsize=16)
-def _epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
-  return np.random.default_rng((seed, epoch)).permutation(num_videos)
-
-
-class _DrawKey(grain.transforms.RandomMap):
-  """A video's number to the key of a pair of it."""
-
-  def __init__(self, dataset: int) -> None:
-    self._dataset = dataset
-
-  def random_map(self, element: int, rng: np.random.Generator) -> PairKey:
-    """Returns a key of random numbers for this video."""
-    return PairKey(self._dataset, int(element), rng.random(PAIR_DRAWS))
-
-
-def pair_keys(videos: VideoSource | Mixture, seed: int) -> grain.MapDataset:
-  """Returns the endless stream of the keys of all pairs, by number.
-
-  Args:
-    videos: where frames come from. A mixture takes its datasets in turn, as evenly as their
-      weights allow; ratios of weights that are no whole multiples of 1/100 are off by up to 1 %.
-    seed: of order, pairs and crops.
-  """
-  mixture, parts = mixture_of(videos), []
-  for number, each in enumerate(mixture.datasets):
-    own = seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-    orders = grain.MapDataset.source(EpochOrders(len(each), own))
-    parts.append(orders.seed(own).random_map(_DrawKey(number)))
-  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
 
 
 def pair_batches(

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 
 from dropmae_jax import loader_process, stalls
-from dropmae_jax.command_line import BadInput
 
 AHEAD = 2
 DEATHS_IN_A_ROW = 3
@@ -40,7 +39,19 @@ Batch = dict[str, np.ndarray]
 
 
 class LoaderFailed(RuntimeError):
-  """The loader hangs or dies again and again; threads of it may never end."""
+  """The loader dies again and again; threads of it may never end."""
+
+  exit_status = 1
+
+
+class LoaderStalled(LoaderFailed):
+  """The loader hangs, as a storage may that comes back."""
+
+  exit_status = stalls.STALLED
+
+
+class Interrupted(Exception):
+  """The run is to stop, and the batch that it waits for has not come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,39 +60,6 @@ class _Failure:
 
   error: Exception
   death: str
-
-
-class DamagedRecords:
-  """Counts the records of a dataset that could not be read, each once in the life of a process."""
-
-  def __init__(self, most: int, say: Callable[[str], None]) -> None:
-    """Begins to count.
-
-    Args:
-      most: how many are allowed.
-      say: takes what the user should know.
-    """
-    self._most, self._say = most, say
-    self._found: set[str] = set()
-
-  def tell(self, sentence: str) -> None:
-    """Takes the sentence on a record, which names it.
-
-    Raises:
-      BadInput: it is one record too many.
-    """
-    if sentence in self._found:
-      return
-    self._found.add(sentence)
-    if len(self._found) > self._most:
-      raise BadInput(
-        f'{sentence} It is damaged record {len(self._found)} of this start, and'
-        f' config.data.max_damaged_records={self._most}.'
-      )
-    self._say(
-      f'{sentence} Another video is taken instead; damaged record {len(self._found)} of at most'
-      f' {self._most}.'
-    )
 
 
 class _Reader:
@@ -159,7 +137,9 @@ class _Reader:
     processes = self.processes()
     for process in processes:
       process.kill()
-      process.join()
+    deadline = time.monotonic() + KILL_SECONDS
+    for process in processes:  # One that waits for a storage which hangs does not end.
+      process.join(max(0.0, deadline - time.monotonic()))
     self._join(KILL_SECONDS if processes else 0)
     if not self._thread.is_alive():
       loader_process.unlink_blocks_of(process.pid for process in processes)
@@ -183,6 +163,7 @@ class Feed:
     to_device: Callable[[Batch], jax.Array],
     stall_seconds: float,
     say: Callable[[str], None],
+    is_interrupted: Callable[[], bool] = lambda: False,
   ) -> None:
     """Begins to read.
 
@@ -192,7 +173,9 @@ class Feed:
       to_device: copies what is needed of a batch; called in another thread.
       stall_seconds: how long the loop may wait for a batch.
       say: takes what the user should know.
+      is_interrupted: whether waiting for a batch has to end.
     """
+    self._is_interrupted = is_interrupted
     self._make_batches, self._to_device = make_batches, to_device
     self._step, self._stall_seconds, self._say = first_step, stall_seconds, say
     self._deaths = self._deaths_in_a_row = 0
@@ -206,7 +189,9 @@ class Feed:
     """Returns the next batch.
 
     Raises:
-      LoaderFailed: none came for `stall_seconds`, or processes died in a row.
+      LoaderStalled: none came for `stall_seconds`.
+      LoaderFailed: processes died in a row.
+      Interrupted: the run is to stop, and none is there.
       Exception: whatever reading raised, unless it was a process's death.
     """
     asked = time.monotonic()
@@ -215,6 +200,8 @@ class Feed:
         item = self._reader.items.get(timeout=POLL_SECONDS)
       except queue.Empty:
         self._reader.tell_grain_of_silent_deaths()
+        if self._is_interrupted():
+          raise Interrupted from None
         if time.monotonic() - asked > self._stall_seconds:
           self._give_up_waiting()
         continue
@@ -257,7 +244,7 @@ class Feed:
     if processes:
       time.sleep(POLL_SECONDS)  # They write their stacks to the terminal.
     self._reader.kill()
-    raise LoaderFailed(
+    raise LoaderStalled(
       f'no batch came within data.stall_seconds={self._stall_seconds:g}; log.txt shows where this'
       ' process waits, and the terminal where those of the loader do. Look after the storage of'
       ' config.data_dir, or raise config.data.stall_seconds if it is that slow.'
@@ -267,12 +254,12 @@ class Feed:
     """Ends the loader and its processes.
 
     Raises:
-      LoaderFailed: a thread that reads hangs, and would hold up the end of this process.
+      LoaderStalled: a thread that reads hangs, and would hold up the end of this process.
     """
     if self._failed:
       self._reader.kill()
     elif not self._reader.end():
-      raise LoaderFailed(
+      raise LoaderStalled(
         f'a thread of the loader did not end within {END_SECONDS:g} s; what was saved is whole.'
         ' Look after the storage of config.data_dir.'
       )

@@ -2,18 +2,26 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from types import FrameType
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from dropmae_jax.command_line import BadInput
 
+# Where a process tells the others why it ends, and how often they look.
+FAILURE, LOOK_SECONDS = 'dropmae_jax/failure', 2.0
 # How launchers say that they have started more than one process for a job.
 LAUNCHED = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 
@@ -115,6 +123,54 @@ def any_of(mine: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(mine)).any())
 
 
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+  """Ends all processes where one cannot go on, with its sentence and its status.
+
+  The others would wait for it in the next step. An error has a status if it has an attribute
+  `exit_status`; the process is ended inside this context, without unwinding, as JAX would wait
+  for the others then.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  mine, is_over = jax.process_index(), threading.Event()
+
+  def look() -> None:
+    while not is_over.wait(LOOK_SECONDS):
+      with contextlib.suppress(Exception):  # Nothing is told yet; or the first process is gone.
+        number, status, sentence = json.loads(_client().key_value_try_get(FAILURE))
+        if number != mine:
+          _end(f'process {number} has ended: {sentence}', status)
+
+  threading.Thread(target=look, name='others', daemon=True).start()
+  try:
+    yield
+  except Exception as error:
+    status = getattr(error, 'exit_status', None)
+    if status is None:
+      raise
+    with contextlib.suppress(Exception):  # Another one may have told first.
+      _client().key_value_set(FAILURE, json.dumps([mine, status, str(error)]))
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    time.sleep(2 * LOOK_SECONDS)  # The first process holds what the others look at.
+    _end('', status)
+  finally:
+    is_over.set()
+
+
+def _client() -> Any:
+  # Not public, though multihost_utils is made of it.
+  return distributed.global_state.client
+
+
+def _end(sentence: str, status: int) -> NoReturn:
+  if sentence:
+    print(f'error: {sentence}', file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(status)
+
+
 class Interruption:
   """Turns the first Ctrl-C or SIGTERM into a stop at the next step, which is the same on all hosts.
 
@@ -146,6 +202,10 @@ class Interruption:
     finally:
       for each, handler in old.items():
         signal.signal(each, handler)
+
+  def is_asked(self) -> bool:
+    """Whether a signal came; always False where JAX's service hears of it."""
+    return self.signal_name is not None
 
   def is_due(self, step: int) -> bool:
     """Whether to stop after this step; to be asked after every step, by all processes."""

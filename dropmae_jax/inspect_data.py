@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
-from dropmae_jax import augment, command_line, data, figures, loader_process
+from dropmae_jax import augment, command_line, data, figures, loader_process, stream
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions, DrawnPair
 from dropmae_jax.mixture import Mixture, open_mixture
@@ -52,7 +52,7 @@ def first_pairs(
   videos: Mixture, options: DataOptions, *, image_size: int, seed: int, count: int
 ) -> list[ShownPair]:
   """Makes the first pairs that training with this seed is fed."""
-  keys, maker = data.pair_keys(videos, seed), data.PairMaker(videos, options, image_size)
+  keys, maker = stream.pair_keys(videos, seed), data.PairMaker(videos, options, image_size)
   pairs = []
   for number in range(count):
     drawn = maker.draw(keys[number])

@@ -60,7 +60,7 @@ def start_worker(worker: int, num_workers: int, *, trainer: int) -> None:
   threading.Thread(target=_end_without, args=(trainer,), daemon=True).start()
   allow_many_files()
   keep_freed_memory()
-  Block.prefix = f'{run_prefix(trainer)}{os.getpid()}-'
+  NamedMemory.prefix = f'{run_prefix(trainer)}{os.getpid()}-'
 
 
 def _end_orderly() -> None:
@@ -94,7 +94,7 @@ def keep_freed_memory() -> None:
       mallopt(option, 2**30)
 
 
-class Block(shared_memory.SharedMemory):
+class NamedMemory(shared_memory.SharedMemory):
   """Shared memory that is named after the run and the process that make it.
 
   Attributes:
@@ -146,8 +146,20 @@ class RingWriter:
   """
 
   def __init__(self, slots: int, shape: Sequence[int]) -> None:
-    """Takes memory for a number of slots of one shape."""
-    memory = Block(create=True, size=mmap.PAGESIZE + slots * math.prod(shape))
+    """Takes memory for a number of slots of one shape.
+
+    Raises:
+      OSError: there is not enough.
+    """
+    memory = NamedMemory(create=True, size=mmap.PAGESIZE + slots * math.prod(shape))
+    try:
+      # Else it would be taken page by page, and where there is none, the process killed.
+      with (SHARED_MEMORY / memory.name).open('r+b') as file:
+        os.posix_fallocate(file.fileno(), 0, memory.size)
+    except OSError:
+      memory.close()
+      memory.unlink()
+      raise
     self._ring, self._made = _Ring(memory, slots, shape), 0
     self._name = memory.name
     atexit.register(self._ring.unlink)  # The trainer may never have opened it.

@@ -1,8 +1,8 @@
 """Trains: python -m dropmae_jax.main --config=configs/NAME.py --workdir=DIR [--config.field=...].
 
 Exit status: 0 when the last step is reached, 1 when training diverged or the loader failed, 2 for
-bad input, 69 when a step hung, 75 when a signal stopped the run after a checkpoint (after both, the
-same command goes on from the last one).
+bad input, 69 when a step or the loader hung, 75 when a signal stopped the run after a checkpoint
+(after both, the same command goes on from the last one).
 """
 
 import os
@@ -96,7 +96,7 @@ def main(_: list[str]) -> int:
     print(f'error: {error}', file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Not sys.exit, which waits for threads that hang in the loader.
-    os._exit(1)
+    os._exit(error.exit_status)
 
 
 if __name__ == '__main__':

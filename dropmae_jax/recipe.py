@@ -14,7 +14,7 @@ from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
 from dropmae_jax.mae import Architecture, Objective
 from dropmae_jax.optimizer import OptimizerOptions
-from dropmae_jax.run_checkpoints import CheckpointOptions
+from dropmae_jax.retention import CheckpointOptions
 from dropmae_jax.sharding import MeshOptions
 
 DTYPES = ('float32', 'bfloat16')
@@ -66,7 +66,7 @@ class Recipe:
     data: see `data.DataOptions`.
     optimizer: see `optimizer.OptimizerOptions`.
     mesh: see `sharding.MeshOptions`.
-    checkpoint: see `run_checkpoints.CheckpointOptions`.
+    checkpoint: see `retention.CheckpointOptions`.
   """
 
   data_dir: str

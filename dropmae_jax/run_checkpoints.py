@@ -5,11 +5,9 @@ is set aside for the checkpoint before it.
 """
 
 import contextlib
-import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,37 +17,14 @@ from flax import traverse_util
 
 from dropmae_jax import checkpoint, hosts, retention
 from dropmae_jax.command_line import BadInput
+from dropmae_jax.retention import CheckpointOptions
 from dropmae_jax.train_step import TrainState
 
 
 class NotSaved(RuntimeError):
   """The last state of a run could not be written."""
 
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointOptions:
-  """When checkpoints are written and which are kept.
-
-  Attributes:
-    every_steps: updates between two of them; one is always written at the end.
-    keep_last: how many of the newest to keep.
-    keep_every: those at multiples of this many steps are kept for good; 0 keeps none of them.
-    keep_best: how many of the lowest score to keep too, be they among the newest or not. The score
-      is the mean loss of the steps since the last multiple of `every_steps`.
-  """
-
-  every_steps: int = 1000
-  keep_last: int = 3
-  keep_every: int = 0
-  keep_best: int = 0
-
-  def __post_init__(self) -> None:
-    for name in ('every_steps', 'keep_last'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'checkpoint.{name}={getattr(self, name)} is not positive; use 1 or more.')
-    for name in ('keep_every', 'keep_best'):
-      if getattr(self, name) < 0:
-        raise ValueError(f'checkpoint.{name}={getattr(self, name)} is negative; 0 keeps none.')
+  exit_status = 1  # Of the process.
 
 
 class Checkpoints:
@@ -79,7 +54,8 @@ class Checkpoints:
     self._every_steps = options.every_steps
     self._pending: int | None = None
     for step in self._manager.all_steps() if options.keep_best else []:
-      self._scores[step], _ = _together(partial(self._stored_score, step))
+      with contextlib.suppress(Exception):  # A damaged one is told when it is to be restored.
+        self._scores[step] = self._stored_score(step)
 
   @property
   def latest_step(self) -> int | None:
@@ -260,11 +236,13 @@ class Checkpoints:
   def changes(self) -> dict[str, str]:
     """Returns the config fields that differ from those of the newest checkpoint, 'old -> new'.
 
-    `data_fingerprint` is among them, if the dataset is another one.
+    `data_fingerprint` is among them, if the dataset is another one, and `seed_version`, if the code
+    draws other numbers from a seed.
     """
     stored = self._stored_description(self.latest_step)
     old, new = (
       traverse_util.flatten_dict(description.get('config', {}), sep='.')
+      | ({'seed_version': description.get('seed_version', 1)} if 'config' in description else {})
       | {key: description[key] for key in ('data_fingerprint',) if description.get(key)}
       for description in (stored, self._description)
     )

@@ -30,6 +30,9 @@ class Watchdog:
   """Ends this process if what is watched takes too long; to be told as often as it gets on.
 
   Counts its own polls: while the process is suspended, no time passes.
+
+  Attributes:
+    say: takes what the user should know; may be replaced by what reaches more of them.
   """
 
   def __init__(self, seconds: float, *, say: Callable[[str], None]) -> None:
@@ -39,7 +42,7 @@ class Watchdog:
       seconds: that what is watched may take.
       say: takes what the user should know; called in another thread.
     """
-    self._seconds, self._say = seconds, say
+    self._seconds, self.say = seconds, say
     self._watched: _Watched | None = None
     self._closed = threading.Event()
     threading.Thread(target=self._look, name='watchdog', daemon=True).start()
@@ -87,7 +90,7 @@ class Watchdog:
       file=sys.stderr,
       flush=True,
     )
-    self._say(f'{watched.what} hangs; all threads of this process:\n{found}')
+    self.say(f'{watched.what} hangs; all threads of this process:\n{found}')
 
 
 def stacks() -> str:

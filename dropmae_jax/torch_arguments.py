@@ -81,6 +81,7 @@ _KEPT = {
   'source': _Law(_is_source, 'a dict with a list of names under "fresh"'),
   'score': _Law(lambda value: value is None or _is_a(value, float), 'a number'),
   'score_steps': _whole_from(1),
+  'seed_version': _whole_from(1),
 }
 
 

@@ -14,6 +14,10 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from dropmae_jax import augment, mae
 from dropmae_jax.mae import Objective
 
+# What a seed stands for: stream of pairs, crops, masks and drops. To be raised when code draws
+# otherwise, as then a checkpoint would not go on as the run that it is of.
+SEED_VERSION = 2
+
 
 @flax.struct.dataclass
 class TrainState:

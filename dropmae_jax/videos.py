@@ -8,6 +8,7 @@ import contextlib
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +22,8 @@ from dropmae_jax.command_line import BadInput
 
 # Major versions of the dataset that are read: its other numbers change nothing for a reader.
 SUPPORTED_VERSIONS = frozenset({2})
+# Pauses before a record that could not be read is tried again.
+RETRY_SECONDS = (0.05, 0.5)
 
 
 class DamagedRecord(BadInput):
@@ -134,11 +137,15 @@ class TfdsVideos:
       BadInput: the system does not let it be read.
     """
     record = int(self._first[video]) + number
-    try:
-      features = tf_example_pb2.Example.FromString(self._records[record]).features.feature
-      return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
-    except Exception as error:  # Whatever array_record, protobuf and simplejpeg have for bad bytes.
-      raise self._unreadable(video, record, error) from error
+    for pause in (*RETRY_SECONDS, None):
+      try:
+        features = tf_example_pb2.Example.FromString(self._records[record]).features.feature
+        return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
+      except Exception as error:  # Whatever array_record, protobuf and simplejpeg have.
+        if pause is None:
+          raise self._unreadable(video, record, error) from error
+        time.sleep(pause)  # It may be the storage, for a moment.
+    raise AssertionError('unreachable')
 
   def _unreadable(self, video: int, record: int, error: Exception) -> BadInput:
     instructions = self._records.dataset_info.splits[self._split].file_instructions
@@ -147,6 +154,11 @@ class TfdsVideos:
       return BadInput(
         f'this process may not open the {len(instructions)} shards of {self.folder} at once; raise'
         ' the hard limit of open files (ulimit -Hn, or LimitNOFILE and the like of a scheduler).'
+      )
+    if isinstance(error, OSError):
+      return BadInput(
+        f'{self.folder} cannot be read ({error}); see to its storage, and give the same command'
+        ' again.'
       )
     file = instructions[int(np.searchsorted(ends, record, side='right'))].filename
     try:

@@ -12,7 +12,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dropmae_jax import asad, attention
+from dropmae_jax import asad, attention, sampling
 
 
 def qkv(seed, *, b=2, n=16, m=3, e=8, scale=1.0):
@@ -23,7 +23,7 @@ def qkv(seed, *, b=2, n=16, m=3, e=8, scale=1.0):
 def draw(seed, query, key, count):
   weights = asad.sampling_weights(asad.scaled_logits(query, key))
   keys = jax.random.split(jax.random.key(seed), query.shape[0])
-  return asad.sample_drops(keys, weights, count), weights
+  return sampling.sample_drops(keys, weights, count), weights
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_lowest_marks_exactly_that_many_with_ties_by_position(seed, count, disti
   rng = np.random.default_rng(seed)
   ranks = rng.integers(0, distinct, (2, 2, 1, 3, 4)).astype(np.uint16)
   from_behind = rng.integers(0, 2, (2, 1, 1, 1, 1)).astype(bool)
-  marks = np.asarray(asad.lowest(jnp.asarray(ranks), count, jnp.asarray(from_behind)))
+  marks = np.asarray(sampling.lowest(jnp.asarray(ranks), count, jnp.asarray(from_behind)))
   for sample in range(2):
     flat = ranks[sample].ravel().astype(int)
     place = np.arange(24)[:: -1 if from_behind[sample].item() else 1]
@@ -93,7 +93,7 @@ def test_lowest_marks_exactly_that_many_with_ties_by_position(seed, count, disti
 def test_rows_of_any_length_are_counted(n):
   ranks = np.random.default_rng(n).integers(0, 2**16 - 1, (1, 2, 2, n, n)).astype(np.uint16)
   for count in (1, 2 * n, 2 * n * n):
-    marks = np.asarray(asad.lowest(jnp.asarray(ranks), count, jnp.zeros((1, 1, 2, 1, 1), bool)))
+    marks = np.asarray(sampling.lowest(jnp.asarray(ranks), count, jnp.zeros((1, 1, 2, 1, 1), bool)))
     for head in range(2):
       assert marks[:, :, head].sum() == count
       inside, outside = (
@@ -105,11 +105,13 @@ def test_rows_of_any_length_are_counted(n):
 def test_ranks_order_as_the_values_do_over_the_whole_range():
   values = np.float32(2.0) ** np.linspace(-3.9, 59, 4001, dtype=np.float32)
   shape = (1, 1, 1, 1, -1)
-  ranks = np.asarray(asad.to_ranks(jnp.asarray(values).reshape(shape), jnp.ones((1, 1, 1, 1, 1))))
+  ranks = np.asarray(
+    sampling.to_ranks(jnp.asarray(values).reshape(shape), jnp.ones((1, 1, 1, 1, 1)))
+  )
   assert (np.diff(ranks.ravel().astype(int)) > 0).all()
   odd = jnp.asarray([0.0, 1e-3, jnp.inf, 1e30, 3e38]).reshape(shape)
-  ranks = np.asarray(asad.to_ranks(odd, jnp.ones((1, 1, 1, 1, 1)))).ravel().tolist()
-  assert ranks == [0, 0, asad.NEVER, asad.NEVER - 1, asad.NEVER - 1]
+  ranks = np.asarray(sampling.to_ranks(odd, jnp.ones((1, 1, 1, 1, 1)))).ravel().tolist()
+  assert ranks == [0, 0, sampling.NEVER, sampling.NEVER - 1, sampling.NEVER - 1]
 
 
 def test_every_subset_has_its_exact_probability():
@@ -135,7 +137,7 @@ def test_every_subset_has_its_exact_probability():
   many = jnp.broadcast_to(
     jnp.asarray(weights, jnp.float32).reshape(1, 2, 1, n, n), (draws, 2, 1, n, n)
   )
-  drops = jax.jit(asad.sample_drops, static_argnums=2)(
+  drops = jax.jit(sampling.sample_drops, static_argnums=2)(
     jax.random.split(jax.random.key(6), draws), many, count
   )
   code = np.asarray(drops).reshape(draws, -1)[:, candidates] @ (1 << np.arange(12))
@@ -250,7 +252,7 @@ def test_the_draw_is_the_same_on_any_mesh():
 
   @jax.jit
   def drops(query, key):
-    return asad.sample_drops(keys, asad.sampling_weights(asad.scaled_logits(query, key)), 96)
+    return sampling.sample_drops(keys, asad.sampling_weights(asad.scaled_logits(query, key)), 96)
 
   spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   whole = drops(query, key)
@@ -265,7 +267,7 @@ def test_no_place_is_favoured_and_no_two_draws_are_alike(level):
   n, heads, samples, count = 196, 4, 6, 7448
   logits = asad.Logits(*(jnp.full((1, 2, 1, n, n), number) for number in (level, 0.0)))
   weights = jnp.broadcast_to(asad.sampling_weights(logits), (samples, 2, heads, n, n))
-  sample = jax.jit(asad.sample_drops, static_argnums=2)
+  sample = jax.jit(sampling.sample_drops, static_argnums=2)
   drops = []
   for block in range(4):
     keys = jax.vmap(jax.random.fold_in, (0, None))(jax.random.split(jax.random.key(4), 6), block)

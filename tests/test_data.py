@@ -12,7 +12,7 @@ import scipy.stats
 from conftest import ROOT, run_python
 from sources import NumberedVideos, PictureVideos
 
-from dropmae_jax import augment, blocks, data
+from dropmae_jax import augment, blocks, data, stream
 from dropmae_jax.data import DataOptions
 from dropmae_jax.mixture import Mixture
 from dropmae_jax.videos import DamagedRecord, open_dataset
@@ -196,7 +196,7 @@ def test_hosts_share_the_global_batch():
 def test_batches_of_many_blocks_are_the_plain_stream(num_workers):
   videos, size = NumberedVideos([10] * 50), 6 * blocks.BLOCK_PAIRS
   options = DataOptions(frame_gap=4, num_workers=num_workers)
-  keys, make = data.pair_keys(videos, 7), data.PairMaker(videos, options, 16)
+  keys, make = stream.pair_keys(videos, 7), data.PairMaker(videos, options, 16)
   shares = [
     batches(videos, 3, options=options, batch_size=size, first_step=2, host=host, num_hosts=2)
     for host in range(2)
@@ -331,8 +331,11 @@ def test_what_takes_the_place_of_a_damaged_record_is_a_function_of_the_seed(
 
 def test_a_pair_is_not_looked_for_for_ever():
   videos = DamagedVideos([6] * 8, {(v, n) for v in range(8) for n in range(6)})
-  with pytest.raises(DamagedRecord, match=r'is damaged'):
+  with pytest.raises(DamagedRecord, match=r'It is damaged record 11 of this start, and config'):
     batches(videos, 1)
+  options = DataOptions(num_threads=0, max_damaged_records=0)
+  with pytest.raises(DamagedRecord, match=r'It is damaged record 1 of .*max_damaged_records=0'):
+    batches(videos, 1, options=options)
 
 
 def test_the_stream_has_no_end_that_a_run_could_reach():
@@ -344,7 +347,7 @@ def test_the_stream_has_no_end_that_a_run_could_reach():
       return 300
 
   huge = Mixture((Many([]), Many([])), (Fraction(1, 1000), Fraction(1)))
-  keys = data.pair_keys(huge, 7)
+  keys = stream.pair_keys(huge, 7)
   assert len(keys) > 10**12
   first, second = keys[10**12 + 7], keys[10**12 + 7]
   assert first.video == second.video

@@ -232,6 +232,13 @@ def test_the_memory_that_is_shared_does_not_grow_with_the_batch():
   assert_no_blocks()
 
 
+def test_memory_is_taken_whole_or_not_at_all():
+  system = os.statvfs(loader_process.SHARED_MEMORY)
+  with pytest.raises(OSError, match='No space left'):
+    loader_process.RingWriter(1, (system.f_bavail * system.f_frsize + 2**20,))
+  assert_no_blocks()
+
+
 def test_a_process_waits_where_the_trainer_reads_none_of_its_slots():
   """It may overwrite a block only once the trainer has copied it."""
   writer, reader = loader_process.RingWriter(3, (2, 4)), loader_process.RingReader()

@@ -13,7 +13,16 @@ import scipy.stats
 import torch
 from conftest import run_python
 
-from dropmae_jax import asad, augment, mae, optimizer, patches, position, torch_export
+from dropmae_jax import (
+  asad,
+  augment,
+  mae,
+  optimizer,
+  patches,
+  position,
+  sampling,
+  torch_export,
+)
 from dropmae_jax.train_step import TrainState, update
 
 CONFIG = {
@@ -164,7 +173,7 @@ def test_sampler_has_the_recorded_law(golden, seed):
 
   @jax.jit
   def frequencies(key):
-    drops = asad.sample_drops(jax.random.split(key, draws), weights, count)
+    drops = sampling.sample_drops(jax.random.split(key, draws), weights, count)
     return drops.sum(axis=(1, 2, 3, 4)), drops.mean(axis=0)
 
   total = np.zeros((2, 8, 8))

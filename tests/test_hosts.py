@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -105,6 +107,24 @@ def test_two_processes_are_one_run(trained, data_dir, tmp_path):
   assert all(len(videos) >= 16 for videos in read)
   together = [video for i in range(3) for videos in read for video in videos[2 * i : 2 * i + 2]]
   assert sorted(together[:6]) == sorted(together[6:]) == list(range(6))
+
+
+@pytest.mark.slow
+def test_damage_on_one_host_ends_both_with_its_sentence(data_dir, tmp_path):
+  shutil.copytree(data_dir, tmp_path / 'data')
+  for shard in (tmp_path / 'data').glob('**/*-train.array_record*'):
+    with shard.open('r+b') as file:  # The first record of each.
+      file.seek(500)
+      file.write(b'damage')
+  more = ('--config.num_steps=100000', '--config.data.max_damaged_records=0')
+  other = f'--config.data_dir={tmp_path / "data"}'
+  began = time.monotonic()
+  ends = Processes(train_arguments(data_dir, tmp_path / 'run', *more), mine=((), (other,))).ends()
+  assert time.monotonic() - began < 90
+  assert [status for status, _, _ in ends] == [2, 2], ends
+  told = 'is damaged record 1 of this start, and config.data.max_damaged_records=0.'
+  assert told in ends[1][2]
+  assert 'error: process 1 has ended: video ' in ends[0][2]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from conftest import COMPILE_ONCE, ROOT, run_python, train_arguments
 from test_commands import assert_one_sentence, losses
 
 from dropmae_jax import loader_process
+from dropmae_jax.stalls import STALLED
 
 WORKERS = '--config.data.num_workers=2'
 SHM = loader_process.SHARED_MEMORY
@@ -152,13 +153,28 @@ def test_a_loader_that_hangs_ends_the_run_with_stacks(data_dir, tmp_path):
       os.kill(pid, signal.SIGSTOP)
     _, errors = process.communicate(timeout=120)
     assert_gone(pids, names | blocks_of(process.pid))
-  assert process.returncode == 1
+  assert process.returncode == STALLED
   (told,) = [line for line in errors.splitlines() if line.startswith('error: ')]
   assert 'no batch came within data.stall_seconds=20; log.txt shows where' in told
   assert 'Traceback' not in errors
   log = (tmp_path / 'log.txt').read_text()
   assert 'the loader hangs; all threads of this process:' in log
   assert 'in train' in log
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_loader_hangs_saves_what_there_is(data_dir, tmp_path):
+  with training(data_dir, tmp_path, '--config.num_steps=100000') as process:
+    wait_for_line(process, 'step 3/')
+    for pid in processes_of(process.pid):
+      os.kill(pid, signal.SIGSTOP)
+    time.sleep(3)
+    process.terminate()
+    output, errors = process.communicate(timeout=120)
+  assert process.returncode == os.EX_TEMPFAIL, errors
+  (folder,) = (tmp_path / 'checkpoints').iterdir()
+  assert f'SIGTERM: saved at step {folder.name} of 100000' in output
+  assert int(folder.name) >= 3
 
 
 # Reads in threads of the trainer, and from the tenth frame on for ever.
@@ -181,7 +197,7 @@ def test_a_run_whose_own_threads_hang_does_end(data_dir, tmp_path):
     '-c', HANGING, *train_arguments(data_dir, tmp_path, '--config.data.num_threads=2')[2:],
     '--config.num_steps=100', '--config.data.stall_seconds=3',
   )  # fmt: skip
-  assert done.returncode == 1, done.stderr
+  assert done.returncode == STALLED, done.stderr
   assert 'error: no batch came within data.stall_seconds=3' in done.stderr
   assert 'Traceback' not in done.stderr
   assert ' in frame' in (tmp_path / 'log.txt').read_text()

@@ -8,7 +8,8 @@ import pytest
 from test_run_checkpoints import DESCRIPTION, description_of, flip_a_bit
 
 from dropmae_jax import checkpoint, sharding
-from dropmae_jax.run_checkpoints import CheckpointOptions, Checkpoints
+from dropmae_jax.retention import CheckpointOptions
+from dropmae_jax.run_checkpoints import Checkpoints
 from dropmae_jax.train_step import TrainState
 
 # The mean loss of the two steps before each checkpoint.

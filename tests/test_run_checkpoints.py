@@ -15,7 +15,9 @@ from dropmae_jax import checkpoint, mae, optimizer, sharding
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import Objective
 from dropmae_jax.optimizer import OptimizerOptions
-from dropmae_jax.run_checkpoints import CheckpointOptions, Checkpoints
+from dropmae_jax.recipe import may_change
+from dropmae_jax.retention import CheckpointOptions
+from dropmae_jax.run_checkpoints import Checkpoints
 from dropmae_jax.train_step import TrainState, init_state
 
 # Reads of arrays that another one's damage has broken off are not waited for.
@@ -94,6 +96,20 @@ def test_another_model_is_refused(saved):
   with pytest.raises(BadInput, match=r'holds another model \(image_size is 16 there and 224 here'):
     checkpoints.restore(abstract_on(sharding.make_mesh()))
   checkpoints.close()
+
+
+@pytest.mark.parametrize(
+  ('then', 'change'), [({}, {'seed_version': '1 -> 2'}), ({'seed_version': 2}, {})]
+)
+def test_code_that_draws_otherwise_from_a_seed_makes_another_run(tmp_path, then, change):
+  first = Checkpoints(tmp_path, CheckpointOptions(), {**DESCRIPTION, 'config': {}, **then})
+  first.save(2, state_at(2), say=pytest.fail)
+  first.close()
+  now = {**DESCRIPTION, 'config': {}, 'seed_version': 2}
+  second = Checkpoints(tmp_path, CheckpointOptions(), now)
+  assert second.changes() == change
+  second.close()
+  assert not may_change('seed_version')
 
 
 def test_weights_alone_are_read_but_not_trained_on(tmp_path):

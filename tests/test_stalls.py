@@ -27,8 +27,8 @@ HANGING = """
 import threading
 from absl import app
 import jax, jax.numpy as jnp
-from dropmae_jax import command_line, main, train
-real = train.build_program
+from dropmae_jax import command_line, main, run
+real = run.build_program
 def wait(loss):
   threading.Event().wait()
   return loss
@@ -40,7 +40,7 @@ def build_program(*arguments):
     state, metrics = program.step(state, frames, key)
     return state, metrics._replace(loss=late(metrics.loss)) if next(count) == 6 else metrics
   return program._replace(step=step)
-train.build_program = build_program
+run.build_program = build_program
 command_line.run(lambda: app.run(main.main, flags_parser=main.parse))
 """
 

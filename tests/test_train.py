@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dropmae_jax import mae, optimizer, sharding, train, train_step
+from dropmae_jax import mae, optimizer, program, sharding, train_step
 from dropmae_jax.data import DataOptions
 from dropmae_jax.mae import Objective
 from dropmae_jax.optimizer import OptimizerOptions
@@ -43,7 +43,7 @@ class Trainer:
       objective=Objective(attention_dropout=0.2),
       optimizer=OptimizerOptions(base_learning_rate=0.032, warmup_steps=2),
     )
-    self.program = train.build_program(made, self.mesh)
+    self.program = program.build_program(made, self.mesh)
     self.state = self.program.init(jax.random.key(0))
     self.key = jax.device_put(jax.random.key(1), sharding.replicated(self.mesh))
 

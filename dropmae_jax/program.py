@@ -1,0 +1,68 @@
+"""What a recipe has the devices do, jitted for a mesh."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dropmae_jax import mae, optimizer, sharding
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.recipe import Recipe
+from dropmae_jax.train_step import Metrics, TrainState, init_state, train_step
+
+
+class Program(NamedTuple):
+  """What runs on the devices: fresh states, updates of them, and a state's shapes and places."""
+
+  init: Callable[[jax.Array], TrainState]
+  step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+  abstract_state: TrainState
+
+
+def build_program(recipe: Recipe, mesh: Mesh) -> Program:
+  """Puts model, objective and optimizer of a recipe together, jitted for a mesh.
+
+  The old state is donated to the step. Nothing is compiled before the first call.
+
+  Raises:
+    BadInput: the devices do not divide the batch.
+  """
+  try:
+    sharding.check_batch(recipe.batch_size, recipe.accumulation_steps, mesh)
+  except ValueError as error:
+    raise BadInput(f'config: {error}') from error
+  graphdef, _ = mae.abstract_model(recipe.model, dtype=jnp.dtype(recipe.dtype), remat=recipe.remat)
+  schedule = optimizer.learning_rate(
+    peak=recipe.peak_learning_rate,
+    floor=recipe.optimizer.min_learning_rate,
+    warmup_steps=recipe.optimizer.warmup_steps,
+    num_steps=recipe.num_steps,
+  )
+  tx = optimizer.adamw(schedule, recipe.optimizer)
+  step = partial(
+    train_step,
+    graphdef=graphdef,
+    tx=tx,
+    schedule=schedule,
+    objective=recipe.objective,
+    shared_flip=recipe.data.shared_augmentation,
+    accumulation_steps=recipe.accumulation_steps,
+  )
+  init = partial(init_state, architecture=recipe.model, tx=tx)
+  # A state is born in its place, and never whole on one device.
+  state = sharding.abstract_on(mesh, jax.eval_shape(init, jax.random.key(0)))
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  everywhere = sharding.replicated(mesh)
+  return Program(
+    init=jax.jit(init, out_shardings=places),
+    step=jax.jit(
+      step,
+      donate_argnames='state',
+      in_shardings=(places, sharding.batch_sharding(mesh), everywhere),
+      out_shardings=(places, everywhere),
+    ),
+    abstract_state=state,
+  )
