@@ -152,9 +152,7 @@ def ending_together() -> Iterator[None]:
       raise
     with contextlib.suppress(Exception):  # Another one may have told first.
       _client().key_value_set(FAILURE, json.dumps([mine, status, str(error)]))
-    print(f'error: {error}', file=sys.stderr, flush=True)
-    time.sleep(2 * LOOK_SECONDS)  # The first process holds what the others look at.
-    _end('', status)
+    _end(str(error), status)
   finally:
     is_over.set()
 
@@ -165,9 +163,11 @@ def _client() -> Any:
 
 
 def _end(sentence: str, status: int) -> NoReturn:
-  if sentence:
-    print(f'error: {sentence}', file=sys.stderr, flush=True)
+  print(f'error: {sentence}', file=sys.stderr, flush=True)
   sys.stdout.flush()
+  if jax.process_index() == 0:
+    # It holds what the others look at, and JAX aborts those that outlive it.
+    time.sleep(3 * LOOK_SECONDS)
   os._exit(status)
 
 

@@ -85,8 +85,7 @@ def allow_many_files() -> None:
 def keep_freed_memory() -> None:
   """Lets the C library keep the memory of pictures for the next ones, where it can be told to.
 
-  It would give each back to the system, and taking it anew costs a page fault every 4 kB: a quarter
-  of all processor time of two loader processes (benchmarks/input_pipeline.py).
+  It would give each back to the system, and taking it anew costs a page fault every 4 kB.
   """
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is not None:  # Not every C library has it.
@@ -141,8 +140,7 @@ class _Ring:
 class RingWriter:
   """A loader process's blocks: it fills the same few slots again and again.
 
-  Memory that is taken anew for every block, as grain does it, costs a page fault every 4 kB, which
-  took longer than resizing what is written there (benchmarks/input_pipeline.py).
+  Memory that is taken anew for every block, as grain does it, costs a page fault every 4 kB.
   """
 
   def __init__(self, slots: int, shape: Sequence[int]) -> None:

@@ -188,6 +188,32 @@ def test_a_damaged_record_is_named_when_it_is_read(damaged, num_workers):
   stream.close()
 
 
+def test_storage_that_fails_is_not_damage(data_dir, monkeypatch):
+  """A read is tried three times; then the run ends, as nothing is known of the record."""
+  monkeypatch.setattr(videos, 'RETRY_SECONDS', (0.0, 0.0))
+  dataset = videos.open_dataset(str(data_dir), DATASET)
+  expected, records, faults = dataset.frame(2, 1), dataset._records, []
+
+  class Failing:
+    dataset_info = records.dataset_info
+
+    def __getitem__(self, record):
+      if faults:
+        raise faults.pop()
+      return records[record]
+
+  dataset._records = Failing()
+  faults += 2 * [OSError(errno.EIO, 'Input/output error')]
+  np.testing.assert_array_equal(dataset.frame(2, 1), expected)
+  faults += 3 * [OSError(errno.ESTALE, 'Stale file handle')]
+  with pytest.raises(BadInput, match=r'cannot be read \(.*Stale file handle\); see to') as told:
+    dataset.frame(2, 1)
+  assert not isinstance(told.value, videos.DamagedRecord)
+  faults += 3 * [RuntimeError('DATA_LOSS')]
+  with pytest.raises(videos.DamagedRecord, match='video 2 .* is damaged'):
+    dataset.frame(2, 1)
+
+
 def test_a_mixture_opens_its_datasets(data_dir, tmp_path):
   (tmp_path / 'kinetics_frames').mkdir()
   for name in ('folder', 'other'):
