@@ -210,7 +210,7 @@ def test_storage_that_fails_is_not_damage(data_dir, monkeypatch):
     dataset.frame(2, 1)
   assert not isinstance(told.value, videos.DamagedRecord)
   faults += 3 * [RuntimeError('DATA_LOSS')]
-  with pytest.raises(videos.DamagedRecord, match='video 2 .* is damaged'):
+  with pytest.raises(videos.DamagedRecord, match=r'video 2 .* is damaged'):
     dataset.frame(2, 1)
 
 
