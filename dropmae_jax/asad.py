@@ -95,12 +95,14 @@ def _attend(query: Array, key: Array, value: Array, source: Array, draw: Draw) -
 
 
 class _Kept(NamedTuple):
-  """What the gradient needs; of the size of the logits there is one bit for each own pair."""
+  """What the gradient needs; of the size of the logits there is one bit for each own pair.
+
+  XLA may keep logits that it has rather than compute them anew, as it does for CPUs.
+  """
 
   query: Float[Array, 'b l m e']
   key: Float[Array, 'b l m e']
   value: Float[Array, 'b l m e']
-  output: Float[Array, 'b l m e']
   sums: RowSums
   dropped_bits: UInt8[Array, 'b f m i w']
 
@@ -113,9 +115,8 @@ def _attend_forward(
   left = _without(logits, is_dropped)
   sums = row_sums(left)
   attention = Logits(*(each.astype(value.dtype) for each in softmax(left, sums)))
-  output = _mix_values(attention, value)
   bits = jnp.packbits(is_dropped, axis=-1)
-  return output, _Kept(query, key, value, output, sums, bits)
+  return _mix_values(attention, value), _Kept(query, key, value, sums, bits)
 
 
 def _attend_backward(draw: Draw, kept: _Kept, gradient: Array) -> tuple[Array | None, ...]:
@@ -125,25 +126,27 @@ def _attend_backward(draw: Draw, kept: _Kept, gradient: Array) -> tuple[Array | 
   n = logits.own.shape[-1]
   is_dropped = jnp.unpackbits(kept.dropped_bits, axis=-1, count=n).astype(bool)
   attention = softmax(_without(logits, is_dropped), kept.sums)
-  of_output = by_frame(gradient)
-  mean = jnp.einsum('blme,blme->blm', gradient, kept.output, preferred_element_type=jnp.float32)
-  mean = rearrange(mean, 'b (f i) m -> b f m i 1', f=2)
+  of_output, values, queries = by_frame(gradient), by_frame(value), by_frame(query)
 
-  def of_logits(attention: Array, values: Array) -> Array:
-    of_attention = jnp.einsum(
-      'bfime,bfjme->bfmij', of_output, values, preferred_element_type=jnp.float32
-    )
-    return (attention * (of_attention - mean) * query.shape[-1] ** -0.5).astype(query.dtype)
+  def of_attention(values: Array) -> Array:
+    return jnp.einsum('bfime,bfjme->bfmij', of_output, values, preferred_element_type=jnp.float32)
 
-  values, queries = by_frame(value), by_frame(query)
-  steep = Logits(of_logits(attention.own, values), of_logits(attention.other, values[:, ::-1]))
-  lower = Logits(*(each.astype(value.dtype) for each in attention))
-  to_keys = partial(jnp.einsum, 'bfmij,bfime->bfjme')
-  of_value = to_keys(lower.own, of_output) + to_keys(lower.other, of_output)[:, ::-1]
-  of_key = to_keys(steep.own, queries) + to_keys(steep.other, queries)[:, ::-1]
-  of_query = _mix_values(steep, key)
-  merge = partial(rearrange, pattern='b f n m e -> b (f n) m e')
-  return of_query, merge(of_key), merge(of_value), None
+  upper = Logits(of_attention(values), of_attention(values[:, ::-1]))
+  # Not from the output, whose rounding would show in a difference as small as this one.
+  mean = sum((a * u).sum(axis=-1, keepdims=True) for a, u in zip(attention, upper, strict=True))
+  scale = query.shape[-1] ** -0.5
+  steep = Logits(
+    *((a * (u - mean) * scale).astype(query.dtype) for a, u in zip(attention, upper, strict=True))
+  )
+  of_value = _to_keys(Logits(*(each.astype(value.dtype) for each in attention)), of_output)
+  return _mix_values(steep, key), _to_keys(steep, queries), of_value, None
+
+
+def _to_keys(rows: Logits, tokens: Float[Array, 'b f i m e']) -> Float[Array, 'b l m e']:
+  """Sums queries' tokens for every key of both frames; added up in float32."""
+  products = partial(jnp.einsum, 'bfmij,bfime->bfjme', preferred_element_type=jnp.float32)
+  found = products(rows.own, tokens) + products(rows.other, tokens)[:, ::-1]
+  return rearrange(found, 'b f n m e -> b (f n) m e').astype(tokens.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -154,11 +157,11 @@ def _without(logits: Logits, is_dropped: Bool[Array, 'b f m i n']) -> Logits:
 
 
 def _mix_values(attention: Logits, value: Float[Array, 'b l m e']) -> Float[Array, 'b l m e']:
-  """Sums the values of both frames by the attention to them."""
+  """Sums the values of both frames by the attention to them; added up in float32."""
   values = by_frame(value)
-  mixed = jnp.einsum('bfmij,bfjme->bfime', attention.own, values)
-  mixed += jnp.einsum('bfmij,bfjme->bfime', attention.other, values[:, ::-1])
-  return rearrange(mixed, 'b f i m e -> b (f i) m e')
+  products = partial(jnp.einsum, 'bfmij,bfjme->bfime', preferred_element_type=jnp.float32)
+  found = products(attention.own, values) + products(attention.other, values[:, ::-1])
+  return rearrange(found, 'b f i m e -> b (f i) m e').astype(value.dtype)
 
 
 def _as_recorded(logits: Logits, is_dropped: Bool[Array, 'b f m i n']) -> Array:

@@ -201,6 +201,7 @@ class Feed:
       except queue.Empty:
         self._reader.tell_grain_of_silent_deaths()
         if self._is_interrupted():
+          self._failed = True  # What it waits for may never come.
           raise Interrupted from None
         if time.monotonic() - asked > self._stall_seconds:
           self._give_up_waiting()

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any, NoReturn
@@ -21,7 +22,7 @@ from jax.experimental import multihost_utils
 from dropmae_jax.command_line import BadInput
 
 # Where a process tells the others why it ends, and how often they look.
-FAILURE, LOOK_SECONDS = 'dropmae_jax/failure', 2.0
+FAILURE, LOOK_SECONDS = 'dropmae_jax/failure', 1.0
 # How launchers say that they have started more than one process for a job.
 LAUNCHED = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 
@@ -127,34 +128,47 @@ def any_of(mine: bool) -> bool:
 def ending_together() -> Iterator[None]:
   """Ends all processes where one cannot go on, with its sentence and its status.
 
-  The others would wait for it in the next step. An error has a status if it has an attribute
-  `exit_status`; the process is ended inside this context, without unwinding, as JAX would wait
-  for the others then.
+  The others would wait for it in the next step. The process is ended inside this context, without
+  unwinding, as JAX would wait for the others then. An error that has an attribute `is_everywhere`
+  is one that all processes meet at the same step; it is raised on.
   """
   if jax.process_count() == 1:
     yield
     return
-  mine, is_over = jax.process_index(), threading.Event()
+  is_over = threading.Event()
 
   def look() -> None:
     while not is_over.wait(LOOK_SECONDS):
-      with contextlib.suppress(Exception):  # Nothing is told yet; or the first process is gone.
-        number, status, sentence = json.loads(_client().key_value_try_get(FAILURE))
-        if number != mine:
-          _end(f'process {number} has ended: {sentence}', status)
+      _end_as_told()
 
   threading.Thread(target=look, name='others', daemon=True).start()
   try:
     yield
   except Exception as error:
+    if hasattr(error, 'is_everywhere'):
+      raise
     status = getattr(error, 'exit_status', None)
     if status is None:
-      raise
+      # What breaks in JAX here may be that another process has ended.
+      time.sleep(2 * LOOK_SECONDS)
+      _end_as_told()
+      traceback.print_exc()
     with contextlib.suppress(Exception):  # Another one may have told first.
-      _client().key_value_set(FAILURE, json.dumps([mine, status, str(error)]))
-    _end(str(error), status)
+      told = json.dumps([jax.process_index(), status or 1, str(error)])
+      _client().key_value_set(FAILURE, told)
+    _end(str(error), status or 1)
   finally:
     is_over.set()
+
+
+def _end_as_told() -> None:
+  """Ends this process if another has told why it ends."""
+  try:
+    number, status, sentence = json.loads(_client().key_value_try_get(FAILURE))
+  except Exception:  # Nothing is told yet; or the first process is gone.
+    return
+  if number != jax.process_index():
+    _end(f'process {number} has ended: {sentence}', status)
 
 
 def _client() -> Any:
@@ -165,9 +179,9 @@ def _client() -> Any:
 def _end(sentence: str, status: int) -> NoReturn:
   print(f'error: {sentence}', file=sys.stderr, flush=True)
   sys.stdout.flush()
-  if jax.process_index() == 0:
-    # It holds what the others look at, and JAX aborts those that outlive it.
-    time.sleep(3 * LOOK_SECONDS)
+  # All have to look before one is missed; the first holds what they look at, and JAX aborts those
+  # that outlive it.
+  time.sleep((3 if jax.process_index() == 0 else 2) * LOOK_SECONDS)
   os._exit(status)
 
 

@@ -159,8 +159,12 @@ class RingWriter:
       memory.unlink()
       raise
     self._ring, self._made = _Ring(memory, slots, shape), 0
-    self._name = memory.name
+    self.name = memory.name
     atexit.register(self._ring.unlink)  # The trainer may never have opened it.
+
+  def close(self) -> None:
+    """Lets go of the memory, and removes it."""
+    self._ring.close()
 
   def next_slot(self) -> tuple[Slot, UInt8[np.ndarray, '...']]:
     """Returns the next slot and its bytes to fill, once the trainer is done with what they hold."""
@@ -169,7 +173,7 @@ class RingWriter:
       time.sleep(FULL_SECONDS)
     self._made += 1
     number = self._made - 1
-    slot = Slot(self._name, number, len(slots), slots.shape[1:])
+    slot = Slot(self.name, number, len(slots), slots.shape[1:])
     return slot, slots[number % len(slots)]
 
 

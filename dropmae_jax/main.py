@@ -77,6 +77,8 @@ def main(_: list[str]) -> int:
   # What goes wrong in orbax comes as exceptions too, which become a sentence.
   logging.get_absl_logger().addFilter(lambda record: '/orbax/' not in record.pathname)
   # After the checks, which then answer at once.
+  import jax
+
   from dropmae_jax import feed, hosts, report, run_checkpoints, train
 
   hosts.join(
@@ -88,15 +90,15 @@ def main(_: list[str]) -> int:
   try:
     workdir = pathlib.Path(_WORKDIR.value)
     finished = train.train(checked, workdir, allow_changes=_ALLOW_CHANGES.value)
-    return 0 if finished else STOPPED
-  except (report.NonFiniteLoss, run_checkpoints.NotSaved) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except feed.LoaderFailed as error:
+    status = 0 if finished else STOPPED
+  except (report.NonFiniteLoss, run_checkpoints.NotSaved, feed.LoaderFailed) as error:
     print(f'error: {error}', file=sys.stderr, flush=True)
+    status = getattr(error, 'exit_status', 1)
+  if status and jax.process_count() == 1:
     sys.stdout.flush()
-    # Not sys.exit, which waits for threads that hang in the loader.
-    os._exit(error.exit_status)
+    # Not sys.exit, which waits for threads that may hang in the loader.
+    os._exit(status)
+  return status
 
 
 if __name__ == '__main__':

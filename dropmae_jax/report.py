@@ -26,6 +26,8 @@ class NonFiniteLoss(RuntimeError):
     step: number of the update.
   """
 
+  is_everywhere = True
+
   def __init__(self, message: str, step: int) -> None:
     super().__init__(message)
     self.step = step

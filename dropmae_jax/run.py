@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from dropmae_jax import data, hosts, mae, sharding, warm_start
 from dropmae_jax.checkpoint import describe
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.damaged_records import DamagedRecords
-from dropmae_jax.feed import Feed
+from dropmae_jax.feed import Feed, LoaderStalled
 from dropmae_jax.mixture import Mixture, open_mixture
 from dropmae_jax.program import Program, build_program
 from dropmae_jax.recipe import Recipe, may_change
@@ -104,7 +104,15 @@ def open_run(
     say=report.warn,
     is_interrupted=interruption.is_asked,
   )
-  stack.callback(batches.close)
+
+  def close_batches(_: Any, error: BaseException | None, __: Any) -> None:
+    try:
+      batches.close()
+    except LoaderStalled:
+      if error is None:  # Else that is what the user has to know.
+        raise
+
+  stack.push(close_batches)
   step_key = sharding.put_everywhere(seeds.steps, mesh)
   return Run(program, state, step_key, first_step, batches, checkpoints, report, watchdog, dataset)
 

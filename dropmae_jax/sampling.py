@@ -22,9 +22,9 @@ def exponential_noise(keys: Key[Array, ' b'], shape: tuple[int, ...]) -> Float[A
   """Draws from the exponential law, every number by its own place and its sample's key alone.
 
   The bits are a hash of the place, keyed by two words for each sample and head: nothing is stored
-  or communicated, the draw is the same on any mesh, and it costs a fifth of threefry's
-  instructions. The hash is two rounds of a 32-bit mixer (Ellis, "Prospecting for hash functions",
-  2018) with a word of the key before each.
+  or communicated, the noise is the same on any mesh, and it costs a fifth of threefry's
+  instructions. The hash is two rounds of a 32-bit mixer (Wellons, "Prospecting for hash
+  functions", 2018) with a word of the key before each.
 
   Args:
     keys: one per sample.
@@ -37,7 +37,12 @@ def exponential_noise(keys: Key[Array, ' b'], shape: tuple[int, ...]) -> Float[A
   )
   place = (frame * rows + row) * columns + column
   bits = mix(mix(place ^ words[:, 0]) + words[:, 1])
-  return -jnp.log(((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24)
+  return -jnp.log(to_uniform(bits))
+
+
+def to_uniform(bits: UInt32[Array, '...']) -> Float[Array, '...']:
+  """Returns numbers strictly between 0 and 1; 23 bits and a half are what float32 holds exactly."""
+  return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
 def mix(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:

@@ -39,17 +39,18 @@ def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False)
   watchdog = Watchdog(recipe.step_stall_seconds, say=print)
   with interruption.watched(), contextlib.ExitStack() as stack:
     stack.callback(watchdog.close)
-    run = open_run(recipe, workdir, stack, watchdog, interruption, allow_changes=allow_changes)
-    try:
-      with hosts.ending_together(), jax.transfer_guard('disallow'):
-        return _loop(recipe, run, interruption)
-    except NonFiniteLoss as error:
-      run.report.warn(str(error))
-      watchdog.watch('listing the bad batch', is_slow=True)
-      found = bad_batch.write(workdir, recipe, run.dataset, error.step)
-      raise NonFiniteLoss(f'{error} {found}', error.step) from error
-    finally:
-      watchdog.pause()
+    with hosts.ending_together():
+      run = open_run(recipe, workdir, stack, watchdog, interruption, allow_changes=allow_changes)
+      try:
+        with jax.transfer_guard('disallow'):
+          return _loop(recipe, run, interruption)
+      except NonFiniteLoss as error:
+        run.report.warn(str(error))
+        watchdog.watch('listing the bad batch', is_slow=True)
+        found = bad_batch.write(workdir, recipe, run.dataset, error.step)
+        raise NonFiniteLoss(f'{error} {found}', error.step) from error
+      finally:
+        watchdog.watch('closing the run', is_slow=True)
 
 
 def _loop(recipe: Recipe, run: Run, interruption: hosts.Interruption) -> bool:
@@ -91,6 +92,8 @@ def _stop(
   run.report.say(
     f'{interruption.signal_name}: saved at step {step} of {recipe.num_steps};'
     ' the same command goes on from there'
+    if step
+    else f'{interruption.signal_name}: no step was made; the same command begins anew'
   )
   return False
 

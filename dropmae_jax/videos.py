@@ -24,6 +24,8 @@ from dropmae_jax.command_line import BadInput
 SUPPORTED_VERSIONS = frozenset({2})
 # Pauses before a record that could not be read is tried again.
 RETRY_SECONDS = (0.05, 0.5)
+# So array_record tells what the system answered to a call of it.
+SYSTEM_CALL_FAILED = re.compile(r'\b(pread|read|open|fstat|lseek)\(\) failed')
 
 
 class DamagedRecord(BadInput):
@@ -155,7 +157,7 @@ class TfdsVideos:
         f'this process may not open the {len(instructions)} shards of {self.folder} at once; raise'
         ' the hard limit of open files (ulimit -Hn, or LimitNOFILE and the like of a scheduler).'
       )
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or SYSTEM_CALL_FAILED.search(str(error)):
       return BadInput(
         f'{self.folder} cannot be read ({error}); see to its storage, and give the same command'
         ' again.'

@@ -1,6 +1,7 @@
 """Batches on the devices: in order and without a gap, whatever happens to the loader."""
 
 import contextlib
+import errno
 import gc
 import mmap
 import multiprocessing
@@ -232,11 +233,20 @@ def test_the_memory_that_is_shared_does_not_grow_with_the_batch():
   assert_no_blocks()
 
 
-def test_memory_is_taken_whole_or_not_at_all():
-  system = os.statvfs(loader_process.SHARED_MEMORY)
+def test_memory_is_taken_whole_or_not_at_all(monkeypatch):
+  writer, number = loader_process.RingWriter(3, (100, 1000)), os.getpid()
+  (block,) = [each for each in loader_process.SHARED_MEMORY.iterdir() if each.name == writer.name]
+  assert block.stat().st_blocks * 512 >= 300_000  # Not only promised.
+  writer.close()
+
+  def no_room(descriptor, offset, size):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(loader_process.os, 'posix_fallocate', no_room)
+  before = set(loader_process.SHARED_MEMORY.iterdir())
   with pytest.raises(OSError, match='No space left'):
-    loader_process.RingWriter(1, (system.f_bavail * system.f_frsize + 2**20,))
-  assert_no_blocks()
+    loader_process.RingWriter(3, (100, 1000))
+  assert set(loader_process.SHARED_MEMORY.iterdir()) <= before, number
 
 
 def test_a_process_waits_where_the_trainer_reads_none_of_its_slots():

@@ -209,6 +209,9 @@ def test_storage_that_fails_is_not_damage(data_dir, monkeypatch):
   with pytest.raises(BadInput, match=r'cannot be read \(.*Stale file handle\); see to') as told:
     dataset.frame(2, 1)
   assert not isinstance(told.value, videos.DamagedRecord)
+  faults += 3 * [RuntimeError('pread() failed: Bad file descriptor; reading a.array_record')]
+  with pytest.raises(BadInput, match=r'cannot be read \(pread.*see to its storage'):
+    dataset.frame(2, 1)
   faults += 3 * [RuntimeError('DATA_LOSS')]
   with pytest.raises(videos.DamagedRecord, match=r'video 2 .* is damaged'):
     dataset.frame(2, 1)
