@@ -3,7 +3,7 @@
 The road that data takes, and the file of each stop:
 
   video files  --tfds_kinetics-->  JPEG frames in array_record files
-    --data.py, augment.py-->       uint8 frame pairs on the device
+    --stream.py, data.py, augment.py-->  uint8 frame pairs on the device
     --patches.py, masking.py-->    visible patches of both frames
     --mae.py (vit.py, asad.py)-->  reconstruction of the masked patches
     --train_step.py-->             loss, gradients, the next parameters

@@ -22,9 +22,8 @@ def exponential_noise(keys: Key[Array, ' b'], shape: tuple[int, ...]) -> Float[A
   """Draws from the exponential law, every number by its own place and its sample's key alone.
 
   The bits are a hash of the place, keyed by two words for each sample and head: nothing is stored
-  or communicated, the noise is the same on any mesh, and it costs a fifth of threefry's
-  instructions. The hash is two rounds of a 32-bit mixer (Wellons, "Prospecting for hash
-  functions", 2018) with a word of the key before each.
+  or communicated, and the noise is the same on any mesh. The hash is two rounds of a 32-bit mixer
+  (Wellons, "Prospecting for hash functions", 2018) with a word of the key before each.
 
   Args:
     keys: one per sample.
