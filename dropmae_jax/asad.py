@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from dropmae_jax import sampling
@@ -38,20 +39,20 @@ def num_dropped(tokens_per_frame: int, drop_rate: float) -> int:
   return int(drop_rate * (tokens_per_frame - 1)) * 2 * tokens_per_frame
 
 
-def by_frame(tokens: Float[Array, 'b l m e']) -> Float[Array, 'b f n m e']:
-  """Splits the tokens of two frames."""
-  return rearrange(tokens, 'b (f n) m e -> b f n m e', f=2)
+def by_frame(tokens: Float[Array, 'b l m e']) -> Float[Array, 'b f m n e']:
+  """Splits the tokens of two frames, and brings the heads forward, as matrix products want them."""
+  return rearrange(tokens, 'b (f n) m e -> b f m n e', f=2)
 
 
-def scaled_logits(query: Float[Array, 'b l m e'], key: Float[Array, 'b l m e']) -> Logits:
+def scaled_logits(query: Float[Array, 'b f m i e'], key: Float[Array, 'b f m n e']) -> Logits:
   """Returns the attention logits; scaled after the product."""
-  query, key = by_frame(query), by_frame(key)
+  return Logits(*(x * query.shape[-1] ** -0.5 for x in _products(query, key)))
 
-  def products(keys: Array) -> Array:
-    found = jnp.einsum('bfime,bfjme->bfmij', query, keys, preferred_element_type=jnp.float32)
-    return found * query.shape[-1] ** -0.5
 
-  return Logits(products(key), products(key[:, ::-1]))
+def _products(rows: Float[Array, 'b f m i e'], keys: Float[Array, 'b f m n e']) -> Logits:
+  """Multiplies every row with the keys of its own and of the other frame; adds up in float32."""
+  products = partial(jnp.einsum, 'bfmie,bfmje->bfmij', preferred_element_type=jnp.float32)
+  return Logits(products(rows, keys), products(rows, keys[:, ::-1]))
 
 
 def sampling_weights(logits: Logits) -> Float[Array, 'b f m i n']:
@@ -60,8 +61,10 @@ def sampling_weights(logits: Logits) -> Float[Array, 'b f m i n']:
   A query's weights sum to its best match in the other frame (plus 1e-6), shared out in
   proportion to its attention within its own frame (plus 1e-6 each, itself left out).
   """
-  own, other = softmax(logits, row_sums(logits))
-  best_match = other.max(axis=-1, keepdims=True) + EPSILON
+  sums = row_sums(logits)
+  largest_other = logits.other.max(axis=-1, keepdims=True)
+  best_match = jnp.exp(largest_other - sums.largest) / sums.total + EPSILON
+  own = jnp.exp(logits.own - sums.largest) / sums.total
   candidates = jnp.where(jnp.eye(own.shape[-1], dtype=bool), 0.0, own + EPSILON)
   return candidates / candidates.sum(axis=-1, keepdims=True) * best_match
 
@@ -73,15 +76,19 @@ class RowSums(NamedTuple):
   total: Float[Array, 'b f m i 1']
 
 
-def row_sums(logits: Logits) -> RowSums:
-  """Returns each query's largest logit, and the sum of the powers relative to that."""
+def row_sums(logits: Logits, dtype: DTypeLike = jnp.float32) -> RowSums:
+  """Returns each query's largest logit, and the sum of its `powers`."""
   largest = jnp.maximum(*(each.max(axis=-1, keepdims=True) for each in logits))
-  return RowSums(largest, sum(jnp.exp(x - largest).sum(axis=-1, keepdims=True) for x in logits))
+  parts = powers(logits, largest, dtype)
+  return RowSums(largest, sum(x.sum(axis=-1, keepdims=True, dtype=jnp.float32) for x in parts))
 
 
-def softmax(logits: Logits, sums: RowSums) -> Logits:
-  """Returns every query's attention to the keys of both frames, of sum 1."""
-  return Logits(*(jnp.exp(each - sums.largest) / sums.total for each in logits))
+def powers(logits: Logits, largest: Float[Array, 'b f m i 1'], dtype: DTypeLike) -> Logits:
+  """Returns the attention before it is divided by its sum, rounded to what products are taken in.
+
+  The sum is that of the rounded ones, so that what all values have in common is not lost.
+  """
+  return Logits(*(jnp.exp(each - largest).astype(dtype) for each in logits))
 
 
 # Marks the pairs to drop, from the logits and whatever else it takes.
@@ -90,7 +97,7 @@ Draw = Callable[[Logits, Array], Bool[Array, 'b f m i n']]
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(query: Array, key: Array, value: Array, source: Array, draw: Draw) -> Array:
-  """Attention without the pairs that `draw` marks, given the logits and `source`."""
+  """Attention without the pairs that `draw` marks, given the logits and `source`; by frame."""
   return _attend_forward(query, key, value, source, draw)[0]
 
 
@@ -100,9 +107,10 @@ class _Kept(NamedTuple):
   XLA may keep logits that it has rather than compute them anew, as it does for CPUs.
   """
 
-  query: Float[Array, 'b l m e']
-  key: Float[Array, 'b l m e']
-  value: Float[Array, 'b l m e']
+  query: Float[Array, 'b f m n e']
+  key: Float[Array, 'b f m n e']
+  value: Float[Array, 'b f m n e']
+  output: Float[Array, 'b f m n e']
   sums: RowSums
   dropped_bits: UInt8[Array, 'b f m i w']
 
@@ -113,40 +121,27 @@ def _attend_forward(
   logits = scaled_logits(query, key)
   is_dropped = draw(logits, source)
   left = _without(logits, is_dropped)
-  sums = row_sums(left)
-  attention = Logits(*(each.astype(value.dtype) for each in softmax(left, sums)))
-  bits = jnp.packbits(is_dropped, axis=-1)
-  return _mix_values(attention, value), _Kept(query, key, value, sums, bits)
+  sums = row_sums(left, value.dtype)
+  # Divided after the product, which is smaller.
+  output = _to_queries(powers(left, sums.largest, value.dtype), value) / sums.total
+  kept = _Kept(query, key, value, output, sums, jnp.packbits(is_dropped, axis=-1))
+  return output.astype(value.dtype), kept
 
 
 def _attend_backward(draw: Draw, kept: _Kept, gradient: Array) -> tuple[Array | None, ...]:
   del draw
-  query, key, value = kept.query, kept.key, kept.value
-  logits = scaled_logits(query, key)
-  n = logits.own.shape[-1]
-  is_dropped = jnp.unpackbits(kept.dropped_bits, axis=-1, count=n).astype(bool)
-  attention = softmax(_without(logits, is_dropped), kept.sums)
-  of_output, values, queries = by_frame(gradient), by_frame(value), by_frame(query)
-
-  def of_attention(values: Array) -> Array:
-    return jnp.einsum('bfime,bfjme->bfmij', of_output, values, preferred_element_type=jnp.float32)
-
-  upper = Logits(of_attention(values), of_attention(values[:, ::-1]))
-  # Not from the output, whose rounding would show in a difference as small as this one.
-  mean = sum((a * u).sum(axis=-1, keepdims=True) for a, u in zip(attention, upper, strict=True))
-  scale = query.shape[-1] ** -0.5
+  query, key, value, output, sums, dropped_bits = kept
+  n, dtype = query.shape[3], query.dtype
+  is_dropped = jnp.unpackbits(dropped_bits, axis=-1, count=n).astype(bool)
+  power = powers(_without(scaled_logits(query, key), is_dropped), sums.largest, dtype)
+  of_sum = (gradient / sums.total).astype(dtype)
+  mean = (of_sum * output).sum(axis=-1, keepdims=True)
+  upper, scale = _products(of_sum, value), query.shape[-1] ** -0.5
   steep = Logits(
-    *((a * (u - mean) * scale).astype(query.dtype) for a, u in zip(attention, upper, strict=True))
+    *((p * (u - mean) * scale).astype(dtype) for p, u in zip(power, upper, strict=True))
   )
-  of_value = _to_keys(Logits(*(each.astype(value.dtype) for each in attention)), of_output)
-  return _mix_values(steep, key), _to_keys(steep, queries), of_value, None
-
-
-def _to_keys(rows: Logits, tokens: Float[Array, 'b f i m e']) -> Float[Array, 'b l m e']:
-  """Sums queries' tokens for every key of both frames; added up in float32."""
-  products = partial(jnp.einsum, 'bfmij,bfime->bfjme', preferred_element_type=jnp.float32)
-  found = products(rows.own, tokens) + products(rows.other, tokens)[:, ::-1]
-  return rearrange(found, 'b f n m e -> b (f n) m e').astype(tokens.dtype)
+  found = _to_queries(steep, key), _to_keys(steep, query), _to_keys(power, of_sum)
+  return *(each.astype(dtype) for each in found), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -156,12 +151,23 @@ def _without(logits: Logits, is_dropped: Bool[Array, 'b f m i n']) -> Logits:
   return Logits(jnp.where(is_dropped, -jnp.inf, logits.own), logits.other)
 
 
-def _mix_values(attention: Logits, value: Float[Array, 'b l m e']) -> Float[Array, 'b l m e']:
-  """Sums the values of both frames by the attention to them; added up in float32."""
-  values = by_frame(value)
-  products = partial(jnp.einsum, 'bfmij,bfjme->bfime', preferred_element_type=jnp.float32)
-  found = products(attention.own, values) + products(attention.other, values[:, ::-1])
-  return rearrange(found, 'b f i m e -> b (f i) m e').astype(value.dtype)
+def _to_queries(rows: Logits, keys: Float[Array, 'b f m n e']) -> Float[Array, 'b f m i e']:
+  """Sums keys' vectors of both frames for every query; added up in float32."""
+  products = partial(jnp.einsum, 'bfmij,bfmje->bfmie', preferred_element_type=jnp.float32)
+  return products(rows.own, keys) + products(rows.other, keys[:, ::-1])
+
+
+def _to_keys(rows: Logits, queries: Float[Array, 'b f m i e']) -> Float[Array, 'b f m n e']:
+  """Sums queries' vectors of both frames for every key; added up in float32."""
+  products = partial(jnp.einsum, 'bfmij,bfmie->bfmje', preferred_element_type=jnp.float32)
+  return products(rows.own, queries) + products(rows.other, queries)[:, ::-1]
+
+
+def _attend_tokens(
+  query: Array, key: Array, value: Array, source: Array, draw: Draw
+) -> Float[Array, 'b l m e']:
+  mixed = _attend(by_frame(query), by_frame(key), by_frame(value), source, draw)
+  return rearrange(mixed, 'b f m n e -> b (f n) m e')
 
 
 def _as_recorded(logits: Logits, is_dropped: Bool[Array, 'b f m i n']) -> Array:
@@ -177,7 +183,7 @@ def attention_with_drops(
   is_dropped: Bool[Array, 'b f m i n'],
 ) -> Float[Array, 'b l m e']:
   """Attention that removes the within-frame pairs it is told to remove."""
-  return _attend(query, key, value, is_dropped, _as_recorded)
+  return _attend_tokens(query, key, value, is_dropped, _as_recorded)
 
 
 def _drawn(logits: Logits, keys: Key[Array, ' b'], *, count: int) -> Array:
@@ -203,4 +209,4 @@ def asad_attention(
       `num_dropped`.
   """
   count = num_dropped(query.shape[1] // 2, drop_rate)
-  return _attend(query, key, value, draw_keys, partial(_drawn, count=count))
+  return _attend_tokens(query, key, value, draw_keys, partial(_drawn, count=count))

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Key
 
 from dropmae_jax import asad
@@ -16,7 +18,10 @@ def dense_attention(
   query: Float[Array, 'b l m e'], key: Float[Array, 'b l m e'], value: Float[Array, 'b l m e']
 ) -> Float[Array, 'b l m e']:
   """Plain softmax attention, scaled by the root of the head width; softmax in float32."""
-  return jax.nn.dot_product_attention(query, key, value)
+  query, key, value = (rearrange(each, 'b l m e -> b m l e') for each in (query, key, value))
+  logits = jnp.einsum('bmie,bmje->bmij', query, key, preferred_element_type=jnp.float32)
+  attention = jax.nn.softmax(logits * query.shape[-1] ** -0.5).astype(value.dtype)
+  return rearrange(jnp.einsum('bmij,bmje->bmie', attention, value), 'b m l e -> b l m e')
 
 
 def decoder_attentions(

@@ -71,28 +71,26 @@ def lowest(
     count: how many to mark; at least 1.
     from_behind: of equal ranks at the border, whether the last ones are marked or the first.
   """
-  threshold, below = _threshold(ranks, count)
+  threshold, below, up_to = _threshold(ranks, count)
   ties = ranks == threshold.astype(jnp.uint16)
-  needed = count - below
-  total = ties.sum(axis=(1, 3, 4), keepdims=True, dtype=jnp.int32)
-  first = _first(ties, jnp.where(from_behind, total - needed, needed))
+  first = _first(ties, jnp.where(from_behind, up_to - count, count - below))
   return (ranks < threshold.astype(jnp.uint16)) | (ties & (first ^ from_behind))
 
 
 def _threshold(
   ranks: UInt16[Array, 'b f m i n'], count: int
-) -> tuple[Int[Array, 'b 1 m 1 1'], Int[Array, 'b 1 m 1 1']]:
-  """Returns the `count`-th lowest rank of every (sample, head), and how many are lower.
+) -> tuple[Int[Array, 'b 1 m 1 1'], ...]:
+  """Returns the `count`-th lowest rank of every (sample, head), how many are below, and up to it.
 
   Each pass narrows the range to a fifth. Its four counts share one sum over a row, of 8 bits each;
   rows of more than 255 are cut in equal parts.
   """
-  b, _, m, _, n = ranks.shape
+  b, f, m, i, n = ranks.shape
   parts = next(parts for parts in range(1, n + 1) if n % parts == 0 and n // parts <= 255)
   wide = ranks.astype(jnp.int32)
 
   lower = jnp.zeros((b, 1, m, 1, 1), jnp.int32)
-  low = lower - 1
+  low, upper = lower - 1, lower + f * i * n
   for width in (WAYS**number for number in reversed(range(PASSES))):
     borders = [low + width * way for way in range(1, WAYS)]
     marks = sum(jnp.where(wide <= border, 1 << (8 * k), 0) for k, border in enumerate(borders))
@@ -101,7 +99,8 @@ def _threshold(
       field = jax.lax.shift_right_logical(of_row, jnp.int32(8 * k)) & 255
       found = field.sum(axis=(1, 3, 4)).reshape(lower.shape)
       low, lower = jnp.where(found < count, border, low), jnp.where(found < count, found, lower)
-  return low + 1, lower
+      upper = jnp.where(found < count, upper, jnp.minimum(found, upper))
+  return low + 1, lower, upper
 
 
 def _first(
@@ -145,6 +144,8 @@ def sample_drops(
   noise = exponential_noise(keys, weights.shape[1:])
   scale = weights.sum(axis=(1, 3, 4), keepdims=True) / count
   ranks = to_ranks(jnp.where(weights > 0, noise / weights, jnp.inf), scale)
+  # The search reads them again and again; without this XLA would make them anew each time.
+  ranks = jax.lax.optimization_barrier(ranks)
   heads = (1, weights.shape[2], 1, 1)
   coins = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), shape=heads))(keys)
   return lowest(ranks, count, coins)
