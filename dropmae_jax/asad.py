@@ -25,7 +25,7 @@ EPSILON = 1e-6
 
 
 class Logits(NamedTuple):
-  """Scaled products of queries and keys, float32."""
+  """Products of queries and keys, float32, not scaled yet."""
 
   own: Float[Array, 'b f m i n']
   other: Float[Array, 'b f m i n']
@@ -44,27 +44,26 @@ def by_frame(tokens: Float[Array, 'b l m e']) -> Float[Array, 'b f m n e']:
   return rearrange(tokens, 'b (f n) m e -> b f m n e', f=2)
 
 
-def scaled_logits(query: Float[Array, 'b f m i e'], key: Float[Array, 'b f m n e']) -> Logits:
-  """Returns the attention logits; scaled after the product."""
-  return Logits(*(x * query.shape[-1] ** -0.5 for x in _products(query, key)))
-
-
-def _products(rows: Float[Array, 'b f m i e'], keys: Float[Array, 'b f m n e']) -> Logits:
+def products(rows: Float[Array, 'b f m i e'], keys: Float[Array, 'b f m n e']) -> Logits:
   """Multiplies every row with the keys of its own and of the other frame; adds up in float32."""
-  products = partial(jnp.einsum, 'bfmie,bfmje->bfmij', preferred_element_type=jnp.float32)
-  return Logits(products(rows, keys), products(rows, keys[:, ::-1]))
+  multiply = partial(jnp.einsum, 'bfmie,bfmje->bfmij', preferred_element_type=jnp.float32)
+  return Logits(multiply(rows, keys), multiply(rows, keys[:, ::-1]))
 
 
-def sampling_weights(logits: Logits) -> Float[Array, 'b f m i n']:
+def sampling_weights(logits: Logits, scale: float = 1.0) -> Float[Array, 'b f m i n']:
   """Returns the weight with which each within-frame pair is drawn; 0 on the diagonal.
 
   A query's weights sum to its best match in the other frame (plus 1e-6), shared out in
   proportion to its attention within its own frame (plus 1e-6 each, itself left out).
+
+  Args:
+    logits: of the attention.
+    scale: what they are still to be multiplied by.
   """
-  sums = row_sums(logits)
+  sums = row_sums(logits, scale)
   largest_other = logits.other.max(axis=-1, keepdims=True)
-  best_match = jnp.exp(largest_other - sums.largest) / sums.total + EPSILON
-  own = jnp.exp(logits.own - sums.largest) / sums.total
+  best_match = power(largest_other, sums.largest, scale) / sums.total + EPSILON
+  own = power(logits.own, sums.largest, scale) / sums.total
   candidates = jnp.where(jnp.eye(own.shape[-1], dtype=bool), 0.0, own + EPSILON)
   return candidates / candidates.sum(axis=-1, keepdims=True) * best_match
 
@@ -76,19 +75,21 @@ class RowSums(NamedTuple):
   total: Float[Array, 'b f m i 1']
 
 
-def row_sums(logits: Logits, dtype: DTypeLike = jnp.float32) -> RowSums:
-  """Returns each query's largest logit, and the sum of its `powers`."""
-  largest = jnp.maximum(*(each.max(axis=-1, keepdims=True) for each in logits))
-  parts = powers(logits, largest, dtype)
-  return RowSums(largest, sum(x.sum(axis=-1, keepdims=True, dtype=jnp.float32) for x in parts))
+def power(
+  logits: Float[Array, 'b f m i j'], largest: Float[Array, 'b f m i 1'], scale: float
+) -> Float[Array, 'b f m i j']:
+  """Returns attention before it is divided by its sum; the largest is 1."""
+  return jnp.exp((logits - largest) * scale)
 
 
-def powers(logits: Logits, largest: Float[Array, 'b f m i 1'], dtype: DTypeLike) -> Logits:
-  """Returns the attention before it is divided by its sum, rounded to what products are taken in.
+def row_sums(logits: Logits, scale: float, dtype: DTypeLike = jnp.float32) -> RowSums:
+  """Returns each query's largest logit, and the sum of its powers, each rounded to `dtype`.
 
-  The sum is that of the rounded ones, so that what all values have in common is not lost.
+  So where powers are rounded for a product, what all values have in common is not lost.
   """
-  return Logits(*(jnp.exp(each - largest).astype(dtype) for each in logits))
+  largest = jnp.maximum(*(each.max(axis=-1, keepdims=True) for each in logits))
+  powers = (power(each, largest, scale).astype(dtype) for each in logits)
+  return RowSums(largest, sum(x.sum(axis=-1, keepdims=True, dtype=jnp.float32) for x in powers))
 
 
 # Marks the pairs to drop, from the logits and whatever else it takes.
@@ -112,39 +113,58 @@ class _Kept(NamedTuple):
   value: Float[Array, 'b f m n e']
   output: Float[Array, 'b f m n e']
   sums: RowSums
-  dropped_bits: UInt8[Array, 'b f m i w']
+  dropped_bits: UInt8[Array, 'b f m w n']
 
 
 def _attend_forward(
   query: Array, key: Array, value: Array, source: Array, draw: Draw
 ) -> tuple[Array, _Kept]:
-  logits = scaled_logits(query, key)
+  scale, dtype = query.shape[-1] ** -0.5, value.dtype
+  logits = products(query, key)
   is_dropped = draw(logits, source)
   left = _without(logits, is_dropped)
-  sums = row_sums(left, value.dtype)
+  sums = row_sums(left, scale, dtype)
+  powers = Logits(*(power(each, sums.largest, scale).astype(dtype) for each in left))
   # Divided after the product, which is smaller.
-  output = _to_queries(powers(left, sums.largest, value.dtype), value) / sums.total
-  kept = _Kept(query, key, value, output, sums, jnp.packbits(is_dropped, axis=-1))
-  return output.astype(value.dtype), kept
+  output = _to_queries(powers, value) / sums.total
+  return output.astype(dtype), _Kept(query, key, value, output, sums, packed(is_dropped))
 
 
 def _attend_backward(draw: Draw, kept: _Kept, gradient: Array) -> tuple[Array | None, ...]:
   del draw
   query, key, value, output, sums, dropped_bits = kept
-  n, dtype = query.shape[3], query.dtype
-  is_dropped = jnp.unpackbits(dropped_bits, axis=-1, count=n).astype(bool)
-  power = powers(_without(scaled_logits(query, key), is_dropped), sums.largest, dtype)
+  scale, dtype = query.shape[-1] ** -0.5, query.dtype
+  left = _without(products(query, key), unpacked(dropped_bits, query.shape[3]))
+  powers = Logits(*(power(each, sums.largest, scale).astype(dtype) for each in left))
   of_sum = (gradient / sums.total).astype(dtype)
   mean = (of_sum * output).sum(axis=-1, keepdims=True)
-  upper, scale = _products(of_sum, value), query.shape[-1] ** -0.5
-  steep = Logits(
-    *((p * (u - mean) * scale).astype(dtype) for p, u in zip(power, upper, strict=True))
-  )
-  found = _to_queries(steep, key), _to_keys(steep, query), _to_keys(power, of_sum)
+  upper = products(of_sum, value)
+  steep = (p * (u - mean) * scale for p, u in zip(powers, upper, strict=True))
+  steep = Logits(*(each.astype(dtype) for each in steep))
+  found = _to_queries(steep, key), _to_keys(steep, query), _to_keys(powers, of_sum)
   return *(each.astype(dtype) for each in found), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def packed(marks: Bool[Array, 'b f m i n']) -> UInt8[Array, 'b f m w n']:
+  """Packs the marks of eight rows into a row of bytes; bit k of row j is row k w + j."""
+  rows = jnp.pad(marks, [(0, 0)] * 3 + [(0, -marks.shape[3] % 8), (0, 0)])
+  width = rows.shape[3] // 8
+
+  def add(k: Array, bits: Array) -> Array:
+    eighth = jax.lax.dynamic_slice_in_dim(rows, k * width, width, axis=3)
+    return bits | (eighth.astype(jnp.uint8) << k.astype(jnp.uint8))
+
+  # A loop, because XLA would make marks and bits anew wherever they are read.
+  return jax.lax.fori_loop(0, 8, add, jnp.zeros_like(rows[:, :, :, :width], jnp.uint8))
+
+
+def unpacked(bits: UInt8[Array, 'b f m w n'], num_rows: int) -> Bool[Array, 'b f m i n']:
+  """The inverse of `packed`."""
+  eighths = (bits[:, :, :, None] >> jnp.arange(8, dtype=jnp.uint8)[:, None, None]) & 1
+  return rearrange(eighths, 'b f m k w n -> b f m (k w) n')[:, :, :, :num_rows].astype(bool)
 
 
 def _without(logits: Logits, is_dropped: Bool[Array, 'b f m i n']) -> Logits:
@@ -153,14 +173,14 @@ def _without(logits: Logits, is_dropped: Bool[Array, 'b f m i n']) -> Logits:
 
 def _to_queries(rows: Logits, keys: Float[Array, 'b f m n e']) -> Float[Array, 'b f m i e']:
   """Sums keys' vectors of both frames for every query; added up in float32."""
-  products = partial(jnp.einsum, 'bfmij,bfmje->bfmie', preferred_element_type=jnp.float32)
-  return products(rows.own, keys) + products(rows.other, keys[:, ::-1])
+  mix = partial(jnp.einsum, 'bfmij,bfmje->bfmie', preferred_element_type=jnp.float32)
+  return mix(rows.own, keys) + mix(rows.other, keys[:, ::-1])
 
 
 def _to_keys(rows: Logits, queries: Float[Array, 'b f m i e']) -> Float[Array, 'b f m n e']:
   """Sums queries' vectors of both frames for every key; added up in float32."""
-  products = partial(jnp.einsum, 'bfmij,bfmie->bfmje', preferred_element_type=jnp.float32)
-  return products(rows.own, queries) + products(rows.other, queries)[:, ::-1]
+  mix = partial(jnp.einsum, 'bfmij,bfmie->bfmje', preferred_element_type=jnp.float32)
+  return mix(rows.own, queries) + mix(rows.other, queries)[:, ::-1]
 
 
 def _attend_tokens(
@@ -186,8 +206,8 @@ def attention_with_drops(
   return _attend_tokens(query, key, value, is_dropped, _as_recorded)
 
 
-def _drawn(logits: Logits, keys: Key[Array, ' b'], *, count: int) -> Array:
-  return sampling.sample_drops(keys, sampling_weights(logits), count)
+def _drawn(logits: Logits, keys: Key[Array, ' b'], *, scale: float, count: int) -> Array:
+  return sampling.sample_drops(keys, sampling_weights(logits, scale), count)
 
 
 def asad_attention(
@@ -209,4 +229,5 @@ def asad_attention(
       `num_dropped`.
   """
   count = num_dropped(query.shape[1] // 2, drop_rate)
-  return _attend_tokens(query, key, value, draw_keys, partial(_drawn, count=count))
+  draw = partial(_drawn, scale=query.shape[-1] ** -0.5, count=count)
+  return _attend_tokens(query, key, value, draw_keys, draw)

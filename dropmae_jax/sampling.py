@@ -4,6 +4,8 @@ Exactly the published law and number, without a sort: noise by a keyed hash, ran
 search for the border that reads the ranks seven times.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -71,57 +73,73 @@ def lowest(
     count: how many to mark; at least 1.
     from_behind: of equal ranks at the border, whether the last ones are marked or the first.
   """
-  threshold, below, up_to = _threshold(ranks, count)
+  (threshold, below, up_to), ranks = _search(ranks, count)
   ties = ranks == threshold.astype(jnp.uint16)
   first = _first(ties, jnp.where(from_behind, up_to - count, count - below))
-  return (ranks < threshold.astype(jnp.uint16)) | (ties & (first ^ from_behind))
+  return ranks < (threshold + (first ^ from_behind)).astype(jnp.uint16)
 
 
-def _threshold(
+class _Border(NamedTuple):
+  """The `count`-th lowest rank of every (sample, head), how many are below it, and up to it."""
+
+  threshold: Int[Array, 'b 1 m 1 1']
+  below: Int[Array, 'b 1 m 1 1']
+  up_to: Int[Array, 'b 1 m 1 1']
+
+
+def _search(
   ranks: UInt16[Array, 'b f m i n'], count: int
-) -> tuple[Int[Array, 'b 1 m 1 1'], ...]:
-  """Returns the `count`-th lowest rank of every (sample, head), how many are below, and up to it.
+) -> tuple[_Border, UInt16[Array, 'b f m i n']]:
+  """Finds the border, and returns it with the ranks.
 
   Each pass narrows the range to a fifth. Its four counts share one sum over a row, of 8 bits each;
   rows of more than 255 are cut in equal parts.
   """
   b, f, m, i, n = ranks.shape
   parts = next(parts for parts in range(1, n + 1) if n % parts == 0 and n // parts <= 255)
-  wide = ranks.astype(jnp.int32)
 
-  lower = jnp.zeros((b, 1, m, 1, 1), jnp.int32)
-  low, upper = lower - 1, lower + f * i * n
-  for width in (WAYS**number for number in reversed(range(PASSES))):
+  def narrow(number: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+    low, lower, upper, ranks = found
+    width = jnp.asarray([WAYS**k for k in reversed(range(PASSES))])[number]
     borders = [low + width * way for way in range(1, WAYS)]
+    wide = ranks.astype(jnp.int32)
     marks = sum(jnp.where(wide <= border, 1 << (8 * k), 0) for k, border in enumerate(borders))
     of_row = rearrange(marks, 'b f m i (s n) -> b f m i s n', s=parts).sum(axis=-1)
     for k, border in enumerate(borders):
       field = jax.lax.shift_right_logical(of_row, jnp.int32(8 * k)) & 255
-      found = field.sum(axis=(1, 3, 4)).reshape(lower.shape)
-      low, lower = jnp.where(found < count, border, low), jnp.where(found < count, found, lower)
-      upper = jnp.where(found < count, upper, jnp.minimum(found, upper))
-  return low + 1, lower, upper
+      up_to = field.sum(axis=(1, 3, 4)).reshape(lower.shape)
+      is_low = up_to < count
+      low, lower = jnp.where(is_low, border, low), jnp.where(is_low, up_to, lower)
+      upper = jnp.where(is_low, upper, jnp.minimum(up_to, upper))
+    return low, lower, upper, ranks
+
+  zero = jnp.zeros((b, 1, m, 1, 1), jnp.int32)
+  # What goes through a loop lies in memory; else XLA may compute ranks anew wherever they are read.
+  begin = (zero - 1, zero, zero + f * i * n, ranks)
+  low, lower, upper, ranks = jax.lax.fori_loop(0, PASSES, narrow, begin)
+  return _Border(low + 1, lower, upper), ranks
 
 
 def _first(
   marks: Bool[Array, 'b f m i n'], count: Int[Array, 'b 1 m 1 1']
 ) -> Bool[Array, 'b f m i n']:
-  """Keeps the first `count` marks of every (sample, head), in the order of (f, i, n).
+  """Is true up to the `count`-th mark of every (sample, head), in the order of (f, i, n).
 
   Only the row in which the count is reached needs a look at its single marks, so that one row is
   gathered instead of numbering all marks.
   """
   _, f, _, i, _ = marks.shape
-  rows = rearrange(marks, 'b f m i n -> b m (f i) n')
   needed = count[:, 0, :, 0]
-  reached = jnp.cumsum(rows.sum(axis=-1, dtype=jnp.int32), axis=-1)
-  last_row = (reached < needed).sum(axis=-1, keepdims=True)
-  row = jnp.take_along_axis(rows, last_row[..., None], axis=2)
-  taken = jnp.take_along_axis(reached, last_row, axis=-1) - row.sum(axis=-1, dtype=jnp.int32)
-  row_kept = jnp.cumsum(row, axis=-1, dtype=jnp.int32) <= (needed - taken)[..., None]
-  number = jnp.arange(f * i)
-  kept = (number < last_row)[..., None] | ((number == last_row)[..., None] & row_kept)
-  return rearrange(rows & kept, 'b m (f i) n -> b f m i n', f=f)
+  of_row = rearrange(marks.sum(axis=-1, dtype=jnp.int32), 'b f m i -> b m (f i)')
+  reached = jnp.cumsum(of_row, axis=-1)
+  last = jnp.minimum((reached < needed).sum(axis=-1), f * i - 1)
+  rows = jnp.take_along_axis(marks, (last % i)[:, None, :, None, None], axis=3)[:, :, :, 0]
+  row = jnp.where((last < i)[..., None], rows[:, 0], rows[:, -1])
+  before = jnp.take_along_axis(reached - of_row, last[..., None], axis=-1)
+  up_to_count = jnp.cumsum(row, axis=-1, dtype=jnp.int32) <= needed - before
+  number = rearrange(jnp.arange(f * i), '(f i) -> f 1 i 1', f=f)
+  last = last[:, None, :, None, None]
+  return jnp.where(number == last, up_to_count[:, None, :, None], number < last)
 
 
 def sample_drops(
@@ -144,8 +162,6 @@ def sample_drops(
   noise = exponential_noise(keys, weights.shape[1:])
   scale = weights.sum(axis=(1, 3, 4), keepdims=True) / count
   ranks = to_ranks(jnp.where(weights > 0, noise / weights, jnp.inf), scale)
-  # The search reads them again and again; without this XLA would make them anew each time.
-  ranks = jax.lax.optimization_barrier(ranks)
   heads = (1, weights.shape[2], 1, 1)
   coins = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), shape=heads))(keys)
   return lowest(ranks, count, coins)

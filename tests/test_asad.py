@@ -21,7 +21,8 @@ def qkv(seed, *, b=2, n=16, m=3, e=8, scale=1.0):
 
 
 def scaled_logits(query, key):
-  return asad.scaled_logits(asad.by_frame(query), asad.by_frame(key))
+  logits = asad.products(asad.by_frame(query), asad.by_frame(key))
+  return asad.Logits(*(each * query.shape[-1] ** -0.5 for each in logits))
 
 
 def draw(seed, query, key, count):
