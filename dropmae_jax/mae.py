@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dropmae_jax import attention, masking, patches, position, vit
 from dropmae_jax.attention import Attention
@@ -181,24 +181,37 @@ class MaskedAutoencoder(nnx.Module):
     return self.norm(tokens)
 
   def decode(
-    self, latents: Float[Array, 'b k d'], masked: Masking, attentions: list[Attention]
-  ) -> Float[Array, 'b l p']:
-    """Returns the reconstruction of every patch of both frames, one attention per block."""
+    self,
+    latents: Float[Array, 'b k d'],
+    masked: Masking,
+    attentions: list[Attention],
+    wanted: Int[Array, 'b r'] | None = None,
+  ) -> Float[Array, 'b r p']:
+    """Returns the reconstruction of patches of both frames.
+
+    Args:
+      latents: of the visible patches.
+      masked: which these are.
+      attentions: one per block; each sees all tokens.
+      wanted: the patches to reconstruct, in this order; all in the frames' order if not given.
+    """
     code = _frame_codes(
       self.decoder_pos_embed, self.decoder_temporal_pos_embed_x, self.decoder_temporal_pos_embed_z
     )
     visible = self.decoder_embed(latents).astype(jnp.float32)
     tokens = masking.restore(visible, self.mask_token[...], masked) + code
-    for block, attend in zip(self.decoder_blocks, attentions, strict=True):
-      tokens = self._run(block, tokens, attend)
+    leave_out = [None] * (len(attentions) - 1) + [wanted]
+    for block, *how in zip(self.decoder_blocks, attentions, leave_out, strict=True):
+      tokens = self._run(block, tokens, *how)
     return self.decoder_pred(self.decoder_norm(tokens)).astype(jnp.float32)
 
-  def _run(self, block: vit.Block, tokens: Array, attend: Attention) -> Array:
+  def _run(
+    self, block: vit.Block, tokens: Array, attend: Attention, wanted: Array | None = None
+  ) -> Array:
     """Runs a block; its gradient finds what `remat` keeps, and computes the rest anew."""
+    run = functools.partial(block, attend=attend, wanted=wanted)
     policy = REMATERIALISATIONS[self.remat]
-    if policy is None:
-      return block(tokens, attend)
-    return jax.checkpoint(lambda tokens: block(tokens, attend), policy=policy)(tokens)
+    return (run if policy is None else jax.checkpoint(run, policy=policy))(tokens)
 
   def __call__(
     self, patch_vectors: Float[Array, 'b l p'], masked: Masking, attentions: list[Attention]
@@ -216,16 +229,14 @@ def _frame_codes(
 
 
 def reconstruction_loss(
-  reconstruction: Float[Array, 'b l p'],
-  patch_vectors: Float[Array, 'b l p'],
-  is_masked: Bool[Array, 'b l'],
+  reconstruction: Float[Array, 'b r p'],
+  patch_vectors: Float[Array, 'b r p'],
   *,
   normalise_targets: bool,
 ) -> Float[Array, '']:
-  """Mean squared error over the masked patches of both frames together."""
+  """Mean squared error over patches of both frames together; those that are masked."""
   targets = patches.normalise_patches(patch_vectors) if normalise_targets else patch_vectors
-  errors = jnp.square(reconstruction - targets).mean(axis=-1)
-  return jnp.sum(errors * is_masked) / jnp.sum(is_masked)
+  return jnp.square(reconstruction - targets).mean()
 
 
 def pretraining_loss(
@@ -254,13 +265,10 @@ def pretraining_loss(
     tokens_per_frame=a.tokens_per_frame,
     drop_rate=objective.attention_dropout,
   )
-  patch_vectors = patches.patchify(frames, a.patch_size)
-  return reconstruction_loss(
-    model(patch_vectors, masked, attentions),
-    patch_vectors,
-    masking.is_masked(masked),
-    normalise_targets=objective.normalise_targets,
-  )
+  vectors = patches.patchify(frames, a.patch_size)
+  found = model.decode(model.encode(vectors, masked), masked, attentions, wanted=masked.masked)
+  targets = masking.select(vectors, masked.masked)
+  return reconstruction_loss(found, targets, normalise_targets=objective.normalise_targets)
 
 
 @functools.lru_cache(maxsize=16)

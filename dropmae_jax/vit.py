@@ -11,8 +11,9 @@ import jax
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from dropmae_jax import masking
 from dropmae_jax.attention import Attention
 
 LAYER_NORM_EPSILON = 1e-6
@@ -78,11 +79,15 @@ class SelfAttention(nnx.Module):
     self.qkv = linear(width, 3 * width, dtype=dtype, rngs=rngs)
     self.proj = linear(width, width, dtype=dtype, rngs=rngs)
 
-  def __call__(self, tokens: Float[Array, 'b l d'], attend: Attention) -> Float[Array, 'b l d']:
+  def __call__(
+    self, tokens: Float[Array, 'b l d'], attend: Attention, wanted: Int[Array, 'b r'] | None = None
+  ) -> Float[Array, 'b r d']:
+    """Returns what the `wanted` tokens have learned from all; of every token if none are named."""
     query, key, value = rearrange(
       self.qkv(tokens), 'b l (qkv m e) -> qkv b l m e', qkv=3, m=self.num_heads
     )
-    return self.proj(rearrange(attend(query, key, value), 'b l m e -> b l (m e)'))
+    mixed = rearrange(attend(query, key, value), 'b l m e -> b l (m e)')
+    return self.proj(mixed if wanted is None else masking.select(mixed, wanted))
 
 
 class Mlp(nnx.Module):
@@ -107,6 +112,10 @@ class Block(nnx.Module):
     self.norm2 = layer_norm(width, rngs=rngs)
     self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
 
-  def __call__(self, tokens: Float[Array, 'b l d'], attend: Attention) -> Float[Array, 'b l d']:
-    tokens = tokens + self.attn(self.norm1(tokens), attend)
+  def __call__(
+    self, tokens: Float[Array, 'b l d'], attend: Attention, wanted: Int[Array, 'b r'] | None = None
+  ) -> Float[Array, 'b r d']:
+    """Returns the next block's tokens; only the `wanted` ones if they are named."""
+    mixed = self.attn(self.norm1(tokens), attend, wanted)
+    tokens = mixed + (tokens if wanted is None else masking.select(tokens, wanted))
     return tokens + self.mlp(self.norm2(tokens))

@@ -62,12 +62,14 @@ def recorded_loss(params, case, *, graphdef, objective):
     case['mask_noise'], masking.num_visible(a.num_tokens, objective.mask_ratio)
   )
   attentions = [partial(asad.attention_with_drops, is_dropped=drops) for drops in case['drops']]
-  reconstruction = model(patch_vectors, masked, attentions)
-  is_masked = masking.is_masked(masked)
+  latents = model.encode(patch_vectors, masked)
   loss = mae.reconstruction_loss(
-    reconstruction, patch_vectors, is_masked, normalise_targets=objective.normalise_targets
+    model.decode(latents, masked, attentions, wanted=masked.masked),
+    masking.select(patch_vectors, masked.masked),
+    normalise_targets=objective.normalise_targets,
   )
-  return loss, {'pred': reconstruction, 'mask': is_masked.astype(jnp.float32)}
+  reconstruction = jax.lax.stop_gradient(model(patch_vectors, masked, attentions))
+  return loss, {'pred': reconstruction, 'mask': masking.is_masked(masked).astype(jnp.float32)}
 
 
 def run_case(case, weights: checkpoint.Weights | None = None) -> dict[str, np.ndarray]:
