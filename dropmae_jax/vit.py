@@ -5,7 +5,7 @@ Parameters are float32; `dtype` is that of the matrix products. The residual str
 and the softmax stay in float32.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from einops import rearrange
@@ -41,7 +41,19 @@ SIZES = {
 def linear(inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
   """Returns a linear layer with Xavier-uniform weights and zero bias."""
   initial = nnx.initializers.xavier_uniform()
-  return nnx.Linear(inputs, outputs, kernel_init=initial, dtype=dtype, rngs=rngs)
+  return nnx.Linear(
+    inputs, outputs, kernel_init=initial, dtype=dtype, dot_general=flat_product, rngs=rngs
+  )
+
+
+def flat_product(
+  tokens: Float[Array, 'b l d'], kernel: Float[Array, 'd h'], dimensions: Any, **options: Any
+) -> Float[Array, 'b l h']:
+  """`jax.lax.dot_general` over all tokens at once, whose gradient XLA makes faster on CPUs."""
+  del dimensions
+  flat = rearrange(tokens, 'b l d -> (b l) d')
+  found = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
+  return rearrange(found, '(b l) h -> b l h', b=tokens.shape[0])
 
 
 def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
