@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import ROOT, run_python
 
-from benchmarks import hlo, scaling, targets
+from benchmarks import compiled, hlo, scaling, targets
 from dropmae_jax import mae
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import Objective
@@ -177,8 +177,8 @@ def analyse(mesh):
     mesh=mesh,
   )
   quick = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-  compiled = scaling.lower_step(options, jax.devices()[:DEVICES]).compile(quick)
-  return scaling.analyse(compiled, DEVICES)
+  step = compiled.lower_step(options, jax.devices()[:DEVICES]).compile(quick)
+  return compiled.analyse(step, DEVICES)
 
 
 def trained_bytes():
@@ -204,7 +204,7 @@ def test_a_data_parallel_step_sends_every_gradient_once():
   assert found['flops'] > 0
   memory = found['memory']
   assert memory['total'] >= memory['argument'] > 3 * expected
-  projected = scaling.project(found, targets.TARGETS['cpu'])
+  projected = compiled.project(found, targets.TARGETS['cpu'])
   assert projected['messages'] == pytest.approx(found['sent_bytes'] / 10e9)
   assert projected['least'] <= projected['most']
   assert projected['efficiency_at_peak'] <= projected['efficiency_after'] <= 1
@@ -237,7 +237,7 @@ def test_the_largest_batch_is_where_the_line_meets_the_limit():
 def test_messages_between_boxes_go_over_the_network():
   found = {'flops': 989e12, 'main_memory_bytes': 4800e9, 'sent_bytes': 450e9}
   for group, seconds in ((8, 1), (16, 9)):
-    projected = scaling.project({**found, 'groups': [group]}, targets.TARGETS['h200'])
+    projected = compiled.project({**found, 'groups': [group]}, targets.TARGETS['h200'])
     assert projected['messages'] == pytest.approx(seconds)
     assert projected['most'] == pytest.approx(2 + seconds)
 
