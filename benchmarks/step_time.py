@@ -111,7 +111,9 @@ def show(result: dict[str, Any]) -> str:
     f' {about["dtype"]}, P = {about["drop_rate"]}, remat={about["remat"]};'
     f' {about["rounds"]} rounds: median (range)',
     f'{host["device"]}, {host["cpu"]}, {host["cores"]} cores; '
-    + ', '.join(f'{name} {version}' for name, version in host['libraries'].items()),
+    + ', '.join(
+      f'{name} {version}' for name, version in host['libraries'].items() if version[0].isdigit()
+    ),
     f'MFU of {peak["flops_per_second"] / 1e12:.4g} TFLOP/s: {peak["source"]}. A matrix product'
     f' reaches {peak["matrix_product"] / 1e12:.4g} TFLOP/s.',
     '',
@@ -124,7 +126,7 @@ def show(result: dict[str, Any]) -> str:
       f'{row["pairs_per_second"]:.4g}' if 'pairs_per_second' in row else '',
       f'{row["flops"] / 1e9:.4g}' if row['flops'] else '',
       f'{row["mfu"]:.1%}' if row['mfu'] else '',
-      f'{row["memory"]["total"] / 1e9:.3g}' if row['memory'] else '',
+      f'{row["memory"]["total"] / 1e9:.2f}' if row['memory'] else '',
       f'{row["compile_seconds"]:.1f} s' if row['compile_seconds'] else '',
     )
     widths = (29, 8, 9, 10, 8, 8, 0)

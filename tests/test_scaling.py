@@ -165,6 +165,22 @@ def test_main_memory_leaves_out_what_lies_on_chip():
   assert found.memory_bytes() == 256 + 256  # Read by the copy, written by the product.
 
 
+def test_kernels_are_what_runs_by_itself():
+  found = program(
+    '  %s = (f32[16,4]{1,0:S(1)}, f32[16,4]{1,0}, u32[]{:S(2)}) copy-start(%x)\n'
+    '  %d = f32[16,4]{1,0:S(1)} copy-done(%s)\n'
+    '  %c = f32[] constant(1)\n'
+    '  %f = f32[16,4]{1,0} fusion(%d), kind=kLoop, calls=%fused\n'
+    '  %z = (f32[16,4]{1,0}, s8[99]{0}) custom-call(%f), custom_call_target="matmul"\n'
+    '  %e = f32[16,4]{1,0} get-tuple-element(%z), index=0\n'
+    f'{WHILE}\n',
+    LOOP + '\n%fused (a: f32[16,4]) -> f32[16,4] {\n'
+    '  %a = f32[16,4]{1,0} parameter(0)\n  ROOT %n = f32[16,4]{1,0} negate(%a)\n}\n',
+  )
+  # The loop adds to a number and sends, four times.
+  assert found.kernels() == {'fusion': 1, 'custom-call': 1, 'add': 4, 'all-reduce': 4}
+
+
 def analyse(mesh):
   """A real step without ASAD, whose loops take long to compile; LLVM is spared too."""
   options = Recipe(
