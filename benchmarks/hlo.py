@@ -30,6 +30,7 @@ _MOVES_NOTHING = frozenset(
   ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id')
 )
 _RUNS_OTHERS = frozenset(('while', 'call', 'conditional', 'async-start'))
+_MAKES_ANYTHING = frozenset(('fusion', 'custom-call', 'reduce'))
 _BESIDE_KERNELS = frozenset(('copy-start', 'slice-start'))
 # TPU: an all-reduce of which every device keeps its slice only, in a fusion of this name.
 SCATTER_FUSION = 'all-reduce-scatter'
@@ -155,13 +156,15 @@ class Program:
     """Counts the instructions that a step runs as one kernel each, by opcode.
 
     A `custom-call` is a call of a library, which may run more than one. Moves between a TPU's two
-    memories (`copy-start`, `slice-start`) are none: they run beside kernels. Loops of unknown
-    length count once.
+    memories (`copy-start`, `slice-start`) are none: they run beside kernels; nor is what is done
+    to a single number, which a TPU's scalar unit does. Loops of unknown length count once.
     """
     found: collections.Counter[str] = collections.Counter()
     for instruction, _, times in self._walk(self._entry, 1, into_fusions=False):
       opcode = instruction.opcode
       is_kernel = opcode not in _MOVES_NOTHING | _RUNS_OTHERS | _BESIDE_KERNELS
+      sizes = any(sizes for _, sizes, _ in _ARRAY.findall(instruction.shape))
+      is_kernel &= opcode in _MAKES_ANYTHING or sizes
       if is_kernel and not opcode.endswith(('-done', '-update')):
         found[opcode] += times or 1
     return found

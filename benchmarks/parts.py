@@ -6,7 +6,7 @@ same shapes, forward and backward; what XLA fuses across their borders is not in
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,33 +77,28 @@ class Workbench:
     self.frames = sharding.to_devices(pixels, self._mesh)
     self.state = build_program(first, self._mesh).init(self._key)
 
-  def steps(self) -> dict[str, Part]:
+  def steps(self) -> Iterator[tuple[str, Part]]:
     """Compiles the training step of every recipe."""
-    made = {}
+    count = flops.step(self.architecture, self.objective.mask_ratio)
     for name, recipe in self.recipes.items():
       step = build_program(recipe, self._mesh).step
-      made[f'step_{name}'] = self._part(
-        step, self.frames, self._key, on_state=True, pairs_flops=self._flops_of_step()
-      )
-    return made
+      part = self._part(step, self.frames, self._key, on_state=True, pairs_flops=count)
+      yield f'step_{name}', part
 
-  def parts(self) -> dict[str, Part]:
+  def parts(self) -> Iterator[tuple[str, Part]]:
     """Compiles the parts, those with attention once for every recipe."""
-    recipe = next(iter(self.recipes.values()))
-    made = {'encoder': self._encoder(recipe)}
+    first = next(iter(self.recipes.values()))
+    yield 'encoder', self._encoder(first)
     for name, recipe in self.recipes.items():
-      made[f'decoder_{name}'] = self._decoder(recipe)
-      made[f'attention_{name}'] = self._attention(recipe)
-    dropping = [recipe for recipe in self.recipes.values() if self._count(recipe)]
-    return made | {'sampler': self._sampler(dropping[0]), 'optimizer': self._optimizer(recipe)}
+      yield f'decoder_{name}', self._decoder(recipe)
+      yield f'attention_{name}', self._attention(recipe)
+    yield 'sampler', self._sampler(next(filter(self._count, self.recipes.values())))
+    yield 'optimizer', self._optimizer(first)
 
   @functools.cached_property
   def _params(self) -> dict:
     """Parameters that no step donates."""
     return jax.tree.map(jnp.copy, self.state.params)
-
-  def _flops_of_step(self) -> int:
-    return flops.step(self.architecture, self.objective.mask_ratio)
 
   def _count(self, recipe: Recipe) -> int:
     return asad.num_dropped(self.architecture.tokens_per_frame, recipe.objective.attention_dropout)

@@ -14,6 +14,8 @@ import argparse
 import json
 import os
 import pathlib
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -35,14 +37,21 @@ def make_parts(options: Recipe, arguments: argparse.Namespace) -> dict[str, Part
   """Compiles all that is to be timed, by name."""
   device = jax.devices()[0]
   bench = Workbench(variants.compared(options), device)
-  made = bench.steps()
+  made = dict(_announced(bench.steps()))
   if arguments.torch:
     made['step_torch'] = torch_step.make(options, np.array(bench.frames), device.platform)
   if not arguments.steps_only:
-    made |= bench.parts()
+    made |= dict(_announced(bench.parts()))
   size = arguments.product_size or PRODUCT_SIZE[device.platform]
   product = flops.matrix_product(size, options.dtype)
   return made | {'matrix_product': Part(product, times=0, flops=2 * size**3)}
+
+
+def _announced(compiled: Iterable[tuple[str, Part]]) -> Iterator[tuple[str, Part]]:
+  """Says what has been compiled: on a fast device the compiler takes most of the time."""
+  for name, part in compiled:
+    print(f'compiled {name} in {part.compile_seconds:.1f} s', file=sys.stderr, flush=True)
+    yield name, part
 
 
 def choose_peak(stated: float | None, options: Recipe, reached: float) -> tuple[float, str]:
