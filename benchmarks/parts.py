@@ -29,7 +29,6 @@ from dropmae_jax import (
   train_step,
 )
 from dropmae_jax.attention import Attention
-from dropmae_jax.command_line import BadInput
 from dropmae_jax.masking import Masking
 from dropmae_jax.program import build_program
 from dropmae_jax.recipe import Recipe
@@ -114,14 +113,7 @@ class Workbench:
     """Compiles a function of these arguments; or of the state first, which it then replaces."""
     began = time.monotonic()
     jitted = function if hasattr(function, 'lower') else jax.jit(function)
-    try:
-      made = jitted.lower(*([self.state] if on_state else []), *arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error):
-        raise
-      raise BadInput(
-        f'--batch_size={self._batch} does not fit the device; use a smaller one, or --remat=full.'
-      ) from error
+    made = jitted.lower(*([self.state] if on_state else []), *arguments).compile()
     seconds = time.monotonic() - began
 
     def start() -> Any:

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -181,12 +182,21 @@ def main() -> None:
   # CPUs are slow with bfloat16.
   arguments.dtype = arguments.dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   options = variants.make_recipe(arguments, arguments.batch_size)
-  parts = make_parts(options, arguments)
-  seconds, calls = rounds.interleave(
-    {name: part.way for name, part in parts.items()},
-    rounds=arguments.rounds,
-    least_seconds=LEAST_SECONDS[jax.default_backend()],
-  )
+  try:
+    parts = make_parts(options, arguments)
+    seconds, calls = rounds.interleave(
+      {name: part.way for name, part in parts.items()},
+      rounds=arguments.rounds,
+      least_seconds=LEAST_SECONDS[jax.default_backend()],
+    )
+  except RuntimeError as error:
+    # As XLA and as PyTorch say it.
+    if not re.search('RESOURCE_EXHAUSTED|out of memory', str(error)):
+      raise
+    raise BadInput(
+      f'--batch_size={arguments.batch_size} does not fit the memory of the device; use a smaller'
+      ' one, or --remat=full.'
+    ) from error
   asked = {name: str(value) for name, value in vars(arguments).items()}
   result = {
     'command': rounds.command(),

@@ -1,5 +1,6 @@
 """What is timed, compiled and compared is what it is called. Nothing is timed here."""
 
+import importlib.util
 import json
 import math
 import re
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_python
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,6 +36,7 @@ SMALLEST = mae.architecture_of_size(
 )
 BATCH = 2
 DROPPED = 3 * 32
+CUDA = 'jax_cuda12_plugin'
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -314,10 +316,36 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, module, flags,
   assert message in error
 
 
+def test_a_batch_that_does_not_fit_is_bad_input(monkeypatch):
+  def refuse(*_):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 99 GB')
+
+  monkeypatch.setattr('sys.argv', ['step_time', '--batch_size=9999'])
+  monkeypatch.setattr(step_time, 'make_parts', refuse)
+  with pytest.raises(BadInput, match=r'^--batch_size=9999 does not fit the memory'):
+    step_time.main()
+
+
 def test_pytorch_that_is_not_there_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
   with pytest.raises(BadInput, match=r"PyTorch, which is not installed; pip install -e '\.\[torch"):
     rounds.import_torch()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('target', 'library'), [('tpu_v5e', 'libtpu'), ('sm_90', CUDA)])
+def test_the_compilers_of_accelerators_make_both_steps(tmp_path, target, library):
+  if not importlib.util.find_spec(library):
+    pytest.skip(f'needs {library}')
+  output = tmp_path / 'out.json'
+  done = run_python(
+    '-m', 'benchmarks.compile_report', f'--target={target}', '--model=XXS', '--image_size=32',
+    '--batch_size=2', '--drop_rate=0.2', '--quick', f'--json={output}', timeout=900,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  result = json.loads(output.read_text())
+  assert result['asad_tax']['asad']['main_memory_bytes'] > 1
+  assert all(row['kernels']['fusion'] > 50 for row in result['rows'].values())
 
 
 DOCUMENTATION = (ROOT / 'docs' / 'performance.md').read_text()
