@@ -1,5 +1,6 @@
-"""What a compiled program moves, read from its text (HLO): between devices, and to and from memory.
+"""What a compiled program runs and moves, read from its text (HLO).
 
+Messages between devices, bytes to and from memory, and kernels.
 Loops are multiplied out; the number of their rounds is written beside them or in their condition.
 """
 
@@ -29,6 +30,8 @@ _MOVES_NOTHING = frozenset(
   ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id')
 )
 _RUNS_OTHERS = frozenset(('while', 'call', 'conditional', 'async-start'))
+_MAKES_ANYTHING = frozenset(('fusion', 'custom-call', 'reduce'))
+_BESIDE_KERNELS = frozenset(('copy-start', 'slice-start'))
 # TPU: an all-reduce of which every device keeps its slice only, in a fusion of this name.
 SCATTER_FUSION = 'all-reduce-scatter'
 
@@ -137,7 +140,7 @@ class Program:
     total = 0
     for instruction, _, times in self._walk(self._entry, 1, into_fusions=False):
       opcode = instruction.opcode
-      if opcode in ('copy-start', 'slice-start'):
+      if opcode in _BESIDE_KERNELS:
         # From one memory to the other: as many bytes as the smaller of both has, at each end.
         ends = [end for end in _arrays(instruction.shape) if num_bytes(end) > 4][:2]
         moved = min(map(num_bytes, ends), default=0)
@@ -148,6 +151,23 @@ class Program:
         arrays = [array for array in arrays if not array.startswith('s8[')]
         total += (times or 1) * sum(num_bytes(array) for array in arrays if _in_main_memory(array))
     return total
+
+  def kernels(self) -> collections.Counter[str]:
+    """Counts the instructions that a step runs as one kernel each, by opcode.
+
+    A `custom-call` is a call of a library, which may run more than one. Moves between a TPU's two
+    memories (`copy-start`, `slice-start`) are none: they run beside kernels; nor is what is done
+    to a single number, which a TPU's scalar unit does. Loops of unknown length count once.
+    """
+    found: collections.Counter[str] = collections.Counter()
+    for instruction, _, times in self._walk(self._entry, 1, into_fusions=False):
+      opcode = instruction.opcode
+      is_kernel = opcode not in _MOVES_NOTHING | _RUNS_OTHERS | _BESIDE_KERNELS
+      sizes = any(sizes for _, sizes, _ in _ARRAY.findall(instruction.shape))
+      is_kernel &= opcode in _MAKES_ANYTHING or sizes
+      if is_kernel and not opcode.endswith(('-done', '-update')):
+        found[opcode] += times or 1
+    return found
 
   def _operands(self, instruction: _Instruction) -> str:
     return ' '.join(self._instructions[name].shape for name in dict.fromkeys(instruction.operands))
@@ -215,29 +235,6 @@ def _arrays(shape: str) -> list[str]:
 
 def _in_main_memory(array: str) -> bool:
   return re.search(r'S\([1-9]\)', array) is None
-
-
-def summarise(found: list[Collective]) -> list[dict]:
-  """Adds up by kind, type and group: number a step, MB handed in, MB sent; the most first."""
-  rows: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0, 0])
-  for each in found:
-    row = rows[each.kind, each.dtypes, each.group]
-    row[0] += each.times
-    row[1] += each.times * each.operand_bytes / 1e6
-    row[2] += each.sent_bytes / 1e6
-  return [
-    {
-      'kind': kind,
-      'dtypes': dtypes,
-      'group': group,
-      'number': number,
-      'operand_mb': operand,
-      'sent_mb': sent,
-    }
-    for (kind, dtypes, group), (number, operand, sent) in sorted(
-      rows.items(), key=lambda row: -row[1][2]
-    )
-  ]
 
 
 def _read(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:

@@ -12,24 +12,21 @@ too (Linux only).
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import multiprocessing
 import os
 import pathlib
-import platform
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 from absl import flags
 
-from benchmarks import baselines, clips, stages
+from benchmarks import baselines, clips, rounds, stages
 from benchmarks.clips import Clips
+from benchmarks.rounds import spread
 from dropmae_jax import augment, command_line, data
 from dropmae_jax.command_line import BadInput
 
@@ -89,27 +86,6 @@ def measure(found: Clips, way: Way, *, seed: int, pairs: int) -> Rate:
       next(stream)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
   return Rate(batches * batch_size / wall, batches * batch_size / max(cpu, 1e-9))
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-  """Returns median, least and most."""
-  return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
-
-
-def machine() -> dict[str, Any]:
-  """Describes what was measured on."""
-  cpus = re.findall(r'model name\s*: (.*)', pathlib.Path('/proc/cpuinfo').read_text())
-  installed = {}
-  for library in LIBRARIES:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      installed[library] = importlib.metadata.version(library)
-  return {
-    'cpu': cpus[0] if cpus else platform.processor(),
-    'cores': len(os.sched_getaffinity(0)),
-    'device': jax.devices()[0].device_kind,
-    'python': platform.python_version(),
-    'libraries': {name: installed.get(name, 'not installed') for name in LIBRARIES},
-  }
 
 
 def run(found: Clips, *, workers: Sequence[int], repeats: int, pairs: int) -> dict[str, Any]:
@@ -272,7 +248,7 @@ def main() -> None:
     )
     workers = sorted({int(number) for number in arguments.workers.split(',')})
     result = {
-      'machine': machine(),
+      'machine': rounds.machine(LIBRARIES),
       'clips': describe(found),
       'repeats': arguments.repeats,
       'videos': bool(found.paths),

@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import ROOT, run_python
 
-from benchmarks import hlo, scaling, targets
+from benchmarks import compiled, hlo, scaling, targets
 from dropmae_jax import mae
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import Objective
@@ -165,6 +165,22 @@ def test_main_memory_leaves_out_what_lies_on_chip():
   assert found.memory_bytes() == 256 + 256  # Read by the copy, written by the product.
 
 
+def test_kernels_are_what_runs_by_itself():
+  found = program(
+    '  %s = (f32[16,4]{1,0:S(1)}, f32[16,4]{1,0}, u32[]{:S(2)}) copy-start(%x)\n'
+    '  %d = f32[16,4]{1,0:S(1)} copy-done(%s)\n'
+    '  %c = f32[] constant(1)\n'
+    '  %f = f32[16,4]{1,0} fusion(%d), kind=kLoop, calls=%fused\n'
+    '  %z = (f32[16,4]{1,0}, s8[99]{0}) custom-call(%f), custom_call_target="matmul"\n'
+    '  %e = f32[16,4]{1,0} get-tuple-element(%z), index=0\n'
+    f'{WHILE}\n',
+    LOOP + '\n%fused (a: f32[16,4]) -> f32[16,4] {\n'
+    '  %a = f32[16,4]{1,0} parameter(0)\n  ROOT %n = f32[16,4]{1,0} negate(%a)\n}\n',
+  )
+  # The loop sends four times; what it adds to is a number.
+  assert found.kernels() == {'fusion': 1, 'custom-call': 1, 'all-reduce': 4}
+
+
 def analyse(mesh):
   """A real step without ASAD, whose loops take long to compile; LLVM is spared too."""
   options = Recipe(
@@ -177,8 +193,8 @@ def analyse(mesh):
     mesh=mesh,
   )
   quick = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-  compiled = scaling.lower_step(options, jax.devices()[:DEVICES]).compile(quick)
-  return scaling.analyse(compiled, DEVICES)
+  step = compiled.lower_step(options, jax.devices()[:DEVICES]).compile(quick)
+  return compiled.analyse(step, DEVICES)
 
 
 def trained_bytes():
@@ -204,7 +220,7 @@ def test_a_data_parallel_step_sends_every_gradient_once():
   assert found['flops'] > 0
   memory = found['memory']
   assert memory['total'] >= memory['argument'] > 3 * expected
-  projected = scaling.project(found, targets.TARGETS['cpu'])
+  projected = compiled.project(found, targets.TARGETS['cpu'])
   assert projected['messages'] == pytest.approx(found['sent_bytes'] / 10e9)
   assert projected['least'] <= projected['most']
   assert projected['efficiency_at_peak'] <= projected['efficiency_after'] <= 1
@@ -237,7 +253,7 @@ def test_the_largest_batch_is_where_the_line_meets_the_limit():
 def test_messages_between_boxes_go_over_the_network():
   found = {'flops': 989e12, 'main_memory_bytes': 4800e9, 'sent_bytes': 450e9}
   for group, seconds in ((8, 1), (16, 9)):
-    projected = scaling.project({**found, 'groups': [group]}, targets.TARGETS['h200'])
+    projected = compiled.project({**found, 'groups': [group]}, targets.TARGETS['h200'])
     assert projected['messages'] == pytest.approx(seconds)
     assert projected['most'] == pytest.approx(2 + seconds)
 

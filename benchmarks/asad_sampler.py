@@ -1,0 +1,178 @@
+r"""Times ASAD's sampler, from a layer's logits to the pairs that are dropped, beside PyTorch's.
+
+    python -m benchmarks.asad_sampler --rounds=9 --json=FILE
+
+Ours is `asad.sampling_weights` and `sampling.sample_drops`, jitted. The PyTorch way is that of the
+published method, written here without a loop over heads: softmax, weights, `torch.multinomial`
+without replacement, scatter. Both are run on the CPU or both on the GPU, on the same logits of a
+ViT-B's decoder layer in float32, in interleaved rounds. Results: docs/performance.md.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import clips, rounds
+from benchmarks.parts import drops
+from benchmarks.rounds import Way
+from dropmae_jax import asad, command_line
+from dropmae_jax.asad import Logits
+from dropmae_jax.command_line import BadInput
+
+if TYPE_CHECKING:
+  from torch import Tensor
+
+
+def torch_weights(logits: 'Tensor') -> 'Tensor':
+  """Weights of all within-frame pairs, [b, f, m, i, n], by logits [b, m, l, l] over both frames."""
+  import torch
+
+  n = logits.shape[-1] // 2
+  # Of queries i in frame f, the attention to keys j in frame g.
+  attention = logits.softmax(dim=-1).unflatten(-1, (2, n)).unflatten(2, (2, n))
+  own = torch.stack([attention[:, :, 0, :, 0], attention[:, :, 1, :, 1]], dim=1)
+  other = torch.stack([attention[:, :, 0, :, 1], attention[:, :, 1, :, 0]], dim=1)
+  best_match = other.amax(dim=-1, keepdim=True) + asad.EPSILON
+  own = own + asad.EPSILON
+  own.diagonal(dim1=-2, dim2=-1).zero_()
+  return own / own.sum(dim=-1, keepdim=True) * best_match
+
+
+def torch_drops(logits: 'Tensor', count: int) -> 'Tensor':
+  """Draws the pairs to drop as the published code does: True where dropped."""
+  import torch
+
+  weights = torch_weights(logits).transpose(1, 2)
+  rows = weights.flatten(0, 1).flatten(1)
+  drawn = torch.multinomial(rows, count, replacement=False)
+  dropped = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, drawn, True)
+  return dropped.view(weights.shape).transpose(1, 2)
+
+
+def make_logits(batch_size: int, heads: int, tokens: int) -> tuple[Logits, np.ndarray]:
+  """Returns random logits twice: for us, and as one matrix over the keys of both frames."""
+  n = tokens // 2
+  own, other = np.random.default_rng(0).normal(size=(2, batch_size, 2, heads, n, n))
+  own, other = own.astype(np.float32), other.astype(np.float32)
+  earlier = np.concatenate([own[:, 0], other[:, 0]], axis=-1)
+  later = np.concatenate([other[:, 1], own[:, 1]], axis=-1)
+  return Logits(jnp.asarray(own), jnp.asarray(other)), np.concatenate([earlier, later], axis=-2)
+
+
+def make_ways(batch_size: int, arguments: argparse.Namespace) -> dict[str, Way]:
+  """Returns both samplers on the same logits."""
+  torch = rounds.import_torch()
+  is_cpu = jax.default_backend() == 'cpu'
+  if not is_cpu and not torch.cuda.is_available():
+    raise BadInput(
+      f'PyTorch {torch.__version__} does not see the {jax.default_backend()}; set'
+      ' JAX_PLATFORMS=cpu to compare both on the CPU.'
+    )
+  count = asad.num_dropped(arguments.tokens // 2, arguments.drop_rate)
+  logits, matrix = make_logits(batch_size, arguments.heads, arguments.tokens)
+  keys = jax.random.split(jax.random.key(0), batch_size)
+  sample = jax.jit(functools.partial(drops, count=count)).lower(keys, logits).compile()
+  tensor = torch.from_numpy(matrix).to('cpu' if is_cpu else 'cuda')
+  wait = (lambda _: None) if is_cpu else (lambda _: torch.cuda.synchronize())
+  return {
+    'ours': Way(lambda: sample(keys, logits), in_turn=is_cpu),
+    'torch': Way(lambda: torch_drops(tensor, count), wait, in_turn=is_cpu),
+  }
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+  """Measures all batch sizes in turn in every round."""
+  ways = {
+    (name, batch_size): way
+    for batch_size in arguments.batch_sizes
+    for name, way in make_ways(batch_size, arguments).items()
+  }
+  seconds, calls = rounds.interleave(ways, rounds=arguments.rounds, least_seconds=0.2)
+  return [
+    {
+      'batch_size': batch_size,
+      'seconds': {name: rounds.spread(seconds[name, batch_size]) for name in ('ours', 'torch')},
+      'calls_per_measurement': {name: calls[name, batch_size] for name in ('ours', 'torch')},
+      'speedup': rounds.ratios(seconds['torch', batch_size], seconds['ours', batch_size]),
+    }
+    for batch_size in arguments.batch_sizes
+  ]
+
+
+def show(result: dict[str, Any]) -> str:
+  """Draws the table."""
+  about, host = result['arguments'], result['machine']
+  count = asad.num_dropped(about['tokens'] // 2, about['drop_rate'])
+  lines = [
+    f'{host["device"]}, {host["cpu"]}, {host["cores"]} cores, as many PyTorch threads; jax'
+    f' {host["libraries"]["jax"]}, torch {host["libraries"]["torch"]}',
+    f'{about["heads"]} heads, {about["tokens"]} tokens, {count} pairs of a head dropped;'
+    f' {about["rounds"]} rounds: median (range)',
+    f'{"samples":<9}{"ours, ms":<26}{"PyTorch, ms":<28}times as fast',
+  ]
+  for row in result['rows']:
+    ours, theirs = (
+      rounds.show_range(row['seconds'][name], scale=1e3) for name in ('ours', 'torch')
+    )
+    faster = rounds.show_range(row['speedup'])
+    lines.append(f'{row["batch_size"]:<9}{ours:<26}{theirs:<28}{faster}')
+  return '\n'.join(lines)
+
+
+def parse() -> argparse.Namespace:
+  """Reads and checks the command line."""
+  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser.add_argument('--batch_sizes', default='1,2,4', help='samples (%(default)s)')
+  parser.add_argument('--heads', type=int, default=16, help='(%(default)s)')
+  parser.add_argument('--tokens', type=int, default=392, help='of both frames (%(default)s)')
+  parser.add_argument('--drop_rate', type=float, default=0.1, help='P (%(default)s)')
+  parser.add_argument('--rounds', type=int, default=5, help='(%(default)s)')
+  parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
+  arguments = parser.parse_args()
+  try:
+    arguments.batch_sizes = [int(number) for number in arguments.batch_sizes.split(',')]
+  except ValueError as error:
+    raise BadInput(
+      f'--batch_sizes={arguments.batch_sizes} is not a list of numbers such as 1,2,4.'
+    ) from error
+  least = {'batch_sizes': min(arguments.batch_sizes), 'heads': arguments.heads}
+  for name, value in (least | {'rounds': arguments.rounds}).items():
+    if value < 1:
+      raise BadInput(f'--{name}={value} is too small; give at least 1.')
+  if arguments.tokens < 4 or arguments.tokens % 2:
+    raise BadInput(f'--tokens={arguments.tokens} are not those of two frames; give an even number.')
+  if not 0 < arguments.drop_rate <= 1:
+    raise BadInput(f'--drop_rate={arguments.drop_rate} is not above 0 and at most 1; give 0.1.')
+  if asad.num_dropped(arguments.tokens // 2, arguments.drop_rate) == 0:
+    raise BadInput(
+      f'--drop_rate={arguments.drop_rate} drops nothing; give more of it, or --tokens.'
+    )
+  clips.check_output(arguments.json)
+  return arguments
+
+
+def main() -> None:
+  """The command line."""
+  arguments = parse()
+  rows = measure(arguments)
+  asked = vars(arguments) | {'json': str(arguments.json)}
+  result = {
+    'command': rounds.command(),
+    'machine': rounds.machine(),
+    'torch_threads': rounds.import_torch().get_num_threads(),
+    'arguments': asked,
+    'rows': rows,
+  }
+  print(show(result))
+  if arguments.json:
+    arguments.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == '__main__':
+  command_line.run(main)

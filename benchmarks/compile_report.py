@@ -1,0 +1,135 @@
+r"""Compiles the training step with and without ASAD for a device that is not here: what ASAD costs.
+
+    python -m benchmarks.compile_report --target=tpu_v5e --batch_size=16
+    python -m benchmarks.compile_report --target=sm_90 --batch_size=64 --json=FILE
+
+Of each step: FLOPs, bytes of main memory, memory, kernels, and the time that a data sheet's speeds
+would allow; and the tax of ASAD that these imply. Nothing is run, so nothing is measured. Needs
+`pip install 'jax[tpu]'` or the CUDA plugin of jax, and no device. sm_90 stands for h200. Results:
+docs/performance.md; of many devices: benchmarks/scaling.py.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from benchmarks import clips, compiled, flops, rounds, targets, variants
+from benchmarks.targets import TARGETS
+from dropmae_jax import command_line
+from dropmae_jax.command_line import BadInput
+
+# Compute capabilities, as GPUs are also called.
+ALIASES = {'sm_80': 'a100', 'sm_90': 'h200'}
+
+
+def taxes(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+  """Compares every step that fits with the first: times, bytes and kernels as ratios."""
+  fitting = [name for name, row in rows.items() if 'projected' in row]
+  first, *others = rows
+  if first not in fitting:
+    return {}
+  base = rows[first]
+  return {
+    name: {
+      **{
+        time: rows[name]['projected'][time] / base['projected'][time] for time in ('least', 'most')
+      },
+      'main_memory_bytes': rows[name]['main_memory_bytes'] / base['main_memory_bytes'],
+      'kernels': rows[name]['number_of_kernels'] / base['number_of_kernels'],
+    }
+    for name in others
+    if name in fitting
+  }
+
+
+def measure(arguments: argparse.Namespace, devices: list[jax.Device]) -> dict[str, Any]:
+  """Compiles and analyses every variant of the step; one may turn out not to fit."""
+  options = variants.make_recipe(arguments, arguments.batch_size)
+  target = TARGETS[arguments.target]
+  formula = options.batch_size * flops.step(options.model, options.objective.mask_ratio)
+  rows = {}
+  for name, recipe in variants.compared(options).items():
+    row = compiled.compile_step(recipe, devices, target, quick=arguments.quick)
+    row['flops_by_formula'] = formula
+    if 'kernels' in row:
+      row['number_of_kernels'] = sum(row['kernels'].values())
+    rows[name] = row
+    print(show(name, row), flush=True)
+  return {'rows': rows, 'asad_tax': taxes(rows)}
+
+
+def show(name: str, row: dict[str, Any]) -> str:
+  """Draws one step as text."""
+  if 'refused' in row:
+    return f'{name}: does not fit: {row["refused"]}'
+  memory, projected = row['memory'], row['projected']
+  kinds = ', '.join(
+    f'{number} {kind}' for kind, number in sorted(row['kernels'].items(), key=lambda x: -x[1])
+  )
+  return (
+    f'{name} (compiled in {row["compile_seconds"]:.0f} s):\n'
+    f'  {row["flops_by_formula"]:.4g} FLOPs by formula, {row["flops"]:.4g} by XLA;'
+    f' {row["main_memory_bytes"] / 1e9:.2f} GB of main memory traffic\n'
+    f'  memory {memory["total"] / 1e9:.2f} GB, of it temporary {memory["temp"] / 1e9:.2f}\n'
+    f'  {row["number_of_kernels"]} kernels: {kinds}\n'
+    f'  projected: FLOPs {projected["compute"] * 1e3:.1f} ms, memory'
+    f' {projected["memory"] * 1e3:.1f} ms; step {projected["least"] * 1e3:.1f} (both at once) to'
+    f' {projected["most"] * 1e3:.1f} ms (one after the other)'
+  )
+
+
+def parse() -> argparse.Namespace:
+  """Reads and checks the command line."""
+  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  names = sorted([*TARGETS, *ALIASES])
+  parser.add_argument('--target', required=True, choices=names, help='kind of device')
+  parser.add_argument('--batch_size', type=int, default=64, help='pairs (%(default)s)')
+  variants.add_arguments(parser)
+  parser.add_argument(
+    '--quick', action='store_true', help='TPU: a third of the time, but other bytes and kernels'
+  )
+  parser.add_argument('--target_config', type=pathlib.Path, help="GPU: XLA's text proto of it")
+  parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
+  arguments = parser.parse_args()
+  arguments.target = ALIASES.get(arguments.target, arguments.target)
+  arguments.dtype = arguments.dtype or 'bfloat16'
+  if arguments.batch_size < 1:
+    raise BadInput(f'--batch_size={arguments.batch_size} is too small; give at least 1.')
+  if arguments.target_config and not arguments.target_config.is_file():
+    raise BadInput(f'--target_config={arguments.target_config} is no file; leave it out.')
+  clips.check_output(arguments.json)
+  return arguments
+
+
+def main() -> None:
+  """The command line."""
+  arguments = parse()
+  # Devices that are here are not used, nor waited for.
+  jax.config.update('jax_platforms', 'cpu')
+  found = targets.devices(arguments.target, 1, arguments.target_config)
+  target = TARGETS[arguments.target]
+  print(
+    f'{found[0].device_kind}, ViT-{arguments.model}, {arguments.batch_size} pairs,'
+    f' {arguments.dtype}, P = {arguments.drop_rate}, remat={arguments.remat}. Projected with'
+    f' {target.flops / 1e12:g} TFLOP/s and {target.memory_bandwidth / 1e9:g} GB/s of memory'
+    f' ({target.source}).',
+    flush=True,
+  )
+  result = measure(arguments, found)
+  for name, tax in result['asad_tax'].items():
+    print(
+      f'{name} over the first: time {tax["least"]:.3f} (both at once) or {tax["most"]:.3f} (one'
+      f' after the other), memory traffic {tax["main_memory_bytes"]:.3f}, kernels'
+      f' {tax["kernels"]:.3f}'
+    )
+  if arguments.json:
+    asked = {name: str(value) for name, value in vars(arguments).items()}
+    about = {'command': rounds.command(), 'machine': rounds.machine(), 'arguments': asked}
+    arguments.json.write_text(json.dumps(about | result, indent=1))
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,71 @@
+"""FLOPs of the method by formula, and what a device can do: the two sides of an MFU.
+
+Counted are the matrix products of the algorithm, two for a multiplication and an addition, whether
+a program makes them or not; what it computes twice to save memory counts once. ASAD adds none.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.rounds import Way
+from benchmarks.targets import TARGETS
+from dropmae_jax import masking
+from dropmae_jax.mae import Architecture
+
+# How jax calls the TPUs of `TARGETS`; it calls GPUs as their makers do.
+TPU_KINDS = {
+  'TPU v4': 'tpu_v4',
+  'TPU v5 lite': 'tpu_v5e',
+  'TPU v5e': 'tpu_v5e',
+  'TPU v6 lite': 'tpu_v6e',
+  'TPU v6e': 'tpu_v6e',
+}
+
+
+def block(tokens: int, width: int, mlp_ratio: float) -> int:
+  """FLOPs of a transformer block on one sample, forward."""
+  matrices = 4 * width * width + 2 * width * int(width * mlp_ratio)
+  return 2 * tokens * matrices + attention(tokens, width)
+
+
+def attention(tokens: int, width: int) -> int:
+  """FLOPs of dense attention on one sample, forward: logits, and values mixed by them."""
+  return 2 * 2 * tokens * tokens * width
+
+
+def encoder(architecture: Architecture, mask_ratio: float) -> int:
+  """FLOPs of the encoder on the visible patches of one pair, forward and backward."""
+  a = architecture
+  visible = masking.num_visible(a.num_tokens, mask_ratio)
+  blocks = a.depth * block(visible, a.width, a.mlp_ratio)
+  # Pixels need no gradient: of the embedding only its weights' is made.
+  return 3 * blocks + 2 * (2 * visible * a.patch_values * a.width)
+
+
+def decoder(architecture: Architecture, mask_ratio: float) -> int:
+  """FLOPs of the decoder on all tokens of one pair, forward and backward."""
+  a = architecture
+  visible = masking.num_visible(a.num_tokens, mask_ratio)
+  blocks = a.decoder_depth * block(a.num_tokens, a.decoder_width, a.mlp_ratio)
+  ends = visible * a.width * a.decoder_width + a.num_tokens * a.decoder_width * a.patch_values
+  return 3 * (blocks + 2 * ends)
+
+
+def step(architecture: Architecture, mask_ratio: float) -> int:
+  """FLOPs of a training step per pair."""
+  return encoder(architecture, mask_ratio) + decoder(architecture, mask_ratio)
+
+
+def known_peak(device_kind: str) -> tuple[float, str] | None:
+  """Returns the bfloat16 FLOPs a second of a data sheet, and which; None of unknown devices."""
+  for name, target in TARGETS.items():
+    if name == TPU_KINDS.get(device_kind) or (target.gpu and target.gpu.name == device_kind):
+      return target.flops, f'data sheet of {name}, bfloat16'
+  return None
+
+
+def matrix_product(size: int, dtype: str) -> Way:
+  """Returns a product of two square matrices to time: what a device reaches at the most."""
+  matrix = jnp.ones((size, size), dtype)
+  product = jax.jit(lambda a, b: a @ b).lower(matrix, matrix).compile()
+  return Way(lambda: product(matrix, matrix), in_turn=jax.default_backend() == 'cpu')

@@ -1,0 +1,55 @@
+"""The recipes that are compared: one step without dropout, and the same with ASAD."""
+
+import argparse
+import dataclasses
+
+from dropmae_jax import asad, mae, recipe, vit
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.mae import Objective
+from dropmae_jax.recipe import Recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say what step is compared."""
+  parser.add_argument('--model', default='B', choices=sorted(vit.SIZES), help='(%(default)s)')
+  parser.add_argument('--image_size', type=int, default=0, help='pixels (224)')
+  parser.add_argument('--dtype', choices=recipe.DTYPES, help='of the products')
+  parser.add_argument('--remat', default='none', choices=sorted(mae.REMATERIALISATIONS))
+  parser.add_argument('--drop_rate', type=float, default=0.1, help='P of ASAD (%(default)s)')
+
+
+def make_recipe(arguments: argparse.Namespace, batch_size: int) -> Recipe:
+  """Returns the recipe with ASAD that `add_arguments` let the user ask for.
+
+  Raises:
+    BadInput: its numbers do not fit one another, or ASAD would drop nothing.
+  """
+  size = {'image_size': arguments.image_size} if arguments.image_size else {}
+  try:
+    options = Recipe(
+      data_dir='',
+      num_steps=1000,
+      batch_size=batch_size,
+      model=mae.architecture_of_size(arguments.model, **size),
+      objective=Objective(attention_dropout=arguments.drop_rate),
+      dtype=arguments.dtype,
+      remat=arguments.remat,
+    )
+  except ValueError as error:
+    raise BadInput(f'config: {error}') from error
+  others = options.model.tokens_per_frame - 1
+  if asad.num_dropped(others + 1, arguments.drop_rate) == 0:
+    raise BadInput(
+      f'--drop_rate={arguments.drop_rate} drops none of {others} keys, so that there is nothing to'
+      f' compare; use more than {1 / max(1, others):.3f}, or a larger --image_size.'
+    )
+  return options
+
+
+def compared(options: Recipe) -> dict[str, Recipe]:
+  """Returns by name the recipes whose steps are measured beside one another.
+
+  The first is what the others are compared with. Another way to compute ASAD is one more entry.
+  """
+  objective = dataclasses.replace(options.objective, attention_dropout=0.0)
+  return {'dense': dataclasses.replace(options, objective=objective), 'asad': options}
