@@ -117,21 +117,21 @@ def forward(
 
 def pack(marks: Bool[Array, 'j i']) -> Int[Array, 'w i']:
   """Packs marks of 32 registers into one: bit t % 32 of row r + 8 (t // 32) is mark r + 8 t."""
-  rows = jax.lax.broadcasted_iota(jnp.int32, marks.shape, 0)
-  bits = jnp.where(marks, jnp.left_shift(1, rows // SUBLANES % WORD), 0)
+  bits = jnp.where(marks, _bit_of_row(marks.shape), 0)
   words = [bits[at : at + SUBLANES * WORD] for at in range(0, len(bits), SUBLANES * WORD)]
-  words = [word.reshape(-1, SUBLANES, word.shape[1]).sum(axis=0) for word in words]
-  return jnp.concatenate(words) if len(words) > 1 else words[0]
+  return jnp.concatenate([word.reshape(-1, SUBLANES, bits.shape[1]).sum(axis=0) for word in words])
 
 
 def unpack(words: Int[Array, 'w i'], rows: int) -> Bool[Array, 'j i']:
   """The inverse of `pack`."""
-  tiles = [
-    words[SUBLANES * (tile // WORD) :][:SUBLANES] for tile in range(-(-rows // SUBLANES))
-  ]
+  tiles = [words[tile // WORD * SUBLANES :][:SUBLANES] for tile in range(pl.cdiv(rows, SUBLANES))]
   bits = jnp.concatenate(tiles)[:rows]
-  row = jax.lax.broadcasted_iota(jnp.int32, bits.shape, 0)
-  return (bits & jnp.left_shift(1, row // SUBLANES % WORD)) != 0
+  return (bits & _bit_of_row(bits.shape)) != 0
+
+
+def _bit_of_row(shape: tuple[int, ...]) -> Int[Array, 'j i']:
+  """Returns what a mark counts in `pack`: 1, shifted by the number of its register."""
+  return 1 << ((jax.lax.broadcasted_iota(jnp.int32, shape, 0) >> 3) & (WORD - 1))
 
 
 def backward(

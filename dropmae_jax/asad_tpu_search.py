@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 LARGEST = jnp.finfo(jnp.float32).max
@@ -62,8 +63,9 @@ def select_lowest(
   whole = Range(
     jnp.zeros(shape, jnp.int32),
     jnp.full(shape, to_bits(LARGEST)),
-    jnp.zeros(shape, jnp.float32),
-    jnp.full(shape, float(total)),
+    # Not constants: Mosaic would lay them out otherwise than the counts that follow.
+    start * 0,
+    start * 0 + total,
   )
   found = _narrow(keys, count, to_bits(start), whole)
   is_tied = found.num_upto != count
@@ -73,7 +75,9 @@ def select_lowest(
     border = to_floats(found.upto)[:, None]
     each = keys[...]
     tied = jnp.where(each == border, order(), jnp.where(each < border, 0.0, jnp.inf))
-    keys[...] = jnp.where(_wide(is_tied), tied, each)
+    # As numbers, for TPUs do not broadcast booleans.
+    use = jnp.broadcast_to(is_tied.astype(jnp.int32)[:, None], each.shape)
+    keys[...] = jnp.where(use > 0, tied, each)
 
   jax.lax.cond(_any(is_tied), replace, lambda: None)
   of_ties = Range(
@@ -86,17 +90,15 @@ def select_lowest(
   return to_floats(_narrow(keys, count, middle, of_ties).upto)
 
 
-def _wide(marks: Array) -> Array:
-  """Gives marks of heads the rank of keys; by way of numbers, as TPUs cannot reshape booleans."""
-  return marks.astype(jnp.int32)[:, None] > 0
-
-
 def _any(marks: Array) -> Array:
   return jnp.max(marks.astype(jnp.int32)) > 0
 
 
 def _narrow(keys: Any, count: int, start: Int[Array, 'h 1 1'], first: Range) -> Range:
-  """Narrows ranges until `upto` has `count` keys or is next to `below`."""
+  """Narrows ranges until `upto` has `count` keys or is next to `below`.
+
+  What has been reached is not lost by the probes that other heads still need.
+  """
 
   def probe(state: tuple) -> tuple:
     number, growth, found, proposed = state
@@ -107,9 +109,6 @@ def _narrow(keys: Any, count: int, start: Int[Array, 'h 1 1'], first: Range) -> 
       jnp.where(less, found.upto, proposed),
       jnp.where(less, num, found.num_below),
       jnp.where(less, found.num_upto, num),
-    )
-    found = jax.tree.map(
-      lambda new, old: jnp.where(state[2].is_open(count), new, old), found, state[2]
     )
     return number + 1, growth * 2, found, _propose(found, first, count, number, growth)
 
@@ -136,12 +135,12 @@ def _propose(found: Range, first: Range, count: int, number: Array, growth: Arra
   # A count is reached at a key and holds until the next one; 0.3 was best in trials.
   between = width * (missing + 0.3) / (missing + spare + 0.3)
 
-  def step(more: Array, less: Array) -> Array:
-    logs = to_bits(jnp.float32(1) * more) - to_bits(jnp.maximum(less, 0.5))
+  def step(logs: Array) -> Array:
     return jnp.minimum(growth * logs.astype(jnp.float32) + 2.0**14 * growth * growth, width)
 
-  wanted = jnp.full(width.shape, float(count))
-  up, down = step(wanted, found.num_below), width - step(found.num_upto, wanted)
+  wanted = int(np.float32(count).view(np.int32))
+  up = step(wanted - to_bits(jnp.maximum(found.num_below, 0.5)))
+  down = width - step(to_bits(found.num_upto) - wanted)
   part = jnp.where(found.upto == first.upto, up, jnp.where(found.below == 0, down, between))
   part = jnp.where(number % HALVING == 0, width / 2, part)
   proposed = found.below + part.astype(jnp.int32)
