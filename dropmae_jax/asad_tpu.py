@@ -161,9 +161,7 @@ def _backward(setting: _Setting, kept: _Kept, gradient: Array) -> tuple[Array | 
   def local(*arguments: Array) -> list[Array]:
     likewise = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in arguments[:3]]
     scratch = [(2, length // 2, heads * width)] * 2
-    return _run(
-      kernel, list(arguments), likewise, scratch, num_heads // heads, setting.interpret
-    )
+    return _run(kernel, list(arguments), likewise, scratch, num_heads // heads, setting.interpret)
 
   upper = rearrange(gradient, 'b l m e -> b l (m e)')
   found = _on_each_device(local, setting.mesh)(*kept, upper)

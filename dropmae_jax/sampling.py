@@ -50,7 +50,9 @@ def noise_at(place: UInt32[Array, '...'], first: Array, second: Array) -> Float[
 
 def to_uniform(bits: UInt32[Array, '...']) -> Float[Array, '...']:
   """Returns numbers strictly between 0 and 1; 23 bits and a half are what float32 holds exactly."""
-  return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+  # 23 bits after the one of a float make it lie between 1 and 2.
+  one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.uint32)
+  return jax.lax.bitcast_convert_type((bits >> 9) | one, jnp.float32) - (1 - 2.0**-24)
 
 
 def mix(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
@@ -159,4 +161,6 @@ def sample_drops(
 
 def coins(keys: Key[Array, ' b'], heads: int) -> Bool[Array, 'b m']:
   """Tells of every sample and head from which end ties are taken."""
-  return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(heads,)))(keys)
+  return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(heads,)))(
+    keys
+  )
