@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from benchmarks import clips, hlo, targets
 from benchmarks.targets import TARGETS, Target
-from dropmae_jax import command_line, mae, recipe, sharding, vit
+from dropmae_jax import attention, command_line, mae, recipe, sharding, vit
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.program import build_program
 from dropmae_jax.recipe import Recipe
@@ -81,7 +81,9 @@ def analyse(compiled: jax.stages.Compiled, num_devices: int) -> dict[str, Any]:
 
 def flops_before_compilation(options: Recipe, devices: int) -> float:
   """Counts the FLOPs of one device's share of the batch in the program that a compiler is given."""
-  share = dataclasses.replace(options, batch_size=options.batch_size // devices, mesh=MeshOptions())
+  share = dataclasses.replace(
+    options, batch_size=options.batch_size // devices, mesh=MeshOptions(), attention='xla'
+  )
   return lower_step(share, jax.devices('cpu')[:1]).cost_analysis()['flops']
 
 
@@ -125,6 +127,7 @@ def make_recipe(arguments: argparse.Namespace, pairs_per_device: int) -> Recipe:
       accumulation_steps=arguments.accumulation_steps,
       model=mae.architecture_of_size(arguments.model, **size),
       dtype=arguments.dtype,
+      attention=arguments.attention,
       remat=arguments.remat,
       mesh=MeshOptions(data=arguments.data, fsdp=arguments.fsdp),
     )
@@ -224,6 +227,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--data', type=int, default=0, help='mesh.data; 0: what is left (0)')
   parser.add_argument('--fsdp', type=int, default=1, help='mesh.fsdp (%(default)s)')
   parser.add_argument('--remat', default='none', choices=sorted(mae.REMATERIALISATIONS))
+  parser.add_argument('--attention', default='auto', choices=attention.KINDS)
   parser.add_argument('--dtype', default='bfloat16', choices=recipe.DTYPES, help='(%(default)s)')
   parser.add_argument('--memory_gb', default='16,80,141', help='to fill (%(default)s)')
   parser.add_argument(

@@ -11,7 +11,7 @@ same as XLA's but for pairs whose keys are equal in the 16 bits that are compare
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
