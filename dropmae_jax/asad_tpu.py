@@ -9,7 +9,7 @@ The noise is that of `sampling`, by place and key, so that the draw is the same 
 same as XLA's but for pairs whose keys are equal in the 16 bits that are compared there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -85,7 +85,7 @@ def _blocks(shape: tuple[int, ...], programs: int) -> pl.BlockSpec:
 
 def _run(
   kernel: Callable, arguments: list, results: list, scratch: list, programs: int, interpret: bool
-) -> list[Array]:
+) -> Sequence[Array]:
   """Runs a kernel for every sample and every few heads of it.
 
   Args:
@@ -132,7 +132,7 @@ def _forward(query: Array, key: Array, value: Array, words: Array, setting: _Set
   rows, columns = _padded(n)
   kernel = partial(asad_tpu_kernels.forward, count=setting.count, width=width)
 
-  def local(query: Array, key: Array, value: Array, words: Array) -> list[Array]:
+  def local(query: Array, key: Array, value: Array, words: Array) -> Sequence[Array]:
     b, programs = query.shape[0], num_heads // heads
     bits = (b, num_heads, 2, pl.cdiv(rows, SUBLANES * WORD) * SUBLANES, columns)
     return _run(
@@ -158,7 +158,7 @@ def _backward(setting: _Setting, kept: _Kept, gradient: Array) -> tuple[Array | 
   heads = heads_at_once(num_heads, width)
   kernel = partial(asad_tpu_kernels.backward, width=width)
 
-  def local(*arguments: Array) -> list[Array]:
+  def local(*arguments: Array) -> Sequence[Array]:
     likewise = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in arguments[:3]]
     scratch = [(2, length // 2, heads * width)] * 2
     return _run(kernel, list(arguments), likewise, scratch, num_heads // heads, setting.interpret)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-LARGEST = jnp.finfo(jnp.float32).max
 # Every so many probes a range is halved, whatever is known of the law of its keys.
 HALVING = 8
 
@@ -36,6 +35,10 @@ class Range(NamedTuple):
 def to_bits(values: Float[Array, '...']) -> Int[Array, '...']:
   """Returns integers that order as positive floats do; within a bit of 2^23 times their log2."""
   return jax.lax.bitcast_convert_type(values, jnp.int32)
+
+
+def _bits_of(number: float) -> int:
+  return int(np.float32(number).view(np.int32))
 
 
 def to_floats(bits: Int[Array, '...']) -> Float[Array, '...']:
@@ -62,7 +65,7 @@ def select_lowest(
   total = keys.shape[1] * keys.shape[2] * keys.shape[3]
   whole = Range(
     jnp.zeros(shape, jnp.int32),
-    jnp.full(shape, to_bits(LARGEST)),
+    jnp.full(shape, _bits_of(float(np.finfo(np.float32).max))),
     # Not constants: Mosaic would lay them out otherwise than the counts that follow.
     start * 0,
     start * 0 + total,
@@ -86,7 +89,7 @@ def select_lowest(
     found.num_below,
     found.num_upto,
   )
-  middle = jnp.full(shape, to_bits(jnp.float32(total / 2)))
+  middle = jnp.full(shape, _bits_of(total / 2))
   return to_floats(_narrow(keys, count, middle, of_ties).upto)
 
 
@@ -138,7 +141,7 @@ def _propose(found: Range, first: Range, count: int, number: Array, growth: Arra
   def step(logs: Array) -> Array:
     return jnp.minimum(growth * logs.astype(jnp.float32) + 2.0**14 * growth * growth, width)
 
-  wanted = int(np.float32(count).view(np.int32))
+  wanted = _bits_of(count)
   up = step(wanted - to_bits(jnp.maximum(found.num_below, 0.5)))
   down = width - step(to_bits(found.num_upto) - wanted)
   part = jnp.where(found.upto == first.upto, up, jnp.where(found.below == 0, down, between))
