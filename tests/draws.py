@@ -9,6 +9,8 @@ from dropmae_jax import asad, asad_tpu, sampling
 PROGRAMS = ('xla', 'fused')
 # Of heads with the same logits, the kernels draw for so many at a time.
 HEADS = 4
+# And of so many samples: interpreted programs copy all results for each of them.
+SAMPLES = 50
 
 
 def tokens_with(logits):
@@ -31,11 +33,14 @@ def drops(program, key, logits, *, draws, drop_rate):
     keys = jax.random.split(key, draws)
     return sampling.sample_drops(keys, weights, asad.num_dropped(n, drop_rate))[:, :, 0]
   query, key_tokens = (
-    jnp.broadcast_to(each, (draws // HEADS, each.shape[1], HEADS, each.shape[3]))
+    jnp.broadcast_to(each, (SAMPLES, each.shape[1], HEADS, each.shape[3]))
     for each in tokens_with(logits)
   )
-  keys = jax.random.split(key, draws // HEADS)
-  found = asad_tpu.dropped_pairs(
-    query, key_tokens, draw_keys=keys, drop_rate=drop_rate, interpret=True
-  )
-  return rearrange(found, 'b f m i n -> (b m) f i n')
+
+  def some(keys):
+    return asad_tpu.dropped_pairs(
+      query, key_tokens, draw_keys=keys, drop_rate=drop_rate, interpret=True
+    )
+
+  keys = jax.random.split(key, (draws // HEADS // SAMPLES, SAMPLES))
+  return rearrange(jax.lax.map(some, keys), 'a b f m i n -> (a b m) f i n')
