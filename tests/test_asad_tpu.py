@@ -99,7 +99,7 @@ def test_in_bfloat16_it_is_off_by_a_hundredth_at_most():
 @pytest.mark.parametrize('n', [16, 49, 196, 256])
 def test_exactly_the_stated_number_and_never_the_diagonal(n):
   query, key, _ = extreme_tokens(n, 1, 16)
-  for rate in (1 / (n - 1), 0.1, 1.0) if n < 100 else (0.1,):
+  for rate in (1 / (n - 1), 0.2, 1.0) if n == 16 else (0.1,):
     count = asad.num_dropped(n, rate)
     drops = dropped_pairs(
       query, key, draw_keys=jax.random.split(jax.random.key(n), 3), drop_rate=rate
@@ -117,11 +117,12 @@ def test_it_draws_what_xla_draws_but_for_ties_of_16_bits():
   expected = sampling.sample_drops(keys, weights, count)
   # Of 7448 pairs, 4 to 7 share the last rank.
   assert (ours != expected).sum(axis=(1, 2, 3, 4)).max() <= 20
-  # And they are as good: by keys of 32 bits it is the other way about.
-  race = jnp.where(weights > 0, sampling.exponential_noise(keys, weights.shape[1:]) / weights, 9e9)
-  assert (
-    jnp.where(ours, race, 0).max((1, 3, 4)) <= jnp.where(ours, 9e9, race).min((1, 3, 4))
-  ).all()
+  # By keys of 32 bits it is ours that are the lowest.
+  noise = sampling.exponential_noise(keys, weights.shape[1:])
+  race = jnp.where(weights > 0, noise / weights, jnp.inf)
+  last = jnp.where(ours, race, 0).max(axis=(1, 3, 4))
+  first = jnp.where(ours, jnp.inf, race).min(axis=(1, 3, 4))
+  assert (last < first * (1 + 1e-4)).all()
 
 
 def test_the_draw_is_the_same_on_any_mesh():
@@ -136,7 +137,8 @@ def test_the_draw_is_the_same_on_any_mesh():
   np.testing.assert_array_equal(whole, parts)
   ours = value_and_gradients(partial(fused, **drawn, mesh=mesh), spread)
   assert ours[1].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4)
-  assert_near(ours, value_and_gradients(partial(fused, **drawn), (query, key, value)), 1e-6)
+  recorded = partial(asad.attention_with_drops, is_dropped=whole)
+  assert_near(ours, value_and_gradients(recorded, (query, key, value)), 1e-6)
 
 
 def select(keys, count, start, from_behind):
