@@ -61,13 +61,12 @@ def assert_near(ours, expected, bound):
     assert np.linalg.norm(one - other) <= bound * max(np.linalg.norm(other), 1e-3)
 
 
-@pytest.mark.parametrize(
-  ('n', 'm', 'e', 'rate'), [(16, 4, 64, 0.3), (37, 2, 16, 0.1), (9, 1, 128, 1.0)]
-)
+@pytest.mark.parametrize(('n', 'm', 'e', 'rate'), [(16, 4, 64, 0.3), (57, 1, 16, 0.1)])
 def test_output_and_gradients_are_those_of_xla_given_the_drops(n, m, e, rate):
   arguments = tokens(0, n=n, m=m, e=e)
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': rate}
   drops = dropped_pairs(*arguments[:2], **drawn)
+  np.testing.assert_array_equal(drops.sum(axis=(1, 3, 4)), asad.num_dropped(n, rate))
   ours = value_and_gradients(partial(fused, **drawn), arguments)
   expected = value_and_gradients(partial(asad.attention_with_drops, is_dropped=drops), arguments)
   assert_near(ours, expected, 1e-6)
@@ -85,7 +84,7 @@ def test_logits_so_far_apart_that_powers_vanish():
 
 
 def test_in_bfloat16_it_is_off_by_a_hundredth_at_most():
-  exact = tokens(2, n=24, m=2, e=32)
+  exact = tokens(2, n=24, m=1, e=32)
   exact = [each.astype(jnp.bfloat16).astype(jnp.float32) for each in exact]
   rounded = [each.astype(jnp.bfloat16) for each in exact]
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': 0.2}
@@ -96,10 +95,10 @@ def test_in_bfloat16_it_is_off_by_a_hundredth_at_most():
   assert_near(ours, expected, 0.01)
 
 
-@pytest.mark.parametrize('n', [16, 49, 196, 256])
+@pytest.mark.parametrize('n', [16, 196, 256])
 def test_exactly_the_stated_number_and_never_the_diagonal(n):
   query, key, _ = extreme_tokens(n, 1, 16)
-  for rate in (1 / (n - 1), 0.2, 1.0) if n == 16 else (0.1,):
+  for rate in (1 / (n - 1), 1.0) if n == 16 else (0.1,):
     count = asad.num_dropped(n, rate)
     drops = dropped_pairs(
       query, key, draw_keys=jax.random.split(jax.random.key(n), 3), drop_rate=rate
@@ -126,7 +125,7 @@ def test_it_draws_what_xla_draws_but_for_ties_of_16_bits():
 
 
 def test_the_draw_is_the_same_on_any_mesh():
-  query, key, value = tokens(4, b=8)
+  query, key, value = tokens(4, b=8, m=1)
   keys = jax.random.split(jax.random.key(1), 8)
   mesh = sharding.make_mesh(options=sharding.MeshOptions(fsdp=2))
   drawn = {'draw_keys': keys, 'drop_rate': 0.3}
