@@ -163,7 +163,7 @@ def backward(
     to_queries = []
     for head in range(heads):
       of_head = slice(head * width, (head + 1) * width)
-      asking, upper = (_of_head(tokens[f], head, width, 0) for tokens in (queries, gradients))
+      asking, wanting = (_of_head(tokens[f], head, width, 0) for tokens in (queries, gradients))
       at = 2 * (2 * head + f)
       largest, share = sums[0, 0, at : at + 1], 1 / sums[0, 0, at + 1 : at + 2]
       is_dropped = unpack(bits[0, head, f, :, :n], n)
@@ -172,7 +172,7 @@ def backward(
         found = _dot(key[0, frames[g]], asking) * scale
         left = jnp.where(is_dropped, -jnp.inf, found) if g == f else found
         powers.append(jnp.exp(left - largest) * share)
-        uppers.append(_dot(value[0, frames[g]], upper))
+        uppers.append(_dot(value[0, frames[g]], wanting))
       # Not from the output: see `asad`.
       mean = sum((p * u).sum(axis=0, keepdims=True) for p, u in zip(powers, uppers, strict=True))
       asked, given = (_of_head(x[0, frames[f]], head, width, 1) for x in (query, gradient))

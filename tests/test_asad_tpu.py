@@ -61,7 +61,7 @@ def assert_near(ours, expected, bound):
     assert np.linalg.norm(one - other) <= bound * max(np.linalg.norm(other), 1e-3)
 
 
-@pytest.mark.parametrize(('n', 'm', 'e', 'rate'), [(16, 4, 64, 0.3), (57, 1, 16, 0.1)])
+@pytest.mark.parametrize(('n', 'm', 'e', 'rate'), [(16, 4, 64, 0.3), (33, 1, 16, 0.1)])
 def test_output_and_gradients_are_those_of_xla_given_the_drops(n, m, e, rate):
   arguments = tokens(0, n=n, m=m, e=e)
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': rate}
