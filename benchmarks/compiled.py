@@ -98,7 +98,9 @@ def analyse(compiled: jax.stages.Compiled, num_devices: int) -> dict[str, Any]:
 
 def flops_before_compilation(options: Recipe, devices: int) -> float:
   """Counts the FLOPs of one device's share of the batch in the program that a compiler is given."""
-  share = dataclasses.replace(options, batch_size=options.batch_size // devices, mesh=MeshOptions())
+  share = dataclasses.replace(
+    options, batch_size=options.batch_size // devices, mesh=MeshOptions(), attention='xla'
+  )
   return lower_step(share, jax.devices('cpu')[:1]).cost_analysis()['flops']
 
 

@@ -19,7 +19,7 @@ import jax
 from benchmarks import clips, targets
 from benchmarks.compiled import compile_step
 from benchmarks.targets import TARGETS
-from dropmae_jax import command_line, mae, recipe, vit
+from dropmae_jax import attention, command_line, mae, recipe, vit
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.sharding import MeshOptions
@@ -40,6 +40,7 @@ def make_recipe(arguments: argparse.Namespace, pairs_per_device: int) -> Recipe:
       accumulation_steps=arguments.accumulation_steps,
       model=mae.architecture_of_size(arguments.model, **size),
       dtype=arguments.dtype,
+      attention=arguments.attention,
       remat=arguments.remat,
       mesh=MeshOptions(data=arguments.data, fsdp=arguments.fsdp),
     )
@@ -121,6 +122,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--data', type=int, default=0, help='mesh.data; 0: what is left (0)')
   parser.add_argument('--fsdp', type=int, default=1, help='mesh.fsdp (%(default)s)')
   parser.add_argument('--remat', default='none', choices=sorted(mae.REMATERIALISATIONS))
+  parser.add_argument('--attention', default='auto', choices=attention.KINDS)
   parser.add_argument('--dtype', default='bfloat16', choices=recipe.DTYPES, help='(%(default)s)')
   parser.add_argument('--memory_gb', default='16,80,141', help='to fill (%(default)s)')
   parser.add_argument(

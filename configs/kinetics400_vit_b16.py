@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
   config.batch_size = 4096
   config.accumulation_steps = 1
   config.dtype = 'bfloat16'
+  config.attention = 'auto'
   config.remat = 'none'
   config.log_every = 20
   config.step_stall_seconds = 1800.0

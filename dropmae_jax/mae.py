@@ -14,8 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from dropmae_jax import attention, masking, patches, position, vit
-from dropmae_jax.attention import Attention
+from dropmae_jax import asad, attention, masking, patches, position, vit
+from dropmae_jax.attention import AsadAttention, Attention
 from dropmae_jax.masking import Masking
 
 
@@ -246,6 +246,7 @@ def pretraining_loss(
   masking_keys: Key[Array, ' b'],
   asad_keys: Key[Array, ' b'],
   objective: Objective,
+  asad_attention: AsadAttention = asad.asad_attention,
 ) -> Float[Array, '']:
   """Draws a masking and the dropped attention pairs, and returns the loss.
 
@@ -255,6 +256,7 @@ def pretraining_loss(
     masking_keys: one per sample.
     asad_keys: one per sample.
     objective: mask ratio, P and kind of targets.
+    asad_attention: the program of ASAD.
   """
   a = model.architecture
   scheme = masking.MASKING_SCHEMES[objective.masking]
@@ -264,6 +266,7 @@ def pretraining_loss(
     num_blocks=a.decoder_depth,
     tokens_per_frame=a.tokens_per_frame,
     drop_rate=objective.attention_dropout,
+    asad_attention=asad_attention,
   )
   vectors = patches.patchify(frames, a.patch_size)
   found = model.decode(model.encode(vectors, masked), masked, attentions, wanted=masked.masked)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dropmae_jax import mae, optimizer, sharding
+from dropmae_jax import attention, mae, optimizer, sharding
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.train_step import Metrics, TrainState, init_state, train_step
@@ -28,10 +28,17 @@ def build_program(recipe: Recipe, mesh: Mesh) -> Program:
   The old state is donated to the step. Nothing is compiled before the first call.
 
   Raises:
-    BadInput: the devices do not divide the batch.
+    BadInput: the devices do not divide the batch, or do not run the attention asked for.
   """
   try:
     sharding.check_batch(recipe.batch_size, recipe.accumulation_steps, mesh)
+    asad_attention = attention.asad_attention_of_kind(
+      recipe.attention,
+      mesh,
+      tokens_per_frame=recipe.model.tokens_per_frame,
+      num_heads=recipe.model.decoder_num_heads,
+      head_width=recipe.model.decoder_width // recipe.model.decoder_num_heads,
+    )
   except ValueError as error:
     raise BadInput(f'config: {error}') from error
   graphdef, _ = mae.abstract_model(recipe.model, dtype=jnp.dtype(recipe.dtype), remat=recipe.remat)
@@ -50,6 +57,7 @@ def build_program(recipe: Recipe, mesh: Mesh) -> Program:
     objective=recipe.objective,
     shared_flip=recipe.data.shared_augmentation,
     accumulation_steps=recipe.accumulation_steps,
+    asad_attention=asad_attention,
   )
   init = partial(init_state, architecture=recipe.model, tx=tx)
   # A state is born in its place, and never whole on one device.

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from dropmae_jax import command_line, mae, masking
+from dropmae_jax import attention, command_line, mae, masking
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
 from dropmae_jax.mae import Architecture, Objective
@@ -27,6 +27,7 @@ MAY_CHANGE = frozenset(
     'num_steps',
     'accumulation_steps',
     'dtype',
+    'attention',
     'remat',
     'mesh',
     'log_every',
@@ -56,6 +57,9 @@ class Recipe:
     batch_size: pairs per update, over all devices and micro-batches.
     accumulation_steps: micro-batches that a batch is split into, to save memory.
     dtype: of the matrix products; parameters are float32 always.
+    attention: the program of the decoder's attention: 'xla', or 'fused' kernels on TPUs, which draw
+      by the same law and noise; of some thousand pairs that are dropped a few may differ. 'auto'
+      is 'xla' as long as the kernels have not been timed on a TPU.
     remat: which activations are computed anew for the gradient, to save memory: of 'none', of
       'full' blocks, or of all but the 'dots' (matrix products with parameters).
     log_every: steps between two lines of metrics.
@@ -79,6 +83,7 @@ class Recipe:
   init_from: str = ''
   accumulation_steps: int = 1
   dtype: str = 'bfloat16'
+  attention: str = 'auto'
   remat: str = 'none'
   log_every: int = 20
   step_stall_seconds: float = 1800.0
@@ -99,7 +104,11 @@ class Recipe:
       )
     if not 0 <= self.seed < 2**32:
       raise ValueError(f'seed={self.seed} is not in 0..2**32 - 1.')
-    for name, known in (('dtype', DTYPES), ('remat', mae.REMATERIALISATIONS)):
+    for name, known in (
+      ('dtype', DTYPES),
+      ('attention', attention.KINDS),
+      ('remat', mae.REMATERIALISATIONS),
+    ):
       if getattr(self, name) not in known:
         raise ValueError(
           f'{name}={getattr(self, name)!r} is unknown; use one of {", ".join(known)}.'

@@ -32,18 +32,29 @@ def exponential_noise(keys: Key[Array, ' b'], shape: tuple[int, ...]) -> Float[A
     shape: f, m, i, n.
   """
   frames, heads, rows, columns = shape
-  words = jax.vmap(lambda key: jax.random.bits(key, (2, 1, heads, 1, 1), jnp.uint32))(keys)
+  words = key_words(keys, heads)[:, :, None, :, None, None]
   frame, row, column = (
     jax.lax.broadcasted_iota(jnp.uint32, (frames, 1, rows, columns), axis) for axis in (0, 2, 3)
   )
   place = (frame * rows + row) * columns + column
-  bits = mix(mix(place ^ words[:, 0]) + words[:, 1])
-  return -jnp.log(to_uniform(bits))
+  return noise_at(place, words[:, 0], words[:, 1])
+
+
+def key_words(keys: Key[Array, ' b'], heads: int) -> UInt32[Array, 'b 2 m']:
+  """Returns the two words that the noise of every sample and head is keyed by."""
+  return jax.vmap(lambda key: jax.random.bits(key, (2, heads), jnp.uint32))(keys)
+
+
+def noise_at(place: UInt32[Array, '...'], first: Array, second: Array) -> Float[Array, '...']:
+  """Returns draws from the exponential law by places and the two words of their keys."""
+  return -jnp.log(to_uniform(mix(mix(place ^ first) + second)))
 
 
 def to_uniform(bits: UInt32[Array, '...']) -> Float[Array, '...']:
   """Returns numbers strictly between 0 and 1; 23 bits and a half are what float32 holds exactly."""
-  return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+  # 23 bits after the one of a float make it lie between 1 and 2.
+  one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.uint32)
+  return jax.lax.bitcast_convert_type((bits >> 9) | one, jnp.float32) - (1 - 2.0**-24)
 
 
 def mix(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
@@ -162,6 +173,11 @@ def sample_drops(
   noise = exponential_noise(keys, weights.shape[1:])
   scale = weights.sum(axis=(1, 3, 4), keepdims=True) / count
   ranks = to_ranks(jnp.where(weights > 0, noise / weights, jnp.inf), scale)
-  heads = (1, weights.shape[2], 1, 1)
-  coins = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), shape=heads))(keys)
-  return lowest(ranks, count, coins)
+  return lowest(ranks, count, coins(keys, weights.shape[2])[:, None, :, None, None])
+
+
+def coins(keys: Key[Array, ' b'], heads: int) -> Bool[Array, 'b m']:
+  """Tells of every sample and head from which end ties are taken."""
+  return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(heads,)))(
+    keys
+  )

@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,11 +120,12 @@ def test_ranks_order_as_the_values_do_over_the_whole_range():
   assert ranks == [0, 0, sampling.NEVER, sampling.NEVER - 1, sampling.NEVER - 1]
 
 
-def test_every_subset_has_its_exact_probability():
+@pytest.mark.parametrize('program', draws.PROGRAMS)
+def test_every_subset_has_its_exact_probability(program):
   """All 924 ways to drop 6 of 12 pairs, against successive draws without replacement."""
-  n, count, draws = 3, 6, 100_000
-  own, other = jax.random.normal(jax.random.key(5), (2, 1, 2, 1, n, n)) * 1.5
-  weights = np.asarray(asad.sampling_weights(asad.Logits(own, other)), np.float64).ravel()
+  n, count, drawn = 3, 6, 100_000
+  logits = asad.Logits(*jax.random.normal(jax.random.key(5), (2, 1, 2, 1, n, n)) * 1.5)
+  weights = np.asarray(asad.sampling_weights(logits), np.float64).ravel()
   candidates = np.flatnonzero(weights)
   assert len(candidates) == 12
   w = weights[candidates]
@@ -139,20 +141,16 @@ def test_every_subset_has_its_exact_probability():
   probability, _ = scipy.integrate.quad_vec(density, 0, 1, epsabs=1e-9)
   assert probability.sum() == pytest.approx(1)
 
-  many = jnp.broadcast_to(
-    jnp.asarray(weights, jnp.float32).reshape(1, 2, 1, n, n), (draws, 2, 1, n, n)
-  )
-  drops = jax.jit(sampling.sample_drops, static_argnums=2)(
-    jax.random.split(jax.random.key(6), draws), many, count
-  )
-  code = np.asarray(drops).reshape(draws, -1)[:, candidates] @ (1 << np.arange(12))
+  draw = jax.jit(partial(draws.drops, program, draws=drawn, drop_rate=0.5))
+  code = np.asarray(draw(jax.random.key(6), logits)).reshape(drawn, -1)[:, candidates]
+  code = code @ (1 << np.arange(12))
   codes = inside @ (1 << np.arange(12))
   observed = np.array([np.count_nonzero(code == c) for c in codes])
-  assert observed.sum() == draws
-  likely = probability * draws >= 5
+  assert observed.sum() == drawn
+  likely = probability * drawn >= 5
   observed = np.append(observed[likely], observed[~likely].sum())
-  expected = np.append(probability[likely], probability[~likely].sum()) * draws
-  assert scipy.stats.chisquare(observed, expected * draws / expected.sum()).pvalue > 1e-4
+  expected = np.append(probability[likely], probability[~likely].sum()) * drawn
+  assert scipy.stats.chisquare(observed, expected * drawn / expected.sum()).pvalue > 1e-4
 
 
 def test_draws_of_heads_samples_and_blocks_differ():

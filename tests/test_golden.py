@@ -4,6 +4,7 @@ import dataclasses
 import json
 from functools import partial
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,6 @@ from dropmae_jax import (
   optimizer,
   patches,
   position,
-  sampling,
   torch_export,
 )
 from dropmae_jax.train_step import TrainState, update
@@ -161,27 +161,25 @@ def test_sampling_weights(golden):
     np.testing.assert_allclose(weights_of(recorded['logits']), expected, rtol=5e-6)
 
 
-@pytest.mark.parametrize('seed', [0, 1])
-def test_sampler_has_the_recorded_law(golden, seed):
+@pytest.mark.parametrize(('program', 'seed'), [('xla', 0), ('xla', 1), ('fused', 0)])
+def test_sampler_has_the_recorded_law(golden, program, seed):
   """The indicators depend on one another (their total is fixed), so their covariance is used."""
   recorded = golden('asad_sampling_stats')
-  draws, batches = 8_000, 5
-  weights = asad.sampling_weights(split_by_frame(recorded['logits']))
-  weights = jnp.broadcast_to(weights, (draws, *weights.shape[1:]))
-  count = asad.num_dropped(8, float(recorded['P']))
+  drawn, batches, rate = 40_000, 5, float(recorded['P'])
+  logits = split_by_frame(recorded['logits'])
+  count = asad.num_dropped(8, rate)
   assert count == recorded['sample_num']
 
   @jax.jit
   def frequencies(key):
-    drops = sampling.sample_drops(jax.random.split(key, draws), weights, count)
-    return drops.sum(axis=(1, 2, 3, 4)), drops.mean(axis=0)
+    found = draws.drops(program, key, logits, draws=drawn // batches, drop_rate=rate)
+    return found.sum(axis=(1, 2, 3)), found.mean(axis=0)
 
   total = np.zeros((2, 8, 8))
   for key in jax.random.split(jax.random.key(seed), batches):
     counts, mean = frequencies(key)
     assert (counts == count).all()
-    total += np.asarray(mean, np.float64)[:, 0] / batches
-  drawn = draws * batches
+    total += np.asarray(mean, np.float64) / batches
   candidates = np.flatnonzero(recorded['att_final'].ravel())
   difference = (total.reshape(-1) - recorded['freq'].ravel())[candidates]
   values, vectors = np.linalg.eigh(recorded['cov'][np.ix_(candidates, candidates)])

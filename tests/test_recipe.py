@@ -69,6 +69,7 @@ def test_the_published_recipe_is_complete():
     ('model.image_size', 100, 'image_size=100 is not a multiple of patch_size=8'),
     ('model.size', 'M', "size='M' is not in the size table"),
     ('dtype', 'float16', "dtype='float16' is unknown; use one of float32, bfloat16"),
+    ('attention', 'flash', "attention='flash' is unknown; use one of auto, xla, fused"),
     ('num_steps', 0, 'num_steps=0 is not positive'),
     ('num_steps', 10.5, 'config.num_steps=10.5 is not of type int'),
     ('num_steps', True, 'config.num_steps=True is not of type int'),

@@ -1,0 +1,46 @@
+"""Draws of every program of ASAD by given logits, for tests of their law."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from dropmae_jax import asad, asad_tpu, sampling
+
+PROGRAMS = ('xla', 'fused')
+# Of heads with the same logits, the kernels draw for so many at a time.
+HEADS = 4
+# And of so many samples: interpreted programs copy all results for each of them.
+SAMPLES = 50
+
+
+def tokens_with(logits):
+  """Returns queries and keys [1, l, 1, e] that have the logits [1, f, 1, i, n]."""
+  own, other = (each[0, :, 0] for each in logits)
+  rows = [jnp.concatenate([own[0], other[0]], axis=1), jnp.concatenate([other[1], own[1]], axis=1)]
+  matrix = jnp.concatenate(rows)
+  length = len(matrix)
+  width = 1 << (length - 1).bit_length()
+  key = jnp.pad(matrix.T, ((0, 0), (0, width - length))) * width**0.5
+  return jnp.eye(length, width)[None, :, None], key[None, :, None]
+
+
+def drops(program, key, logits, *, draws, drop_rate):
+  """Returns draws [b, f, i, n] by logits [1, f, 1, i, n], in interpret mode of kernels."""
+  n = logits.own.shape[-1]
+  if program == 'xla':
+    weights = asad.sampling_weights(logits)
+    weights = jnp.broadcast_to(weights, (draws, *weights.shape[1:]))
+    keys = jax.random.split(key, draws)
+    return sampling.sample_drops(keys, weights, asad.num_dropped(n, drop_rate))[:, :, 0]
+  query, key_tokens = (
+    jnp.broadcast_to(each, (SAMPLES, each.shape[1], HEADS, each.shape[3]))
+    for each in tokens_with(logits)
+  )
+
+  def some(keys):
+    return asad_tpu.dropped_pairs(
+      query, key_tokens, draw_keys=keys, drop_rate=drop_rate, interpret=True
+    )
+
+  keys = jax.random.split(key, (draws // HEADS // SAMPLES, SAMPLES))
+  return rearrange(jax.lax.map(some, keys), 'a b f m i n -> (a b m) f i n')
