@@ -22,10 +22,11 @@ TPU_KINDS = {
 }
 
 
-def block(tokens: int, width: int, mlp_ratio: float) -> int:
-  """FLOPs of a transformer block on one sample, forward."""
-  matrices = 4 * width * width + 2 * width * int(width * mlp_ratio)
-  return 2 * tokens * matrices + attention(tokens, width)
+def block(tokens: int, width: int, mlp_ratio: float, wanted: int | None = None) -> int:
+  """FLOPs of a transformer block on one sample, forward; what is `wanted` are tokens."""
+  of_every_one, of_wanted = 3 * width * width, width * width + 2 * width * int(width * mlp_ratio)
+  wanted = tokens if wanted is None else wanted
+  return 2 * (tokens * of_every_one + wanted * of_wanted) + attention(tokens, width)
 
 
 def attention(tokens: int, width: int) -> int:
@@ -42,18 +43,24 @@ def encoder(architecture: Architecture, mask_ratio: float) -> int:
   return 3 * blocks + 2 * (2 * visible * a.patch_values * a.width)
 
 
-def decoder(architecture: Architecture, mask_ratio: float) -> int:
-  """FLOPs of the decoder on all tokens of one pair, forward and backward."""
+def decoder(architecture: Architecture, mask_ratio: float, *, whole: bool = False) -> int:
+  """FLOPs of the decoder on one pair, forward and backward.
+
+  Only masked tokens go through the end of it: all that comes after the last attention. Others than
+  we take the `whole`.
+  """
   a = architecture
   visible = masking.num_visible(a.num_tokens, mask_ratio)
-  blocks = a.decoder_depth * block(a.num_tokens, a.decoder_width, a.mlp_ratio)
-  ends = visible * a.width * a.decoder_width + a.num_tokens * a.decoder_width * a.patch_values
+  wanted = a.num_tokens if whole else a.num_tokens - visible
+  blocks = (a.decoder_depth - 1) * block(a.num_tokens, a.decoder_width, a.mlp_ratio)
+  blocks += block(a.num_tokens, a.decoder_width, a.mlp_ratio, wanted=wanted)
+  ends = visible * a.width * a.decoder_width + wanted * a.decoder_width * a.patch_values
   return 3 * (blocks + 2 * ends)
 
 
-def step(architecture: Architecture, mask_ratio: float) -> int:
+def step(architecture: Architecture, mask_ratio: float, *, whole: bool = False) -> int:
   """FLOPs of a training step per pair."""
-  return encoder(architecture, mask_ratio) + decoder(architecture, mask_ratio)
+  return encoder(architecture, mask_ratio) + decoder(architecture, mask_ratio, whole=whole)
 
 
 def known_peak(device_kind: str) -> tuple[float, str] | None:

@@ -211,7 +211,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--split', default='train', help='(%(default)s)')
   parser.add_argument('--scratch', type=pathlib.Path, help='keep what is made here, to use again')
   parser.add_argument('--repeats', type=int, default=5, help='(%(default)s)')
-  parser.add_argument('--pairs', type=int, default=512, help='per worker, repeat (%(default)s)')
+  parser.add_argument('--pairs', type=int, default=2048, help='per worker, repeat (%(default)s)')
   parser.add_argument('--workers', default=workers, help='of the loader (%(default)s)')
   parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
   arguments = parser.parse_args()

@@ -30,7 +30,7 @@ from dropmae_jax import (
 )
 from dropmae_jax.attention import Attention
 from dropmae_jax.masking import Masking
-from dropmae_jax.program import build_program
+from dropmae_jax.program import asad_attention_of, build_program
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.train_step import TrainState
 
@@ -150,6 +150,7 @@ class Workbench:
       num_blocks=number,
       tokens_per_frame=self.architecture.tokens_per_frame,
       drop_rate=recipe.objective.attention_dropout,
+      asad_attention=asad_attention_of(recipe, self._mesh),
     )
 
   def _model(self, recipe: Recipe) -> tuple[nnx.GraphDef, dict, dict]:
@@ -191,14 +192,15 @@ class Workbench:
     ) -> Any:
       def decode(params: dict, latents: jax.Array) -> jax.Array:
         attentions = self._attentions(recipe, keys, a.decoder_depth)
-        return nnx.merge(graphdef, params | rest).decode(latents, masked, attentions)
+        model = nnx.merge(graphdef, params | rest)
+        return model.decode(latents, masked, attentions, wanted=masked.masked)
 
       reconstruction, pull = jax.vjp(decode, params, latents)
       return reconstruction, pull(upper)
 
     latents, upper = (
       self._normal(self._visible, a.width),
-      self._normal(a.num_tokens, a.patch_values),
+      self._normal(a.num_tokens - self._visible, a.patch_values),
     )
     count = flops.decoder(a, self.objective.mask_ratio)
     return self._part(

@@ -1,4 +1,4 @@
-"""The recipes that are compared: one step without dropout, and the same with ASAD."""
+"""The recipes that are compared: a step without dropout, and with each program of ASAD."""
 
 import argparse
 import dataclasses
@@ -46,10 +46,13 @@ def make_recipe(arguments: argparse.Namespace, batch_size: int) -> Recipe:
   return options
 
 
-def compared(options: Recipe) -> dict[str, Recipe]:
+def compared(options: Recipe, platform: str) -> dict[str, Recipe]:
   """Returns by name the recipes whose steps are measured beside one another.
 
   The first is what the others are compared with. Another way to compute ASAD is one more entry.
   """
   objective = dataclasses.replace(options.objective, attention_dropout=0.0)
-  return {'dense': dataclasses.replace(options, objective=objective), 'asad': options}
+  recipes = {'dense': dataclasses.replace(options, objective=objective), 'asad': options}
+  if platform == 'tpu':
+    recipes['asad_fused'] = dataclasses.replace(options, attention='fused')
+  return recipes

@@ -3,7 +3,7 @@
 Logits, weights, noise, the exact search and the softmax of a sample's heads stay on the chip. Main
 memory sees queries, keys, values and the output, two numbers for each query, and one bit for each
 pair that may be dropped: the gradient reads those instead of drawing again, which costs 16 KB a
-head and saves the noise, a third of its time, and any doubt that it finds the same pairs.
+head and saves the noise, and any doubt that it finds the same pairs.
 
 The noise is that of `sampling`, by place and key, so that the draw is the same on any mesh, and the
 same as XLA's but for pairs whose keys are equal in the 16 bits that are compared there.

@@ -177,7 +177,7 @@ class MaskedAutoencoder(nnx.Module):
     tokens = self.patch_embed(masking.select(patch_vectors, masked.visible))
     tokens = tokens + masking.select(code, masked.visible)
     for block in self.blocks:
-      tokens = self._run(block, tokens, attention.dense_attention)
+      tokens = self._run(block, tokens, attention.dense_attention, None)
     return self.norm(tokens)
 
   def decode(
@@ -205,9 +205,7 @@ class MaskedAutoencoder(nnx.Module):
       tokens = self._run(block, tokens, *how)
     return self.decoder_pred(self.decoder_norm(tokens)).astype(jnp.float32)
 
-  def _run(
-    self, block: vit.Block, tokens: Array, attend: Attention, wanted: Array | None = None
-  ) -> Array:
+  def _run(self, block: vit.Block, tokens: Array, attend: Attention, wanted: Array | None) -> Array:
     """Runs a block; its gradient finds what `remat` keeps, and computes the rest anew."""
     run = functools.partial(block, attend=attend, wanted=wanted)
     policy = REMATERIALISATIONS[self.remat]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dropmae_jax import attention, mae, optimizer, sharding
+from dropmae_jax.attention import AsadAttention
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.train_step import Metrics, TrainState, init_state, train_step
@@ -22,6 +23,21 @@ class Program(NamedTuple):
   abstract_state: TrainState
 
 
+def asad_attention_of(recipe: Recipe, mesh: Mesh) -> AsadAttention:
+  """Returns the program of ASAD that a recipe asks for.
+
+  Raises:
+    ValueError: the devices, or the sizes of the model, have none such.
+  """
+  return attention.asad_attention_of_kind(
+    recipe.attention,
+    mesh,
+    tokens_per_frame=recipe.model.tokens_per_frame,
+    num_heads=recipe.model.decoder_num_heads,
+    head_width=recipe.model.decoder_width // recipe.model.decoder_num_heads,
+  )
+
+
 def build_program(recipe: Recipe, mesh: Mesh) -> Program:
   """Puts model, objective and optimizer of a recipe together, jitted for a mesh.
 
@@ -32,13 +48,7 @@ def build_program(recipe: Recipe, mesh: Mesh) -> Program:
   """
   try:
     sharding.check_batch(recipe.batch_size, recipe.accumulation_steps, mesh)
-    asad_attention = attention.asad_attention_of_kind(
-      recipe.attention,
-      mesh,
-      tokens_per_frame=recipe.model.tokens_per_frame,
-      num_heads=recipe.model.decoder_num_heads,
-      head_width=recipe.model.decoder_width // recipe.model.decoder_num_heads,
-    )
+    asad_attention = asad_attention_of(recipe, mesh)
   except ValueError as error:
     raise BadInput(f'config: {error}') from error
   graphdef, _ = mae.abstract_model(recipe.model, dtype=jnp.dtype(recipe.dtype), remat=recipe.remat)

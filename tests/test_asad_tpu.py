@@ -112,7 +112,8 @@ def test_it_draws_what_xla_draws_but_for_ties_of_16_bits():
   keys = jax.random.split(jax.random.key(1), 2)
   count = asad.num_dropped(196, 0.1)
   ours = dropped_pairs(query, key, draw_keys=keys, drop_rate=0.1)
-  weights = asad.sampling_weights(asad.scaled_logits(query, key))
+  logits = asad.products(asad.by_frame(query), asad.by_frame(key))
+  weights = asad.sampling_weights(logits, scale=query.shape[-1] ** -0.5)
   expected = sampling.sample_drops(keys, weights, count)
   # Of 7448 pairs, 4 to 7 share the last rank.
   assert (ours != expected).sum(axis=(1, 2, 3, 4)).max() <= 20

@@ -214,7 +214,7 @@ def test_a_data_parallel_step_sends_every_gradient_once():
   found = analyse(MeshOptions())
   expected, _ = trained_bytes()
   handed_in = sum(row['operand_mb'] for row in found['collectives']) * 1e6
-  assert handed_in == pytest.approx(expected + 8)  # Beside them the loss, and a count.
+  assert handed_in == pytest.approx(expected + 4)  # Beside them the loss.
   assert {row['kind'] for row in found['collectives']} == {'all-reduce'}
   assert found['sent_bytes'] == pytest.approx(2 * 7 / 8 * handed_in)
   assert found['flops'] > 0
