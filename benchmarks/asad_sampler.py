@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import clips, rounds
 from benchmarks.parts import drops
 from benchmarks.rounds import Way
-from dropmae_jax import asad, command_line
+from dropmae_jax import asad, command_line, loader_process
 from dropmae_jax.asad import Logits
 from dropmae_jax.command_line import BadInput
 
@@ -159,6 +159,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
   """The command line."""
+  # As a training run does without loader processes.
+  loader_process.keep_freed_memory()
   arguments = parse()
   rows = measure(arguments)
   asked = vars(arguments) | {'json': str(arguments.json)}

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import clips, flops, rounds, torch_step, variants
 from benchmarks.parts import Part, Workbench
-from dropmae_jax import command_line
+from dropmae_jax import command_line, loader_process
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.recipe import Recipe
 
@@ -174,6 +174,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
   """The command line."""
+  # As a training run does without loader processes.
+  loader_process.keep_freed_memory()
   arguments = parse()
   if arguments.torch:
     # Two libraries share the device: neither may take all of its memory beforehand.
