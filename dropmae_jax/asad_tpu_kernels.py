@@ -58,13 +58,13 @@ def _race(
   is_self = column == row
   candidates = jnp.where(is_self, 0.0, powers * (1 / total) + asad.EPSILON)
   share = best / candidates.sum(axis=0, keepdims=True)
-  # All rows at once would spill registers for a fifth of the kernel's time.
+  # All rows at once would spill registers.
   for at in range(0, n, PART):
     part = slice(at, min(at + PART, n))
     place = (column[part] + (frame * n + row) * n).astype(jnp.uint32)
     noise = sampling.noise_at(place, *words)
     weights = candidates[part] * share
-    # A step of Newton's: exact division minds zeros and infinities, for a tenth of the time.
+    # A step of Newton's: exact division minds zeros and infinities, which costs time.
     inverse = pl.reciprocal(weights, approx=True)
     inverse = inverse * (2 - inverse * weights)
     keys[part, :n] = jnp.where(is_self[part], jnp.inf, noise * inverse)
