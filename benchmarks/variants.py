@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from dropmae_jax import asad, mae, recipe, vit
+from dropmae_jax import asad, asad_tpu, mae, recipe, vit
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import Objective
 from dropmae_jax.recipe import Recipe
@@ -53,6 +53,8 @@ def compared(options: Recipe, platform: str) -> dict[str, Recipe]:
   """
   objective = dataclasses.replace(options.objective, attention_dropout=0.0)
   recipes = {'dense': dataclasses.replace(options, objective=objective), 'asad': options}
-  if platform == 'tpu':
+  a = options.model
+  sizes = a.tokens_per_frame, a.decoder_num_heads, a.decoder_width // a.decoder_num_heads
+  if platform == 'tpu' and not asad_tpu.unsupported(*sizes):
     recipes['asad_fused'] = dataclasses.replace(options, attention='fused')
   return recipes

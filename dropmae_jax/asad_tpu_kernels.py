@@ -173,7 +173,7 @@ def backward(
         left = jnp.where(is_dropped, -jnp.inf, found) if g == f else found
         powers.append(jnp.exp(left - largest) * share)
         uppers.append(_dot(value[0, frames[g]], wanting))
-      # Not from the output: see `asad`.
+      # Not from the output, which is rounded.
       mean = sum((p * u).sum(axis=0, keepdims=True) for p, u in zip(powers, uppers, strict=True))
       asked, given = (_of_head(x[0, frames[f]], head, width, 1) for x in (query, gradient))
       to_query = 0.0

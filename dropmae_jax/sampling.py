@@ -80,7 +80,7 @@ def lowest(
   """Marks exactly the `count` lowest ranks of every (sample, head).
 
   Args:
-    ranks: of which at least `count` are not NEVER.
+    ranks: of one frame or two, of which at least `count` are not NEVER; else fewer are marked.
     count: how many to mark; at least 1.
     from_behind: of equal ranks at the border, whether the last ones are marked or the first.
   """

@@ -22,6 +22,7 @@ from benchmarks import (
   compiled,
   flops,
   rounds,
+  scaling,
   step_time,
   targets,
   torch_step,
@@ -29,6 +30,7 @@ from benchmarks import (
 )
 from dropmae_jax import asad, command_line, mae, patches
 from dropmae_jax.command_line import BadInput
+from dropmae_jax.recipe import Recipe
 
 # One block each: it compiles in seconds. 16 tokens per frame, of which P = 0.2 drops 3 per query.
 SMALLEST = mae.architecture_of_size(
@@ -332,6 +334,14 @@ def test_pytorch_that_is_not_there_is_named(monkeypatch):
     rounds.import_torch()
 
 
+@pytest.mark.parametrize(('image_size', 'has_kernels'), [(224, True), (336, False)])
+def test_fused_kernels_are_compared_where_there_are_any(image_size, has_kernels):
+  model = mae.architecture_of_size('B', image_size=image_size)
+  options = Recipe(data_dir='', num_steps=1, batch_size=1, model=model)
+  assert ('asad_fused' in variants.compared(options, 'tpu')) == has_kernels
+  assert 'asad_fused' not in variants.compared(options, 'cpu')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(('target', 'library'), [('tpu_v5e', 'libtpu'), ('sm_90', CUDA)])
 def test_the_compilers_of_accelerators_make_both_steps(tmp_path, target, library):
@@ -349,7 +359,12 @@ def test_the_compilers_of_accelerators_make_both_steps(tmp_path, target, library
 
 
 DOCUMENTATION = (ROOT / 'docs' / 'performance.md').read_text()
-MODULES = {'step_time': step_time, 'asad_sampler': asad_sampler, 'compile_report': compile_report}
+MODULES = {
+  'step_time': step_time,
+  'asad_sampler': asad_sampler,
+  'compile_report': compile_report,
+  'scaling': scaling,
+}
 
 
 @pytest.mark.parametrize(
