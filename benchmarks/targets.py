@@ -120,9 +120,11 @@ def devices(name: str, chips: int, target_config: pathlib.Path | None = None) ->
     target_config: GPU: a file to use instead of `GPU_CONFIG`.
 
   Raises:
-    BadInput: there is no such slice, or the compiler is not installed.
+    BadInput: there is no such slice or file, or the compiler is not installed.
   """
   target = TARGETS[name]
+  if target_config and not target_config.is_file():
+    raise BadInput(f'--target_config={target_config} is no file; leave it out.')
   if name == 'cpu':
     found = jax.devices('cpu')
     if len(found) < chips:

@@ -18,6 +18,7 @@ STEPS_PER_EPOCH = 58
 
 
 def get_config() -> ConfigDict:
+  """Returns the published recipe; every field that a run has stands here."""
   config = ConfigDict()
   config.data_dir = 'data'
   config.dataset = 'kinetics_frames/kinetics400'

@@ -17,6 +17,7 @@ STEPS_PER_EPOCH = 128
 
 
 def get_config() -> ConfigDict:
+  """Returns the recipe of the published 800-epoch run."""
   config = kinetics400_vit_b16.get_config()
   config.dataset = 'kinetics_frames/kinetics700'
   config.num_steps = 800 * STEPS_PER_EPOCH

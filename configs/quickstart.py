@@ -12,6 +12,7 @@ from configs import kinetics400_vit_b16
 
 
 def get_config() -> ConfigDict:
+  """Returns a recipe that learns in minutes."""
   config = kinetics400_vit_b16.get_config()
   config.data_dir = 'runs/quickstart/data'
   config.dataset = 'kinetics_frames/folder'

@@ -13,6 +13,7 @@ from configs import kinetics400_vit_b16
 
 
 def get_config() -> ConfigDict:
+  """Returns a recipe to start from."""
   config = kinetics400_vit_b16.get_config()
   config.dataset = 'kinetics_frames/folder'
   config.num_steps = 20_000

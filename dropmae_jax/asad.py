@@ -82,14 +82,20 @@ def power(
   return jnp.exp((logits - largest) * scale)
 
 
+def powers(logits: Logits, largest: Array, scale: float, dtype: DTypeLike) -> Logits:
+  """Returns `power` of both, rounded to what products are taken in."""
+  return Logits(*(power(each, largest, scale).astype(dtype) for each in logits))
+
+
 def row_sums(logits: Logits, scale: float, dtype: DTypeLike = jnp.float32) -> RowSums:
   """Returns each query's largest logit, and the sum of its powers, each rounded to `dtype`.
 
-  So where powers are rounded for a product, what all values have in common is not lost.
+  Where the powers are rounded for a product, their sum is so too: else values that are all alike
+  would have a gradient for queries.
   """
   largest = jnp.maximum(*(each.max(axis=-1, keepdims=True) for each in logits))
-  powers = (power(each, largest, scale).astype(dtype) for each in logits)
-  return RowSums(largest, sum(x.sum(axis=-1, keepdims=True, dtype=jnp.float32) for x in powers))
+  rounded = powers(logits, largest, scale, dtype)
+  return RowSums(largest, sum(x.sum(axis=-1, keepdims=True, dtype=jnp.float32) for x in rounded))
 
 
 # Marks the pairs to drop, from the logits and whatever else it takes.
@@ -105,6 +111,7 @@ def _attend(query: Array, key: Array, value: Array, source: Array, draw: Draw) -
 class _Kept(NamedTuple):
   """What the gradient needs; of the size of the logits there is one bit for each own pair.
 
+  The output is float32: rounded, it would show in differences as small as those of the gradient.
   XLA may keep logits that it has rather than compute them anew, as it does for CPUs.
   """
 
@@ -124,9 +131,8 @@ def _attend_forward(
   is_dropped = draw(logits, source)
   left = _without(logits, is_dropped)
   sums = row_sums(left, scale, dtype)
-  powers = Logits(*(power(each, sums.largest, scale).astype(dtype) for each in left))
   # Divided after the product, which is smaller.
-  output = _to_queries(powers, value) / sums.total
+  output = _to_queries(powers(left, sums.largest, scale, dtype), value) / sums.total
   return output.astype(dtype), _Kept(query, key, value, output, sums, packed(is_dropped))
 
 
@@ -135,13 +141,13 @@ def _attend_backward(draw: Draw, kept: _Kept, gradient: Array) -> tuple[Array | 
   query, key, value, output, sums, dropped_bits = kept
   scale, dtype = query.shape[-1] ** -0.5, query.dtype
   left = _without(products(query, key), unpacked(dropped_bits, query.shape[3]))
-  powers = Logits(*(power(each, sums.largest, scale).astype(dtype) for each in left))
+  attention = powers(left, sums.largest, scale, dtype)
   of_sum = (gradient / sums.total).astype(dtype)
   mean = (of_sum * output).sum(axis=-1, keepdims=True)
   upper = products(of_sum, value)
-  steep = (p * (u - mean) * scale for p, u in zip(powers, upper, strict=True))
+  steep = (p * (u - mean) * scale for p, u in zip(attention, upper, strict=True))
   steep = Logits(*(each.astype(dtype) for each in steep))
-  found = _to_queries(steep, key), _to_keys(steep, query), _to_keys(powers, of_sum)
+  found = _to_queries(steep, key), _to_keys(steep, query), _to_keys(attention, of_sum)
   return *(each.astype(dtype) for each in found), None
 
 

@@ -100,7 +100,8 @@ def _any(marks: Array) -> Array:
 def _narrow(keys: Any, count: int, start: Int[Array, 'h 1 1'], first: Range) -> Range:
   """Narrows ranges until `upto` has `count` keys or is next to `below`.
 
-  What has been reached is not lost by the probes that other heads still need.
+  A head that is done keeps its threshold while others are probed. In the pass after ties all begin
+  from one guess, from which such a head finds one with `count` keys again.
   """
 
   def probe(state: tuple) -> tuple:

@@ -249,6 +249,20 @@ def test_gradients_in_bfloat16_do_not_suffer_from_what_values_have_in_common():
     assert jnp.linalg.norm(ours - exact) < 0.01 * jnp.linalg.norm(exact)
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_values_that_are_all_alike_have_no_gradient_for_queries(dtype):
+  """However large they are: attention sums to 1, as it is rounded for the products."""
+  query, key, value = (each.astype(dtype) for each in qkv(11, n=49, e=32))
+  drops, _ = draw(2, query, key, asad.num_dropped(49, 0.1))
+  attend = partial(asad.attention_with_drops, is_dropped=drops)
+
+  def of_query(value):
+    _, pull = jax.vjp(lambda query: attend(query, key, value), query)
+    return jnp.linalg.norm(pull(query)[0].astype(jnp.float32))
+
+  assert of_query(jnp.full_like(value, 64.0)) < 64 * 1e-5 * of_query(value)
+
+
 def test_noise_is_between_its_ends_for_all_bits():
   bits = jnp.array([0, 1, 2**31, 2**32 - 1], jnp.uint32)
   uniform = np.asarray(sampling.to_uniform(bits))
@@ -261,16 +275,18 @@ def test_noise_is_between_its_ends_for_all_bits():
   assert (jnp.diff(ranks.astype(int)) <= 0).all()
 
 
-def test_the_gradient_keeps_one_bit_for_each_pair_that_may_be_dropped():
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_the_gradient_keeps_one_bit_for_each_pair_that_may_be_dropped(dtype):
   """And no more than four arrays of the logits' size lie in memory at a time."""
   b, n, m, e = 2, 64, 4, 16
-  arguments = [jax.ShapeDtypeStruct((b, 2 * n, m, e), jnp.float32)] * 3
+  arguments = [jax.ShapeDtypeStruct((b, 2 * n, m, e), dtype)] * 3
   keys = jax.random.split(jax.random.key(0), b)
   attend = partial(asad.asad_attention, draw_keys=keys, drop_rate=0.1)
   _, pullback = jax.eval_shape(lambda *x: jax.vjp(attend, *x), *arguments)
   kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
   tokens, rows = b * 2 * n * m * e * 4, b * m * 2 * n
-  assert kept == 4 * tokens + 2 * rows * 4 + rows * n // 8
+  given = 3 * tokens * jnp.dtype(dtype).itemsize // 4
+  assert kept == given + tokens + 2 * rows * 4 + rows * n // 8
   gradient = jax.jit(jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2)))
   memory = gradient.lower(*arguments).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 4 * b * m * (2 * n) ** 2 * 4 + 12 * tokens

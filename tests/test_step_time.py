@@ -346,7 +346,7 @@ def test_fused_kernels_are_compared_where_there_are_any(image_size, has_kernels)
 @pytest.mark.parametrize(('target', 'library'), [('tpu_v5e', 'libtpu'), ('sm_90', CUDA)])
 def test_the_compilers_of_accelerators_make_both_steps(tmp_path, target, library):
   if not importlib.util.find_spec(library):
-    pytest.skip(f'needs {library}')
+    pytest.skip(f'the compiler of {target} ({library}) is not installed: see docs/performance.md')
   output = tmp_path / 'out.json'
   done = run_python(
     '-m', 'benchmarks.compile_report', f'--target={target}', '--model=XXS', '--image_size=32',
