@@ -113,8 +113,11 @@ def _search(
     low, lower, upper, ranks = found
     width = jnp.asarray([WAYS**k for k in reversed(range(PASSES))])[number]
     borders = [low + width * way for way in range(1, WAYS)]
-    wide = ranks.astype(jnp.int32)
-    marks = sum(jnp.where(wide <= border, 1 << (8 * k), 0) for k, border in enumerate(borders))
+    # What does not depend on the borders, remat would take out of the loop, as large arrays.
+    marks = sum(
+      (ranks <= jnp.minimum(border, NEVER).astype(jnp.uint16)).astype(jnp.int32) << (8 * k)
+      for k, border in enumerate(borders)
+    )
     of_row = rearrange(marks, 'b f m i (s n) -> b f m i s n', s=parts).sum(axis=-1)
     for k, border in enumerate(borders):
       field = jax.lax.shift_right_logical(of_row, jnp.int32(8 * k)) & 255

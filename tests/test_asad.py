@@ -5,6 +5,7 @@ from functools import partial
 
 import draws
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -290,6 +291,33 @@ def test_the_gradient_keeps_one_bit_for_each_pair_that_may_be_dropped(dtype):
   gradient = jax.jit(jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2)))
   memory = gradient.lower(*arguments).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 4 * b * m * (2 * n) ** 2 * 4 + 12 * tokens
+
+
+def test_loops_carry_ranks_and_marks_alone_when_they_are_computed_anew():
+  """Else remat takes all that a loop does not change out of it: arrays of the logits' size."""
+  query, key, value = qkv(0)
+  keys = jax.random.split(jax.random.key(1), 2)
+  attend = partial(asad.asad_attention, draw_keys=keys, drop_rate=0.3)
+  loss = jax.checkpoint(lambda *qkv: attend(*qkv).sum())
+  own = 2 * 2 * 3 * 16 * 16
+  carried = [
+    operand.aval
+    for program in every_program(jax.make_jaxpr(jax.grad(loss))(query, key, value).jaxpr)
+    for equation in program.eqns
+    if equation.primitive.name in ('scan', 'while')
+    for operand in equation.invars
+    if operand.aval.size >= own
+  ]
+  # Forwards and anew: the ranks of the search, the marks of the packing.
+  assert {each.dtype.name for each in carried} == {'uint16', 'bool'}
+  assert len(carried) <= 4
+
+
+def every_program(program):
+  yield program
+  for equation in program.eqns:
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from every_program(inner)
 
 
 def test_the_draw_is_the_same_on_any_mesh():
