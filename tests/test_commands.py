@@ -108,7 +108,11 @@ def test_resuming_is_exact(trained, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('number', 'when'), [(signal.SIGTERM, 'step 3/'), (signal.SIGINT, 'steps per epoch')]
+  ('number', 'when'),
+  [
+    (signal.SIGTERM, 'step 3/'),
+    pytest.param(signal.SIGINT, 'steps per epoch', marks=pytest.mark.slow),
+  ],
 )
 def test_a_signal_saves_and_the_next_start_goes_on(data_dir, tmp_path, number, when):
   """The signal goes to the loader's processes too, as it does from a terminal or a scheduler."""
@@ -368,6 +372,7 @@ def test_a_run_does_not_go_on_as_another_one(begun, data_dir):
     assert f'changed since that checkpoint: {change}' in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_dataset_of_the_same_name(begun, clips, tmp_path):
   shutil.copytree(clips, tmp_path / 'clips')
   next((tmp_path / 'clips' / 'train').glob('*/*_0000.mp4')).unlink()
@@ -387,6 +392,7 @@ def test_a_run_does_not_go_on_with_another_dataset_of_the_same_name(begun, clips
   assert run_python(*arguments, '--allow_changes').returncode == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_make_another_run_may_change(begun, data_dir, tmp_path):
   shutil.copytree(data_dir, tmp_path / 'moved')
   fields = {

@@ -122,6 +122,7 @@ def test_a_run_whose_loader_loses_a_process_ends_as_any_other(data_dir, tmp_path
   assert not blocks_of(process.pid)
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_takes_its_loader_along(data_dir, tmp_path):
   with training(data_dir, tmp_path, '--config.num_steps=100000') as process:
     wait_for_line(process, 'step 3/')
