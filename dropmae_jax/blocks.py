@@ -15,8 +15,9 @@ import numpy as np
 
 from dropmae_jax import loader_process
 
-# The largest block of a process: two of them fit into the 64 MB that a container has by default.
-BLOCK_PAIRS = 16
+# The largest block of a process: handing one over costs about the same, however large it is. The
+# shared memory may have no room for it, as in a container, which has 64 MB by default.
+BLOCK_PAIRS = (32, 16, 8)
 # Of each process: one block that it makes, one in grain's queue, one in grain's thread of it in the
 # trainer, one on the way between these, and one that is gathered or whose memory is given back.
 BLOCKS_PER_WORKER = 5
@@ -32,18 +33,29 @@ FRAMES, DAMAGED = 'frames', 'damaged'
 MakeBlock = Callable[..., Block]
 
 
-class HostKeys:
-  """The keys of one host: an equal share of every batch, in one piece; a source of grain."""
+class HostBlocks:
+  """The blocks of one host: of an equal share of every batch, in one piece; a source of grain."""
 
-  def __init__(self, keys: grain.MapDataset, share: int, host: int, num_hosts: int) -> None:
-    self._keys, self._share, self._host, self._num_hosts = keys, share, host, num_hosts
+  def __init__(
+    self,
+    keys: grain.MapDataset,
+    make: MakeBlock,
+    *,
+    block: int,
+    share: int,
+    host: int,
+    num_hosts: int,
+  ) -> None:
+    self._keys, self._make, self._block = keys, make, block
+    self._share, self._host, self._num_hosts = share, host, num_hosts
 
   def __len__(self) -> int:
-    return len(self._keys) // self._num_hosts
+    return len(self._keys) // self._num_hosts // self._block
 
-  def __getitem__(self, number: int) -> Any:
-    step, place = divmod(number, self._share)
-    return self._keys[(step * self._num_hosts + self._host) * self._share + place]
+  def __getitem__(self, number: int) -> Block:
+    step, place = divmod(number * self._block, self._share)
+    first = (step * self._num_hosts + self._host) * self._share + place
+    return self._make([self._keys[first + each] for each in range(self._block)])
 
 
 class SharedBlocks:
@@ -147,15 +159,16 @@ def batches_of(
       f'{batch_size=} is not divisible by {num_hosts=}; use for example batch_size={fitting}.'
     )
   share = batch_size // num_hosts
-  block = _largest_divisor(share, BLOCK_PAIRS if num_workers else THREAD_BLOCK_PAIRS)
-  blocks_per_batch = share // block
-  source = grain.MapDataset.source(HostKeys(keys, share, host, num_hosts))
-  shape = (block, *pair_shape)
-  make_here = SharedBlocks(make, shape) if num_workers else make
-  blocks = source.batch(block, batch_fn=make_here)[first_step * blocks_per_batch :]
   if num_workers:
     loader_process.unlink_blocks_of_dead_runs()
-    loader_process.check_room(BLOCKS_PER_WORKER * num_workers * math.prod(shape), num_workers)
+    block = _fitting_block(share, math.prod(pair_shape), num_workers)
+    make = SharedBlocks(make, (block, *pair_shape))
+  else:
+    block = _largest_divisor(share, THREAD_BLOCK_PAIRS)
+  made = HostBlocks(keys, make, block=block, share=share, host=host, num_hosts=num_hosts)
+  blocks_per_batch = share // block
+  blocks = grain.MapDataset.source(made)[first_step * blocks_per_batch :]
+  if num_workers:
     read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     # What is left to grain are a few numbers, which are not worth shared memory of their own.
     options = grain.experimental.DatasetOptions(min_shm_size=2**62)
@@ -173,3 +186,17 @@ def batches_of(
 
 def _largest_divisor(number: int, limit: int) -> int:
   return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
+
+
+def _fitting_block(share: int, pair_bytes: int, num_workers: int) -> int:
+  """Returns of how many pairs a block is, so that all that are there at a time find room.
+
+  Raises:
+    BadInput: not even small ones do.
+  """
+  sizes = [_largest_divisor(share, limit) for limit in BLOCK_PAIRS]
+  of_pair = BLOCKS_PER_WORKER * num_workers * pair_bytes
+  for size in sizes:
+    if size * of_pair <= loader_process.free_memory():
+      return size
+  raise loader_process.no_room(sizes[-1] * of_pair, num_workers)

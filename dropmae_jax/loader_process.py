@@ -247,23 +247,23 @@ def _unlink(blocks: Iterable[pathlib.Path]) -> None:
       resource_tracker.unregister(f'/{block.name}', 'shared_memory')
 
 
-def check_room(num_bytes: int, num_workers: int) -> None:
-  """Refuses to start a loader that would fill the shared memory, which kills its processes.
+def free_memory() -> int:
+  """Bytes of shared memory that are free."""
+  system = os.statvfs(SHARED_MEMORY)
+  return system.f_bavail * system.f_frsize
+
+
+def no_room(num_bytes: int, num_workers: int) -> BadInput:
+  """Returns the refusal to start a loader that would fill the memory, which kills its processes.
 
   Args:
-    num_bytes: that the loader may need at a time.
-    num_workers: of the loader, for the message.
-
-  Raises:
-    BadInput: there is less; names both.
+    num_bytes: that the loader needs at a time.
+    num_workers: of the loader.
   """
-  system = os.statvfs(SHARED_MEMORY)
-  free = system.f_bavail * system.f_frsize
-  if free < num_bytes:
-    raise BadInput(
-      f'data.num_workers={num_workers} needs {num_bytes / 1e6:.0f} MB of shared memory, and'
-      f' {SHARED_MEMORY} has {free / 1e6:.0f} MB free; {MORE_MEMORY}.'
-    )
+  return BadInput(
+    f'data.num_workers={num_workers} needs {num_bytes / 1e6:.0f} MB of shared memory, and'
+    f' {SHARED_MEMORY} has {free_memory() / 1e6:.0f} MB free; {MORE_MEMORY}.'
+  )
 
 
 def out_of_room(error: OSError) -> BadInput:

@@ -35,38 +35,26 @@ class PairKey:
   uniforms: Float64[np.ndarray, f'{PAIR_DRAWS}']
 
 
-class EpochOrders:
-  """The numbers of all videos, epoch after epoch, each in an order of its own; a source of grain.
-
-  Grain's own shuffle costs up to milliseconds an element where there are few videos
-  (benchmarks/input_pipeline.py), as it looks for each in a range of 2^16 numbers or more.
-  """
-
-  def __init__(self, num_videos: int, seed: int) -> None:
-    self._num_videos, self._seed = num_videos, seed
-
-  def __len__(self) -> int:
-    return self._num_videos * EPOCHS
-
-  def __getitem__(self, place: int) -> int:
-    epoch, number = divmod(place, self._num_videos)
-    return int(_epoch_order(self._num_videos, self._seed, epoch)[number])
-
-
 @functools.lru_cache(maxsize=16)
 def _epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng((seed, epoch)).permutation(num_videos)
 
 
 class _DrawKey(grain.transforms.RandomMap):
-  """A video's number to the key of a pair of it."""
+  """A place in the stream of a dataset to the key of a pair.
 
-  def __init__(self, dataset: int) -> None:
-    self._dataset = dataset
+  Each epoch is all videos in an order of its own. Grain's own shuffle costs up to milliseconds an
+  element where there are few videos, as it looks for each in a range of 2^16 numbers or more.
+  """
+
+  def __init__(self, dataset: int, num_videos: int, seed: int) -> None:
+    self._dataset, self._num_videos, self._seed = dataset, num_videos, seed
 
   def random_map(self, element: int, rng: np.random.Generator) -> PairKey:
-    """Returns a key of random numbers for this video."""
-    return PairKey(self._dataset, int(element), rng.random(PAIR_DRAWS))
+    """Returns a key of random numbers for the video whose turn it is."""
+    epoch, place = divmod(int(element), self._num_videos)
+    video = int(_epoch_order(self._num_videos, self._seed, epoch)[place])
+    return PairKey(self._dataset, video, rng.random(PAIR_DRAWS))
 
 
 def pair_keys(videos: VideoSource | Mixture, seed: int) -> grain.MapDataset:
@@ -80,6 +68,6 @@ def pair_keys(videos: VideoSource | Mixture, seed: int) -> grain.MapDataset:
   mixture, parts = mixture_of(videos), []
   for number, each in enumerate(mixture.datasets):
     own = seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-    orders = grain.MapDataset.source(EpochOrders(len(each), own))
-    parts.append(orders.seed(own).random_map(_DrawKey(number)))
+    places = grain.MapDataset.range(len(each) * EPOCHS).seed(own)
+    parts.append(places.random_map(_DrawKey(number, len(each), own)))
   return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)

@@ -194,7 +194,7 @@ def test_hosts_share_the_global_batch():
 
 @pytest.mark.parametrize('num_workers', [0, 2, 3])
 def test_batches_of_many_blocks_are_the_plain_stream(num_workers):
-  videos, size = NumberedVideos([10] * 50), 6 * blocks.BLOCK_PAIRS
+  videos, size = NumberedVideos([10] * 50), 6 * blocks.BLOCK_PAIRS[0]
   options = DataOptions(frame_gap=4, num_workers=num_workers)
   keys, make = stream.pair_keys(videos, 7), data.PairMaker(videos, options, 16)
   shares = [
