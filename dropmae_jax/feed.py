@@ -79,6 +79,7 @@ class _Reader:
     self._processes: set[BaseProcess] = set()
     self._thread = threading.Thread(target=self._read, name='feed', daemon=True)
     self._thread.start()
+    threading.Thread(target=self._watch, name='feed watch', daemon=True).start()
 
   def _read(self) -> None:
     # Processes inherit the mask of the thread that starts them, and this one starts the loader's:
@@ -94,7 +95,6 @@ class _Reader:
     try:
       while not self._stopped.is_set():
         batch = next(batches)
-        self.processes()
         while not self.room.acquire(timeout=POLL_SECONDS):
           if self._stopped.is_set():
             return
@@ -108,27 +108,30 @@ class _Reader:
     finally:
       batches.close()
 
+  def _watch(self) -> None:
+    """Sees every process while it lives, and lets grain notice those that ended with status 0.
+
+    Grain takes these to be alive, and would wait for them for ever. Processes take longer to start
+    than this pauses.
+    """
+    while self._thread.is_alive():
+      for process in self.processes():
+        if process.exitcode == 0:
+          process._popen.returncode = SILENT_DEATH
+      self._thread.join(POLL_SECONDS)
+
   def processes(self) -> list[BaseProcess]:
-    """Lists the processes of this loader, those that have ended too; has to be asked often.
+    """Lists the processes of this loader, those that have ended too.
 
     Grain does not hand them out, and multiprocessing forgets those that have ended.
     """
     self._processes.update(set(multiprocessing.active_children()) - self._others)
     return list(self._processes)
 
-  def tell_grain_of_silent_deaths(self) -> None:
-    """Lets grain notice processes that ended with status 0, though nobody told them to.
-
-    It takes them to be alive, and would wait for them for ever.
-    """
-    for process in self.processes():
-      if process.exitcode == 0:
-        process._popen.returncode = SILENT_DEATH
-
   def end(self) -> bool:
     """Lets the loader finish what it is at; returns False if a thread of it did not end."""
     self._stopped.set()
-    self._join(END_SECONDS)
+    self._thread.join(END_SECONDS)
     return self.kill()
 
   def kill(self) -> bool:
@@ -140,16 +143,10 @@ class _Reader:
     deadline = time.monotonic() + KILL_SECONDS
     for process in processes:  # One that waits for a storage which hangs does not end.
       process.join(max(0.0, deadline - time.monotonic()))
-    self._join(KILL_SECONDS if processes else 0)
+    self._thread.join(KILL_SECONDS if processes else 0)
     if not self._thread.is_alive():
       loader_process.unlink_blocks_of(process.pid for process in processes)
     return not self._thread.is_alive()
-
-  def _join(self, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while self._thread.is_alive() and time.monotonic() < deadline:
-      self.tell_grain_of_silent_deaths()
-      self._thread.join(POLL_SECONDS)
 
 
 class Feed:
@@ -199,7 +196,6 @@ class Feed:
       try:
         item = self._reader.items.get(timeout=POLL_SECONDS)
       except queue.Empty:
-        self._reader.tell_grain_of_silent_deaths()
         if self._is_interrupted():
           self._failed = True  # What it waits for may never come.
           raise Interrupted from None

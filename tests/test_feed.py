@@ -139,12 +139,16 @@ def test_two_batches_lie_ahead_on_the_device_and_no_more():
   ('fault', 'how'),
   [(kill_self, 'killed by signal 9'), (exit_without_a_word, 'exit status 0')],
 )
-def test_the_stream_goes_on_after_a_dead_process(tmp_path, fault, how):
+@pytest.mark.parametrize('first_step', [0, 4])
+def test_the_stream_goes_on_after_a_dead_process(tmp_path, fault, how, first_step):
+  """Also if it dies in its first batch, long before anyone asks for that."""
   videos = FaultyVideos(fault, str(tmp_path / 'marker'))
   began = time.monotonic()
-  with feeding(make_batches(videos, num_workers=2)) as (fed, said):
+  with feeding(make_batches(videos, num_workers=2), first_step=first_step) as (fed, said):
     first = started_processes()
-    assert_fed(fed, STEPS)
+    while first_step and len(loader_processes()) == len(first):
+      time.sleep(0.01)
+    assert_fed(fed, STEPS, first_step)
     assert blocks_in_memory(loader_processes())
     assert_no_blocks(first)
   assert_no_blocks()
