@@ -35,9 +35,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
   The status is that of the command; 2 after bad input; and as shells count, 128 + its number after
   a signal: Ctrl-C, SIGTERM, or SIGPIPE where nobody reads the output any more. A command that has
-  handlers of its own for the first two sets them later, and keeps them.
+  handlers of its own for the first two sets them later. SIGTERM while the process ends, which takes
+  libraries up to seconds, changes no status: a run that has saved all is not one that was stopped.
   """
-  before = signal.signal(signal.SIGTERM, _terminate)
+  signal.signal(signal.SIGTERM, _terminate)
   try:
     status = main()
     sys.stdout.flush()
@@ -55,7 +56,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 128 + signal.SIGPIPE
   finally:
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, _come_too_late)
   sys.exit(status)
 
 
@@ -63,6 +64,10 @@ def _terminate(number: int, _: FrameType | None) -> NoReturn:
   # A second one must not interrupt the cleaning up.
   signal.signal(number, signal.SIG_IGN)
   raise Terminated
+
+
+def _come_too_late(number: int, _: FrameType | None) -> None:
+  """Does nothing; unlike SIG_IGN, processes that this one starts do not inherit it."""
 
 
 def _is_output_closed() -> bool:

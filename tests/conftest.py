@@ -3,6 +3,7 @@
 import importlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,14 @@ TINY = [
   '--config.optimizer.warmup_steps=2',
   '--config.log_every=1',
 ]
+
+
+@pytest.fixture(autouse=True)
+def _handler_of_sigterm():
+  """Commands that are run in this process keep theirs."""
+  before = signal.getsignal(signal.SIGTERM)
+  yield
+  signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @pytest.fixture(scope='session')

@@ -84,11 +84,25 @@ def test_other_broken_pipes_are_errors():
   assert 'BrokenPipeError' in errors
 
 
-def test_the_handler_goes_with_the_command():
-  process = start(
-    'import signal\nfrom dropmae_jax import command_line\n'
-    'try:\n  command_line.run(lambda: 3)\n'
-    'except SystemExit as ended:\n'
-    '  print(ended.code, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)'
-  )
-  assert process.communicate(timeout=60) == ('3 True\n', '')
+ENDING = """
+import atexit, sys, time
+from dropmae_jax import command_line
+
+@atexit.register
+def tidy_up():
+  print('tidying', flush=True)
+  time.sleep(1)
+  print('tidy', flush=True)
+
+command_line.run({main})
+"""
+
+
+@pytest.mark.parametrize('main', ['lambda: 3', 'lambda: sys.exit(3)'])
+def test_a_signal_at_the_very_end_changes_no_status(main):
+  """As the trainer's last seconds, when all is saved; absl ends its commands by sys.exit."""
+  process = start(ENDING.replace('{main}', main))
+  assert process.stdout.readline() == 'tidying\n'
+  process.send_signal(signal.SIGTERM)
+  assert process.communicate(timeout=60) == ('tidy\n', '')
+  assert process.returncode == 3
