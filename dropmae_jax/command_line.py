@@ -56,7 +56,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 128 + signal.SIGPIPE
   finally:
-    signal.signal(signal.SIGTERM, _come_too_late)
+    # Python would give a handler of its own back before the libraries' end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
   sys.exit(status)
 
 
@@ -64,10 +65,6 @@ def _terminate(number: int, _: FrameType | None) -> NoReturn:
   # A second one must not interrupt the cleaning up.
   signal.signal(number, signal.SIG_IGN)
   raise Terminated
-
-
-def _come_too_late(number: int, _: FrameType | None) -> None:
-  """Does nothing; unlike SIG_IGN, processes that this one starts do not inherit it."""
 
 
 def _is_output_closed() -> bool:

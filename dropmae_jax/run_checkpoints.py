@@ -53,6 +53,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self._folder, options=self._options)
     self._every_steps = options.every_steps
     self._pending: int | None = None
+    self._given_up: set[int] = set()
     for step in self._manager.all_steps() if options.keep_best else []:
       with contextlib.suppress(Exception):  # A damaged one is told when it is to be restored.
         self._scores[step] = self._stored_score(step)
@@ -85,6 +86,7 @@ class Checkpoints:
     mean_loss = self._mean_loss.plus(losses)
     self._mean_loss = retention.MeanLoss() if self.is_due(step) else mean_loss
     self._settle(say)
+    self._remove_given_up()
     if step == self.latest_step:
       return
     # The training loop forbids implicit transfers, which orbax's copies off the devices are.
@@ -114,15 +116,21 @@ class Checkpoints:
     step, self._pending = self._pending, None
     if step is None:
       return  # It was told already.
-    if jax.process_index() == 0:
-      for left in self._folder.glob(f'{step}.*-tmp*'):
-        shutil.rmtree(left, ignore_errors=True)
+    self._given_up.add(step)
+    self._remove_given_up()
     self._manager.reload()
     reason, newest = checkpoint.first_line(error), self.latest_step or 0
     say(
       f'the checkpoint of step {step} could not be written ({reason}); the newest one is of step'
       f' {newest}, and training goes on. Make room before the next one.'
     )
+
+  def _remove_given_up(self) -> None:
+    """Removes what is left of those; threads of orbax may write a while after one has failed."""
+    if jax.process_index() == 0:
+      for step in self._given_up:
+        for left in self._folder.glob(f'{step}.*-tmp*'):
+          shutil.rmtree(left, ignore_errors=True)
 
   def finish(
     self,
@@ -255,6 +263,7 @@ class Checkpoints:
     with contextlib.suppress(Exception):
       self._manager.wait_until_finished()
     self._manager.close()
+    self._remove_given_up()
 
 
 def _together(stage: Callable[[], Any]) -> tuple[Any, str]:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -21,13 +22,14 @@ command_line.run(main)
 """
 
 
-def start(program, *arguments):
+def start(program, *arguments, **options):
   return subprocess.Popen(
     [sys.executable, '-c', program, *map(str, arguments)],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    **options,
   )
 
 
@@ -84,25 +86,30 @@ def test_other_broken_pipes_are_errors():
   assert 'BrokenPipeError' in errors
 
 
+# The process ends when it has read a line: before Python ends, or after, in C's own functions.
 ENDING = """
-import atexit, sys, time
+import atexit, ctypes, sys
 from dropmae_jax import command_line
 
-@atexit.register
-def tidy_up():
-  print('tidying', flush=True)
-  time.sleep(1)
-  print('tidy', flush=True)
-
+library = ctypes.CDLL(None)
+if {within}:
+  atexit.register(sys.stdin.readline)
+else:
+  library.on_exit(library.getchar, None)
+atexit.register(lambda: print('ending', flush=True))
 command_line.run({main})
 """
 
 
+@pytest.mark.parametrize('within', [True, False])
 @pytest.mark.parametrize('main', ['lambda: 3', 'lambda: sys.exit(3)'])
-def test_a_signal_at_the_very_end_changes_no_status(main):
+def test_a_signal_at_the_very_end_changes_no_status(main, within):
   """As the trainer's last seconds, when all is saved; absl ends its commands by sys.exit."""
-  process = start(ENDING.replace('{main}', main))
-  assert process.stdout.readline() == 'tidying\n'
+  process = start(
+    ENDING.replace('{main}', main).replace('{within}', str(within)), stdin=subprocess.PIPE
+  )
+  assert process.stdout.readline() == 'ending\n'
+  time.sleep(0.3)
   process.send_signal(signal.SIGTERM)
-  assert process.communicate(timeout=60) == ('tidy\n', '')
+  assert process.communicate('\n', timeout=60) == ('', '')
   assert process.returncode == 3
