@@ -36,7 +36,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   The status is that of the command; 2 after bad input; and as shells count, 128 + its number after
   a signal: Ctrl-C, SIGTERM, or SIGPIPE where nobody reads the output any more. A command that has
   handlers of its own for the first two sets them later. SIGTERM while the process ends, which takes
-  libraries up to seconds, changes no status: a run that has saved all is not one that was stopped.
+  libraries a while, changes no status: a run that has saved all is not one that was stopped.
   """
   signal.signal(signal.SIGTERM, _terminate)
   try:
