@@ -180,7 +180,10 @@ def test_deaths_with_batches_between_do_not(tmp_path):
   assert 'death 4 of this run' in said[-1]
 
 
-@pytest.mark.parametrize(('num_workers', 'num_threads'), [(0, 0), (0, 1), (2, 0)])
+@pytest.mark.parametrize(
+  ('num_workers', 'num_threads'),
+  [(0, 0), (0, 1), pytest.param(2, 0, marks=pytest.mark.slow)],
+)
 def test_a_loader_that_hangs_ends_with_stacks(num_workers, num_threads, capfd):
   release = threading.Event()
   videos = FaultyVideos(wait_for_ever if num_workers else release.wait)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dropmae_jax import file_checks, mae, torch_clients, torch_export, torch_files, torch_reference
+from dropmae_jax import mae, torch_clients, torch_export, torch_files, torch_reference
 
 BASE = mae.architecture_of_size('B')
 CLIENTS = {client.name: client for client in torch_clients.CLIENTS}
@@ -104,7 +104,9 @@ def test_timm_loads_tables_of_other_pixels_as_it_is_told(timm, tmp_path):
   eval(' '.join(line.strip() for line in lines[1:3]), {'timm': timm})
 
 
-@pytest.mark.parametrize('file_format', file_checks.FORMATS)
+@pytest.mark.parametrize(
+  'file_format', ['pth', pytest.param('safetensors', marks=pytest.mark.slow)]
+)
 def test_timm_loads_our_file_strictly_and_computes_our_features(timm, tmp_path, file_format):
   params = jax.jit(mae.init_params, static_argnums=1)(jax.random.key(0), BASE)
   params = jax.tree.map(np.asarray, params)
