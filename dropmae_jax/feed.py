@@ -5,9 +5,10 @@ dies costs time, never a batch: the stream is a function of the step and begins 
 one. A loader that hangs ends the run, with the stacks of all threads.
 """
 
+import contextlib
 import dataclasses
 import errno
-import multiprocessing
+import multiprocessing.process
 import os
 import queue
 import re
@@ -75,8 +76,7 @@ class _Reader:
     self.room = threading.Semaphore(AHEAD)
     self._make_batches, self._to_device, self._step = make_batches, to_device, step
     self._stopped = threading.Event()
-    self._others = set(multiprocessing.active_children())
-    self._processes: set[BaseProcess] = set()
+    self._others = _all_processes()
     self._thread = threading.Thread(target=self._read, name='feed', daemon=True)
     self._thread.start()
     threading.Thread(target=self._watch, name='feed watch', daemon=True).start()
@@ -109,10 +109,9 @@ class _Reader:
       batches.close()
 
   def _watch(self) -> None:
-    """Sees every process while it lives, and lets grain notice those that ended with status 0.
+    """Lets grain notice processes that ended with status 0.
 
-    Grain takes these to be alive, and would wait for them for ever. Processes take longer to start
-    than this pauses.
+    It takes these to be alive, and would wait for them for ever.
     """
     while self._thread.is_alive():
       for process in self.processes():
@@ -121,12 +120,8 @@ class _Reader:
       self._thread.join(POLL_SECONDS)
 
   def processes(self) -> list[BaseProcess]:
-    """Lists the processes of this loader, those that have ended too.
-
-    Grain does not hand them out, and multiprocessing forgets those that have ended.
-    """
-    self._processes.update(set(multiprocessing.active_children()) - self._others)
-    return list(self._processes)
+    """Lists the processes of this loader that grain has not taken leave of, alive or not."""
+    return [each for each in _all_processes() - self._others if each.pid]
 
   def end(self) -> bool:
     """Lets the loader finish what it is at; returns False if a thread of it did not end."""
@@ -145,8 +140,19 @@ class _Reader:
       process.join(max(0.0, deadline - time.monotonic()))
     self._thread.join(KILL_SECONDS if processes else 0)
     if not self._thread.is_alive():
-      loader_process.unlink_blocks_of(process.pid for process in processes)
+      loader_process.unlink_blocks_of_dead_processes()
     return not self._thread.is_alive()
+
+
+def _all_processes() -> set[BaseProcess]:
+  """Returns the processes that somebody holds; grain does not hand out its own.
+
+  `multiprocessing.active_children` would forget those that end before it is first called, as they
+  may while this process is held up.
+  """
+  while True:
+    with contextlib.suppress(RuntimeError):  # One was added meanwhile.
+      return set(multiprocessing.process._dangling)
 
 
 class Feed:

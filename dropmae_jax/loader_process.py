@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker, shared_memory
 from typing import NamedTuple
 
@@ -217,24 +217,27 @@ def run_prefix(trainer: int) -> str:
   return f'{_machine_prefix()}{trainer}-'
 
 
-def unlink_blocks_of(processes: Iterable[int]) -> None:
-  """Removes what loader processes of this trainer have left; they and their reader have ended.
+def unlink_blocks_of_dead_processes() -> None:
+  """Removes what loader processes of this trainer have left that were killed.
 
   Blocks that this process has still open it removes by itself as soon as it lets go of them.
   """
   opened = pathlib.Path('/proc/self/maps').read_text()
-  for process in processes:
-    blocks = SHARED_MEMORY.glob(f'{run_prefix(os.getpid())}{process}-*')
-    _unlink(block for block in blocks if block.name not in opened)
+  left = _blocks_without_owner(run_prefix(os.getpid()))
+  _unlink(block for block in left if block.name not in opened)
 
 
 def unlink_blocks_of_dead_runs() -> None:
   """Removes what runs have left whose processes were all killed at once."""
-  prefix = _machine_prefix()
+  _unlink(_blocks_without_owner(_machine_prefix()))
+
+
+def _blocks_without_owner(prefix: str) -> Iterator[pathlib.Path]:
+  """Yields the blocks under a prefix that the number of a process follows which is gone."""
   for path in SHARED_MEMORY.glob(f'{prefix}*'):
-    trainer = path.name.removeprefix(prefix).partition('-')[0]
-    if not pathlib.Path('/proc', trainer).exists():
-      _unlink([path])
+    owner = path.name.removeprefix(prefix).partition('-')[0]
+    if not pathlib.Path('/proc', owner).exists():
+      yield path
 
 
 def _unlink(blocks: Iterable[pathlib.Path]) -> None:

@@ -46,7 +46,7 @@ def make_batches(videos, num_workers=0, num_threads=0, batch_size=4):
 def blocks_in_memory(processes=()):
   """The shared memory of loader processes, by default of all that this process has had."""
   prefix = loader_process.run_prefix(os.getpid())
-  own = tuple(f'{prefix}{process.pid}-' for process in processes) or prefix
+  own = tuple(f'{prefix}{process}-' for process in processes) or prefix
   return [path for path in loader_process.SHARED_MEMORY.iterdir() if path.name.startswith(own)]
 
 
@@ -140,16 +140,19 @@ def test_two_batches_lie_ahead_on_the_device_and_no_more():
   [(kill_self, 'killed by signal 9'), (exit_without_a_word, 'exit status 0')],
 )
 @pytest.mark.parametrize('first_step', [0, 4])
-def test_the_stream_goes_on_after_a_dead_process(tmp_path, fault, how, first_step):
-  """Also if it dies in its first batch, long before anyone asks for that."""
+def test_the_stream_goes_on_after_a_dead_process(tmp_path, fault, how, first_step, monkeypatch):
+  """Also if it dies in its first batch, long before anyone asks for that or looks after it."""
   videos = FaultyVideos(fault, str(tmp_path / 'marker'))
   began = time.monotonic()
+  held_up, watch = threading.Event(), feed._Reader._watch
+  monkeypatch.setattr(feed._Reader, '_watch', lambda reader: (held_up.wait(), watch(reader)))
   with feeding(make_batches(videos, num_workers=2), first_step=first_step) as (fed, said):
-    first = started_processes()
+    first = [process.pid for process in started_processes()]
     while first_step and len(loader_processes()) == len(first):
       time.sleep(0.01)
+    held_up.set()
     assert_fed(fed, STEPS, first_step)
-    assert blocks_in_memory(loader_processes())
+    assert blocks_in_memory([process.pid for process in loader_processes()])
     assert_no_blocks(first)
   assert_no_blocks()
   assert (tmp_path / 'marker').exists()
@@ -311,16 +314,18 @@ def test_shared_memory_that_is_full_is_told(fault, how):
 def test_only_blocks_of_dead_runs_are_removed():
   dead = subprocess.Popen(['true'])
   dead.wait()
-  names = [f'{loader_process.run_prefix(trainer)}1-x' for trainer in (dead.pid, os.getpid())]
+  own = loader_process.run_prefix(os.getpid())
   elsewhere = f'dropmae-1-{dead.pid}-1-x'  # Its trainer may be alive in another container.
-  blocks = [loader_process.SHARED_MEMORY / name for name in (*names, elsewhere)]
+  names = f'{loader_process.run_prefix(dead.pid)}1-x', f'{own}{dead.pid}-x', f'{own}1-x', elsewhere
+  blocks = [loader_process.SHARED_MEMORY / name for name in names]
   for block in blocks:
     block.touch()
   loader_process.unlink_blocks_of_dead_runs()
-  assert [block.exists() for block in blocks] == [False, True, True]
-  loader_process.unlink_blocks_of([1])
-  assert [block.exists() for block in blocks] == [False, False, True]
-  blocks[2].unlink()
+  assert [block.exists() for block in blocks] == [False, True, True, True]
+  loader_process.unlink_blocks_of_dead_processes()
+  assert [block.exists() for block in blocks] == [False, False, True, True]
+  for block in blocks[2:]:
+    block.unlink()
 
 
 def test_an_error_of_starting_is_told():
