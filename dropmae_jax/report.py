@@ -108,7 +108,8 @@ class Report:
       asked: time.perf_counter() when the loop asked for the batch that it has now.
     """
     if self._finished is not None and self._finished.done():
-      self._waited += time.perf_counter() - max(asked, self._finished.result())
+      began = max(asked, self._finished.result(), self._clock)
+      self._waited += time.perf_counter() - began
 
   def after_step(self, step: int, metrics: Metrics) -> None:
     """Takes a step's metrics, which stay on the device until a line is due."""

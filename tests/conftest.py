@@ -26,10 +26,10 @@ if 'DROPMAE_TEST_CACHE' not in os.environ:
   os.environ['DROPMAE_TEST_CACHE'] = CACHE.name
 COMPILE_ONCE = {
   'JAX_COMPILATION_CACHE_DIR': os.environ['DROPMAE_TEST_CACHE'],
-  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
 }
 jax.config.update('jax_compilation_cache_dir', COMPILE_ONCE['JAX_COMPILATION_CACHE_DIR'])
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 # Grain's worker processes read absl flags, which a command line would have parsed.
 flags.FLAGS.mark_as_parsed()
 

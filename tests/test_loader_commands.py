@@ -104,6 +104,7 @@ command_line.run(lambda: app.run(main.main, flags_parser=main.parse))
 """
 
 
+@pytest.mark.slow
 def test_a_run_whose_loader_loses_a_process_ends_as_any_other(data_dir, tmp_path):
   """More steps than batches lie ahead at the time of the death."""
   done = run_python(*train_arguments(data_dir, tmp_path / 'plain', '--config.num_steps=40'))

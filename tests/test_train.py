@@ -71,7 +71,7 @@ def assert_same_state(first, second, *, rtol):
 @pytest.mark.parametrize(
   ('devices', 'fsdp', 'accumulation_steps', 'remat'),
   [
-    (8, 4, 1, 'none'),
+    pytest.param(8, 4, 1, 'none', marks=pytest.mark.slow),
     (1, 1, 2, 'none'),
     (4, 2, 2, 'full'),
     pytest.param(8, 1, 1, 'none', marks=pytest.mark.slow),
