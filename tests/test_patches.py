@@ -14,7 +14,7 @@ from dropmae_jax import patches, position
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 1000))
 def test_unpatchify_undoes_patchify(grid, size, seed):
   side = grid * size
-  frames = np.random.default_rng(seed).normal(size=(2, 2, side, side, 3)).astype(np.float32)
+  frames = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 2, side, side, 3)))
   np.testing.assert_array_equal(patches.unpatchify(patches.patchify(frames, size), size), frames)
 
 
