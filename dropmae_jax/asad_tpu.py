@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dropmae_jax import asad, asad_tpu_kernels, sampling
 from dropmae_jax.asad_tpu_kernels import LANES, SUBLANES, WORD
+from dropmae_jax.on_each_device import on_each_device
 
 # Of VMEM, for keys and logits; a core has 16 MB for a kernel unless told otherwise.
 SCRATCH_BYTES = 10 * 2**20
@@ -109,14 +110,6 @@ def _run(
   )(*arguments)
 
 
-def _on_each_device(function: Callable, mesh: Mesh | None) -> Callable:
-  """Has every device of a mesh do its share of the batch; XLA does not cut kernels by itself."""
-  if mesh is None:
-    return function
-  batch = PartitionSpec(mesh.axis_names)
-  return jax.shard_map(function, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)
-
-
 def _forward(query: Array, key: Array, value: Array, words: Array, setting: _Setting) -> tuple:
   """Returns the output [b, l, m, e] and what the gradient needs.
 
@@ -149,7 +142,7 @@ def _forward(query: Array, key: Array, value: Array, words: Array, setting: _Set
     )
 
   tokens = [rearrange(each, 'b l m e -> b l (m e)') for each in (query, key, value)]
-  output, bits, sums = _on_each_device(local, setting.mesh)(*tokens, words)
+  output, bits, sums = on_each_device(local, setting.mesh)(*tokens, words)
   return output.reshape(query.shape), _Kept(*tokens, bits, sums)
 
 
@@ -164,7 +157,7 @@ def _backward(setting: _Setting, kept: _Kept, gradient: Array) -> tuple[Array | 
     return _run(kernel, list(arguments), likewise, scratch, num_heads // heads, setting.interpret)
 
   upper = rearrange(gradient, 'b l m e -> b l (m e)')
-  found = _on_each_device(local, setting.mesh)(*kept, upper)
+  found = on_each_device(local, setting.mesh)(*kept, upper)
   return *(each.reshape(gradient.shape) for each in found), None
 
 

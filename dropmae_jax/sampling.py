@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Key, UInt16, UInt32
 
@@ -64,33 +65,61 @@ def mix(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
   return bits ^ (bits >> 16)
 
 
-def to_ranks(
-  values: Float[Array, 'b f m i n'], scale: Float[Array, 'b 1 m 1 1']
-) -> UInt16[Array, 'b f m i n']:
-  """Rounds positive values, times `scale`, to 16 bits that order as they do; infinity to NEVER."""
-  bits = jax.lax.bitcast_convert_type(values * scale, jnp.int32)
-  least = jax.lax.bitcast_convert_type(jnp.float32(LEAST_RANKED), jnp.int32)
-  ranks = jnp.clip((bits - least) >> (23 - MANTISSA_BITS), 0, NEVER - 1)
-  return jnp.where(jnp.isinf(values), NEVER, ranks).astype(jnp.uint16)
+def rank_bits(values: Float[Array, '...']) -> Int[Array, '...']:
+  """Rounds positive values to 16 bits that order as they do, all less than NEVER."""
+  bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+  least = int(np.float32(LEAST_RANKED).view(np.int32))
+  return jnp.clip((bits - least) >> (23 - MANTISSA_BITS), 0, NEVER - 1)
+
+
+def to_ranks(values: Float[Array, 'b f m i n']) -> UInt16[Array, 'b f m i n']:
+  """Ranks positive values as `rank_bits` does, and infinity as NEVER."""
+  return jnp.where(jnp.isinf(values), NEVER, rank_bits(values)).astype(jnp.uint16)
+
+
+class Border(NamedTuple):
+  """Which ranks of a (sample, head) are the lowest ones: those below a threshold, and some ties.
+
+  Ties are taken that lie at less than `cut` in the order of (f, i, n), or else, if they are taken
+  from behind, the other ones.
+  """
+
+  threshold: Int[Array, 'b 1 m 1 1']
+  cut: Int[Array, 'b 1 m 1 1']
+  from_behind: Bool[Array, 'b 1 m 1 1']
 
 
 def lowest(
   ranks: UInt16[Array, 'b f m i n'], count: int, from_behind: Bool[Array, 'b 1 m 1 1']
 ) -> Bool[Array, 'b f m i n']:
-  """Marks exactly the `count` lowest ranks of every (sample, head).
+  """Marks exactly the `count` lowest ranks of every (sample, head); see `find_border`."""
+  border, ranks = find_border(ranks, count, from_behind)
+  _, f, _, i, n = ranks.shape
+  place = rearrange(jnp.arange(f * i * n), '(f i n) -> f 1 i n', f=f, i=i)
+  is_taken = (place < border.cut) ^ border.from_behind
+  return ranks < (border.threshold + is_taken).astype(jnp.uint16)
+
+
+def find_border(
+  ranks: UInt16[Array, 'b f m i n'], count: int, from_behind: Bool[Array, 'b 1 m 1 1']
+) -> tuple[Border, UInt16[Array, 'b f m i n']]:
+  """Finds what parts the `count` lowest ranks of every (sample, head) from the others.
 
   Args:
-    ranks: of one frame or two, of which at least `count` are not NEVER; else fewer are marked.
-    count: how many to mark; at least 1.
-    from_behind: of equal ranks at the border, whether the last ones are marked or the first.
+    ranks: of one frame or two, of which at least `count` are not NEVER; else fewer are found.
+    count: how many are sought; at least 1.
+    from_behind: of equal ranks at the border, whether the last ones are taken or the first.
+
+  Returns:
+    the border, and the ranks, which should be read from here: they are in memory.
   """
-  (threshold, below, up_to), ranks = _search(ranks, count)
-  ties = ranks == threshold.astype(jnp.uint16)
-  first = _first(ties, jnp.where(from_behind, up_to - count, count - below))
-  return ranks < (threshold + (first ^ from_behind)).astype(jnp.uint16)
+  found, ranks = _search(ranks, count)
+  ties = ranks == found.threshold.astype(jnp.uint16)
+  cut = _end_of(ties, jnp.where(from_behind, found.up_to - count, count - found.below))
+  return Border(found.threshold, cut, from_behind), ranks
 
 
-class _Border(NamedTuple):
+class _Found(NamedTuple):
   """The `count`-th lowest rank of every (sample, head), how many are below it, and up to it."""
 
   threshold: Int[Array, 'b 1 m 1 1']
@@ -100,8 +129,8 @@ class _Border(NamedTuple):
 
 def _search(
   ranks: UInt16[Array, 'b f m i n'], count: int
-) -> tuple[_Border, UInt16[Array, 'b f m i n']]:
-  """Finds the border, and returns it with the ranks.
+) -> tuple[_Found, UInt16[Array, 'b f m i n']]:
+  """Finds the `count`-th lowest rank, and returns it with the ranks.
 
   Each pass narrows the range to a fifth. Its four counts share one sum over a row, of 8 bits each;
   rows of more than 255 are cut in equal parts.
@@ -131,18 +160,18 @@ def _search(
   # What goes through a loop lies in memory; else XLA may compute ranks anew wherever they are read.
   begin = (zero - 1, zero, zero + f * i * n, ranks)
   low, lower, upper, ranks = jax.lax.fori_loop(0, PASSES, narrow, begin)
-  return _Border(low + 1, lower, upper), ranks
+  return _Found(low + 1, lower, upper), ranks
 
 
-def _first(
+def _end_of(
   marks: Bool[Array, 'b f m i n'], count: Int[Array, 'b 1 m 1 1']
-) -> Bool[Array, 'b f m i n']:
-  """Is true up to the `count`-th mark of every (sample, head), in the order of (f, i, n).
+) -> Int[Array, 'b 1 m 1 1']:
+  """Returns the place after the `count`-th mark of every (sample, head), in the order of (f, i, n).
 
   Only the row in which the count is reached needs a look at its single marks, so that one row is
   gathered instead of numbering all marks.
   """
-  _, f, _, i, _ = marks.shape
+  _, f, _, i, n = marks.shape
   needed = count[:, 0, :, 0]
   of_row = rearrange(marks.sum(axis=-1, dtype=jnp.int32), 'b f m i -> b m (f i)')
   reached = jnp.cumsum(of_row, axis=-1)
@@ -150,10 +179,8 @@ def _first(
   rows = jnp.take_along_axis(marks, (last % i)[:, None, :, None, None], axis=3)[:, :, :, 0]
   row = jnp.where((last < i)[..., None], rows[:, 0], rows[:, -1])
   before = jnp.take_along_axis(reached - of_row, last[..., None], axis=-1)
-  up_to_count = jnp.cumsum(row, axis=-1, dtype=jnp.int32) <= needed - before
-  number = rearrange(jnp.arange(f * i), '(f i) -> f 1 i 1', f=f)
-  last = last[:, None, :, None, None]
-  return jnp.where(number == last, up_to_count[:, None, :, None], number < last)
+  columns = (jnp.cumsum(row, axis=-1, dtype=jnp.int32) < needed - before).sum(axis=-1)
+  return jnp.where(needed[..., 0] > 0, last * n + columns + 1, 0)[:, None, :, None, None]
 
 
 def sample_drops(
@@ -163,19 +190,19 @@ def sample_drops(
 
   Successive weighted draws without replacement are the `count` least of E / weight with E
   exponential: the Gumbel-top-k trick, and the law of torch.multinomial. These are compared by
-  ranks of 16 bits, scaled so that the last one drawn has at least rank 2^0: E / weight is less
-  than count / (sum of weights) for less than `count` pairs in the mean. What is equal within
-  2^-10 at the border, a few pairs of some thousand, is taken from the front or from behind, by
-  one bit of the key, which favours no place.
+  ranks of 16 bits. What is equal within 2^-10 at the border, a few pairs of some thousand, is taken
+  from the front or from behind, by one bit of the key, which favours no place.
 
   Args:
     keys: one per sample, so that the draw is the same on any mesh and any split of the batch.
-    weights: none negative; a pair of weight 0 is never drawn.
+    weights: none negative; a pair of weight 0 is never drawn. Those of a (sample, head) sum to
+      `count` at most, or not much more: the border then has at least rank 2^0, for E / weight is
+      less than count / (sum of weights) for less than `count` pairs in the mean. So it is for
+      ASAD, where a query's weights sum to 1 at most.
     count: at most the number of positive weights of a (sample, head).
   """
   noise = exponential_noise(keys, weights.shape[1:])
-  scale = weights.sum(axis=(1, 3, 4), keepdims=True) / count
-  ranks = to_ranks(jnp.where(weights > 0, noise / weights, jnp.inf), scale)
+  ranks = to_ranks(jnp.where(weights > 0, noise / weights, jnp.inf))
   return lowest(ranks, count, coins(keys, weights.shape[2])[:, None, :, None, None])
 
 
