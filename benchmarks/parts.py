@@ -30,7 +30,7 @@ from dropmae_jax import (
 )
 from dropmae_jax.attention import Attention
 from dropmae_jax.masking import Masking
-from dropmae_jax.program import asad_attention_of, build_program
+from dropmae_jax.program import attention_programs, build_program
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.train_step import TrainState
 
@@ -150,7 +150,7 @@ class Workbench:
       num_blocks=number,
       tokens_per_frame=self.architecture.tokens_per_frame,
       drop_rate=recipe.objective.attention_dropout,
-      asad_attention=asad_attention_of(recipe, self._mesh),
+      programs=attention_programs(recipe, self._mesh),
     )
 
   def _model(self, recipe: Recipe) -> tuple[nnx.GraphDef, dict, dict]:
@@ -170,10 +170,11 @@ class Workbench:
   def _encoder(self, recipe: Recipe) -> Part:
     graphdef, params, rest = self._model(recipe)
     a = self.architecture
+    attend = attention_programs(recipe, self._mesh).dense
 
     def both(params: dict, rest: dict, vectors: Any, masked: Masking, upper: Any) -> Any:
       def encode(params: dict) -> jax.Array:
-        return nnx.merge(graphdef, params | rest).encode(vectors, masked)
+        return nnx.merge(graphdef, params | rest).encode(vectors, masked, attend)
 
       latents, pull = jax.vjp(encode, params)
       return latents, pull(upper)
@@ -252,4 +253,5 @@ class Workbench:
 
 def drops(keys: jax.Array, logits: asad.Logits, *, count: int) -> jax.Array:
   """The sampler: marks the pairs of one layer that ASAD drops."""
-  return sampling.sample_drops(keys, asad.sampling_weights(logits), count)
+  seeds = sampling.head_seeds(keys, logits.own.shape[2])
+  return sampling.sample_drops(seeds, asad.sampling_weights(logits), count)

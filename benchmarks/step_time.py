@@ -37,7 +37,7 @@ PRODUCT_SIZE = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
 def make_parts(options: Recipe, arguments: argparse.Namespace) -> dict[str, Part]:
   """Compiles all that is to be timed, by name."""
   device = jax.devices()[0]
-  bench = Workbench(variants.compared(options, device.platform), device)
+  bench = Workbench(variants.compared(options, device), device)
   made = dict(_announced(bench.steps()))
   if arguments.torch:
     made['step_torch'] = torch_step.make(options, np.array(bench.frames), device.platform)
@@ -96,7 +96,7 @@ def summarise(
     }
     if name.startswith('step_'):
       rows[name]['pairs_per_second'] = options.batch_size / rows[name]['seconds']['median']
-  first = next(iter(variants.compared(options, jax.default_backend())))
+  first = next(iter(variants.compared(options, jax.devices()[0])))
   ratios = {}
   for name in parts:
     whole, _, kind = name.partition('_')

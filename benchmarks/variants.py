@@ -2,8 +2,9 @@
 
 import argparse
 import dataclasses
+from typing import Any
 
-from dropmae_jax import asad, asad_tpu, mae, recipe, vit
+from dropmae_jax import asad, attention, mae, recipe, vit
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import Objective
 from dropmae_jax.recipe import Recipe
@@ -46,7 +47,7 @@ def make_recipe(arguments: argparse.Namespace, batch_size: int) -> Recipe:
   return options
 
 
-def compared(options: Recipe, platform: str) -> dict[str, Recipe]:
+def compared(options: Recipe, device: Any) -> dict[str, Recipe]:
   """Returns by name the recipes whose steps are measured beside one another.
 
   The first is what the others are compared with. Another way to compute ASAD is one more entry.
@@ -55,6 +56,6 @@ def compared(options: Recipe, platform: str) -> dict[str, Recipe]:
   recipes = {'dense': dataclasses.replace(options, objective=objective), 'asad': options}
   a = options.model
   sizes = a.tokens_per_frame, a.decoder_num_heads, a.decoder_width // a.decoder_num_heads
-  if platform == 'tpu' and not asad_tpu.unsupported(*sizes):
+  if not attention.unsupported(device, *sizes, options.dtype):
     recipes['asad_fused'] = dataclasses.replace(options, attention='fused')
   return recipes

@@ -11,7 +11,7 @@ dropped, and those of keys of the other frame, which may not.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from dropmae_jax import sampling
+from dropmae_jax.heads import by_heads
+from dropmae_jax.sampling import HeadSeeds
 
 EPSILON = 1e-6
 
@@ -60,19 +62,18 @@ def sampling_weights(logits: Logits, scale: float = 1.0) -> Float[Array, 'b f m 
     logits: of the attention.
     scale: what they are still to be multiplied by.
   """
-  sums = row_sums(logits, scale)
   largest_other = logits.other.max(axis=-1, keepdims=True)
-  best_match = power(largest_other, sums.largest, scale) / sums.total + EPSILON
-  own = power(logits.own, sums.largest, scale) / sums.total
-  candidates = jnp.where(jnp.eye(own.shape[-1], dtype=bool), 0.0, own + EPSILON)
-  return candidates / candidates.sum(axis=-1, keepdims=True) * best_match
-
-
-class RowSums(NamedTuple):
-  """What a query's softmax over the keys of both frames is normalised by."""
-
-  largest: Float[Array, 'b f m i 1']
-  total: Float[Array, 'b f m i 1']
+  largest = jnp.maximum(logits.own.max(axis=-1, keepdims=True), largest_other)
+  is_self = jnp.eye(logits.own.shape[-1], dtype=bool)
+  itself = jnp.diagonal(logits.own, axis1=-2, axis2=-1)[..., None]
+  others = jnp.where(is_self, 0.0, power(logits.own, largest, scale)).sum(axis=-1, keepdims=True)
+  other = power(logits.other, largest, scale).sum(axis=-1, keepdims=True)
+  total = others + power(itself, largest, scale) + other
+  best_match = power(largest_other, largest, scale) / total + EPSILON
+  share = best_match / (others / total + (logits.own.shape[-1] - 1) * EPSILON)
+  # Not the powers of the sums: these XLA would store, to use them once more.
+  attention = jnp.exp((logits.own - largest) * scale - jnp.log(total))
+  return jnp.where(is_self, 0.0, (attention + EPSILON) * share)
 
 
 def power(
@@ -87,23 +88,19 @@ def powers(logits: Logits, largest: Array, scale: float, dtype: DTypeLike) -> Lo
   return Logits(*(power(each, largest, scale).astype(dtype) for each in logits))
 
 
-def row_sums(logits: Logits, scale: float, dtype: DTypeLike = jnp.float32) -> RowSums:
-  """Returns each query's largest logit, and the sum of its powers, each rounded to `dtype`.
+class RowSums(NamedTuple):
+  """What a query's softmax over the keys of both frames is normalised by."""
 
-  Where the powers are rounded for a product, their sum is so too: else values that are all alike
-  would have a gradient for queries.
-  """
-  largest = jnp.maximum(*(each.max(axis=-1, keepdims=True) for each in logits))
-  rounded = powers(logits, largest, scale, dtype)
-  return RowSums(largest, sum(x.sum(axis=-1, keepdims=True, dtype=jnp.float32) for x in rounded))
+  largest: Float[Array, 'b f m i 1']
+  total: Float[Array, 'b f m i 1']
 
 
 # Marks the pairs to drop, from the logits and whatever else it takes.
-Draw = Callable[[Logits, Array], Bool[Array, 'b f m i n']]
+Draw = Callable[[Logits, Any], Bool[Array, 'b f m i n']]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query: Array, key: Array, value: Array, source: Array, draw: Draw) -> Array:
+def _attend(query: Array, key: Array, value: Array, source: Any, draw: Draw) -> Array:
   """Attention without the pairs that `draw` marks, given the logits and `source`; by frame."""
   return _attend_forward(query, key, value, source, draw)[0]
 
@@ -124,15 +121,22 @@ class _Kept(NamedTuple):
 
 
 def _attend_forward(
-  query: Array, key: Array, value: Array, source: Array, draw: Draw
+  query: Array, key: Array, value: Array, source: Any, draw: Draw
 ) -> tuple[Array, _Kept]:
   scale, dtype = query.shape[-1] ** -0.5, value.dtype
   logits = products(query, key)
   is_dropped = draw(logits, source)
   left = _without(logits, is_dropped)
-  sums = row_sums(left, scale, dtype)
+  largest = jnp.maximum(*(each.max(axis=-1, keepdims=True) for each in left))
+  rows = powers(left, largest, scale, dtype)
+  # A one beside each value, so that it is powers as rounded for the product that are summed. Else
+  # values that are all alike would have a gradient for queries.
+  ones = jnp.ones((*value.shape[:-1], 1), dtype)
+  mixed = _to_queries(rows, jnp.concatenate([value, ones], axis=-1))
   # Divided after the product, which is smaller.
-  output = _to_queries(powers(left, sums.largest, scale, dtype), value) / sums.total
+  total = mixed[..., -1:]
+  output = mixed[..., :-1] / total
+  sums = RowSums(largest, total)
   return output.astype(dtype), _Kept(query, key, value, output, sums, packed(is_dropped))
 
 
@@ -157,13 +161,23 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def packed(marks: Bool[Array, 'b f m i n']) -> UInt8[Array, 'b f m w n']:
   """Packs the marks of eight rows into a row of bytes; bit k of row j is row k w + j."""
   rows = jnp.pad(marks, [(0, 0)] * 3 + [(0, -marks.shape[3] % 8), (0, 0)])
+  return jax.lax.platform_dependent(rows, cpu=_packed_by_eighths, default=_packed_at_once)
+
+
+def _packed_at_once(rows: Bool[Array, 'b f m i n']) -> UInt8[Array, 'b f m w n']:
+  eighths = rearrange(rows, 'b f m (k w) n -> b f m k w n', k=8).astype(jnp.uint8)
+  places = jnp.arange(8, dtype=jnp.uint8)[:, None, None]
+  return (eighths << places).sum(axis=3, dtype=jnp.uint8)
+
+
+def _packed_by_eighths(rows: Bool[Array, 'b f m i n']) -> UInt8[Array, 'b f m w n']:
+  """Packs in a loop: on CPUs, XLA would make marks and bits anew wherever they are read."""
   width = rows.shape[3] // 8
 
   def add(k: Array, bits: Array) -> Array:
     eighth = jax.lax.dynamic_slice_in_dim(rows, k * width, width, axis=3)
     return bits | (eighth.astype(jnp.uint8) << k.astype(jnp.uint8))
 
-  # A loop, because XLA would make marks and bits anew wherever they are read.
   return jax.lax.fori_loop(0, 8, add, jnp.zeros_like(rows[:, :, :, :width], jnp.uint8))
 
 
@@ -190,7 +204,7 @@ def _to_keys(rows: Logits, queries: Float[Array, 'b f m i e']) -> Float[Array, '
 
 
 def _attend_tokens(
-  query: Array, key: Array, value: Array, source: Array, draw: Draw
+  query: Array, key: Array, value: Array, source: Any, draw: Draw
 ) -> Float[Array, 'b l m e']:
   mixed = _attend(by_frame(query), by_frame(key), by_frame(value), source, draw)
   return rearrange(mixed, 'b f m n e -> b (f n) m e')
@@ -212,8 +226,8 @@ def attention_with_drops(
   return _attend_tokens(query, key, value, is_dropped, _as_recorded)
 
 
-def _drawn(logits: Logits, keys: Key[Array, ' b'], *, scale: float, count: int) -> Array:
-  return sampling.sample_drops(keys, sampling_weights(logits, scale), count)
+def _drawn(logits: Logits, seeds: HeadSeeds, *, scale: float, count: int) -> Array:
+  return sampling.sample_drops(seeds, sampling_weights(logits, scale), count)
 
 
 def asad_attention(
@@ -223,6 +237,7 @@ def asad_attention(
   *,
   draw_keys: Key[Array, ' b'],
   drop_rate: float,
+  logits_at_once: int | None = None,
 ) -> Float[Array, 'b l m e']:
   """Attention with a fresh draw of dropped pairs; no gradient flows through the draw.
 
@@ -233,7 +248,9 @@ def asad_attention(
     draw_keys: random keys, one per sample.
     drop_rate: P, the share of within-frame pairs to drop. Must drop at least one pair: see
       `num_dropped`.
+    logits_at_once: see `by_heads`.
   """
   count = num_dropped(query.shape[1] // 2, drop_rate)
   draw = partial(_drawn, scale=query.shape[-1] ** -0.5, count=count)
-  return _attend_tokens(query, key, value, draw_keys, draw)
+  seeds = sampling.head_seeds(draw_keys, query.shape[2])
+  return by_heads(partial(_attend_tokens, draw=draw), query, key, value, seeds, logits_at_once)

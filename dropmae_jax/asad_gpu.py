@@ -4,10 +4,8 @@ Logits, weights and the softmax stay on the chip. Main memory sees queries, keys
 output, a number for each query, a bit for each pair that may be dropped, and, between the two
 kernels of the forward pass, 16 bits for each such pair: its rank, for which XLA then searches the
 border of what is dropped, as it does for its own form. Ranks are those of `sampling`, so that both
-draw the same, but for what the rounding of logits tips over.
-
-Kernels are Pallas' for Mosaic GPU: a program for each head and frame, in it a warpgroup for every 64
-rows.
+draw the same, but for what the rounding of logits tips over. The kernels are Pallas' for Mosaic
+GPU.
 """
 
 from collections.abc import Callable
@@ -21,12 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt16
+from jaxtyping import Array, Bool, Float, Key, UInt8, UInt16
 
-from dropmae_jax import asad, asad_gpu_kernels, sampling
-from dropmae_jax.asad_gpu_kernels import Sizes
-from dropmae_jax.asad_gpu_tile import TILE, Tiles, swizzled
+from dropmae_jax import asad, asad_gpu_backward, asad_gpu_forward, sampling
+from dropmae_jax.asad_gpu_tile import TILE, Sizes, Tiles, shared
 from dropmae_jax.on_each_device import on_each_device
+from dropmae_jax.sampling import HeadSeeds
 
 # A product of tensor cores adds up so many terms at a time.
 STEP = 16
@@ -51,7 +49,7 @@ def unsupported(tokens_per_frame: int, head_width: int, dtype: DTypeLike) -> str
 
 
 class _Setting(NamedTuple):
-  """What else a kernel is compiled for; `interpret` has the parameters of Pallas' interpreter."""
+  """What else a kernel is compiled for."""
 
   num_heads: int
   tokens_per_frame: int
@@ -61,6 +59,7 @@ class _Setting(NamedTuple):
 
   @property
   def rows(self) -> int:
+    """Tokens of a frame, filled up for tensor cores."""
     return max(TILE, pl.cdiv(self.tokens_per_frame, STEP) * STEP)
 
 
@@ -75,10 +74,6 @@ class _Kept(NamedTuple):
   bits: UInt8[Array, 'b f m w k']
 
 
-def _shared(*shape: int, dtype: DTypeLike = jnp.bfloat16, plain: bool = False) -> Any:
-  return plgpu.SMEM(shape, dtype, transforms=() if plain else swizzled(dtype))
-
-
 class _Kernels:
   """The kernels, for arrays of a size."""
 
@@ -90,19 +85,16 @@ class _Kernels:
     self.num_tiles, last = self.sizes.num_tiles, self.sizes.chunks[-1][1]
     self.whole = self.num_tiles * TILE
     # In shared memory.
-    self.of_tiles = _shared(self.num_tiles, TILE, width)
-    self.of_frames = _shared(2, self.whole, width)
-    self.square = _shared(self.num_tiles, TILE, TILE)
-    self.bytes = _shared(self.num_tiles, TILE, TILE, dtype=jnp.uint8, plain=True)
-    self.numbers = _shared(self.num_tiles, TILE, dtype=jnp.float32, plain=True)
-    self.ranks = _shared(self.num_tiles, TILE, TILE, dtype=jnp.uint16)
-    self.last_ranks = _shared(self.num_tiles, TILE, last, dtype=jnp.uint16)
+    self.of_tiles = shared(self.num_tiles, TILE, width)
+    self.of_frames = shared(2, self.whole, width)
+    self.square = shared(self.num_tiles, TILE, TILE)
+    self.bytes = shared(self.num_tiles, TILE, TILE, dtype=jnp.uint8, plain=True)
+    self.numbers = shared(self.num_tiles, TILE, dtype=jnp.float32, plain=True)
+    self.ranks = shared(self.num_tiles, TILE, TILE, dtype=jnp.uint16)
+    self.last_ranks = shared(self.num_tiles, TILE, last, dtype=jnp.uint16)
 
-  def _tokens(self, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((self.batch_size, 2, self.whole, self.lanes), dtype)
-
-  def _by_head(self, *shape: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((self.batch_size, 2, self.setting.num_heads, *shape), dtype)
+  def _result(self, *shape: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((self.batch_size, 2, *shape), dtype)
 
   def _run(
     self, kernel: Callable, arguments: tuple, results: Any, arrivals: int, **scratch: Any
@@ -125,11 +117,12 @@ class _Kernels:
     )(*arguments)
 
   def rank(self, *arguments: Array) -> UInt16[Array, 'b f m r r']:
-    rows = self.sizes.rows
+    """Runs `asad_gpu_forward.rank`."""
+    rows, heads = self.sizes.rows, self.setting.num_heads
     return self._run(
-      asad_gpu_kernels.rank,
+      asad_gpu_forward.rank,
       arguments,
-      self._by_head(rows, rows, dtype=jnp.uint16),
+      self._result(heads, rows, rows, dtype=jnp.uint16),
       arrivals=3,
       queries=self.of_tiles,
       keys=self.of_frames,
@@ -138,13 +131,14 @@ class _Kernels:
     )
 
   def attend(self, *arguments: Array) -> tuple[Array, Array, Array]:
+    """Runs `asad_gpu_forward.attend`."""
     return self._run(
-      asad_gpu_kernels.attend,
+      asad_gpu_forward.attend,
       arguments,
       (
-        self._tokens(jnp.float32),
-        self._by_head(self.whole, dtype=jnp.float32),
-        self._by_head(self.whole, TILE, dtype=jnp.uint8),
+        self._result(self.whole, self.lanes, dtype=jnp.float32),
+        self._result(self.setting.num_heads, self.whole, dtype=jnp.float32),
+        self._result(self.setting.num_heads, self.whole, TILE, dtype=jnp.uint8),
       ),
       arrivals=5,
       queries=self.of_tiles,
@@ -153,16 +147,17 @@ class _Kernels:
       near=self.ranks,
       last_near=self.last_ranks,
       packed=self.bytes,
-      mixed=_shared(self.num_tiles, TILE, self.sizes.width, dtype=jnp.float32),
+      mixed=shared(self.num_tiles, TILE, self.sizes.width, dtype=jnp.float32),
       sums=self.numbers,
       near_barriers=plgpu.Barrier(num_arrivals=1, num_barriers=self.num_tiles),
     )
 
   def query_gradient(self, *arguments: Array) -> Float[Array, 'b f w d']:
+    """Runs `asad_gpu_backward.query_gradient`."""
     return self._run(
-      asad_gpu_kernels.query_gradient,
+      asad_gpu_backward.query_gradient,
       arguments,
-      self._tokens(arguments[0].dtype),
+      self._result(self.whole, self.lanes, dtype=arguments[0].dtype),
       arrivals=9,
       queries=self.of_tiles,
       uppers=self.of_tiles,
@@ -175,11 +170,12 @@ class _Kernels:
     )
 
   def key_gradients(self, *arguments: Array) -> tuple[Array, Array]:
-    numbers = _shared(2, self.whole, dtype=jnp.float32, plain=True)
+    """Runs `asad_gpu_backward.key_gradients`."""
+    numbers = shared(2, self.whole, dtype=jnp.float32, plain=True)
     return self._run(
-      asad_gpu_kernels.key_gradients,
+      asad_gpu_backward.key_gradients,
       arguments,
-      (self._tokens(arguments[1].dtype),) * 2,
+      (self._result(self.whole, self.lanes, dtype=arguments[1].dtype),) * 2,
       arrivals=11,
       queries=self.of_frames,
       uppers=self.of_frames,
@@ -205,7 +201,7 @@ def _tokens(found: Float[Array, 'b f w d'], shape: tuple[int, ...]) -> Float[Arr
 
 
 def _forward(
-  query: Array, key: Array, value: Array, words: Array, coins: Array, setting: _Setting
+  query: Array, key: Array, value: Array, seeds: HeadSeeds, setting: _Setting
 ) -> tuple[Array, _Kept]:
   """Returns the output [b, l, m, e] and what the gradient needs.
 
@@ -213,23 +209,23 @@ def _forward(
     query: [b, l, m, e].
     key: likewise.
     value: likewise.
-    words: int32 [b, m, 2], to key the noise by.
-    coins: bool [b, m], which end ties are taken from.
+    seeds: of the heads.
     setting: the rest.
   """
 
-  def local(query: Array, key: Array, value: Array, words: Array, coins: Array) -> tuple:
+  def local(query: Array, key: Array, value: Array, seeds: HeadSeeds) -> tuple:
     tokens = [_filled(each, setting.rows) for each in (query, key, value)]
     kernels = _Kernels(setting, query.shape[0], tokens[0].shape[-1])
-    ranks = kernels.rank(words, *tokens[:2])
-    coins = coins[:, None, :, None, None]
-    border, ranks = sampling.find_border(ranks, setting.count, coins)
+    words = jnp.stack(seeds[:2], axis=-1)
+    ranks = kernels.rank(jax.lax.bitcast_convert_type(words, jnp.int32), *tokens[:2])
+    from_behind = sampling.of_heads(seeds.from_behind)
+    border, ranks = sampling.find_border(ranks, setting.count, from_behind)
     numbers = [each[:, 0, :, 0, 0].astype(jnp.int32) for each in border]
     output, lse, bits = kernels.attend(jnp.stack(numbers, axis=-1), *tokens, ranks)
     mixed = _tokens(output, query.shape).astype(query.dtype)
     return mixed, _Kept(*tokens, output, lse, bits)
 
-  return on_each_device(local, setting.mesh)(query, key, value, words, coins)
+  return on_each_device(local, setting.mesh)(query, key, value, seeds)
 
 
 def _backward(setting: _Setting, kept: _Kept, gradient: Array) -> tuple[Array | None, ...]:
@@ -243,22 +239,15 @@ def _backward(setting: _Setting, kept: _Kept, gradient: Array) -> tuple[Array | 
     found = kernels.query_gradient(*given), *kernels.key_gradients(*given)
     return tuple(_tokens(each, gradient.shape) for each in found)
 
-  return *on_each_device(local, setting.mesh)(kept, gradient), None, None
+  return *on_each_device(local, setting.mesh)(kept, gradient), None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(
-  query: Array, key: Array, value: Array, words: Array, coins: Array, setting: _Setting
-) -> Array:
-  return _forward(query, key, value, words, coins, setting)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query: Array, key: Array, value: Array, seeds: HeadSeeds, setting: _Setting) -> Array:
+  return _forward(query, key, value, seeds, setting)[0]
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _words(draw_keys: Key[Array, ' b'], num_heads: int) -> Int[Array, 'b m 2']:
-  words = rearrange(sampling.key_words(draw_keys, num_heads), 'b two m -> b m two')
-  return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
 def asad_attention(
@@ -283,10 +272,8 @@ def asad_attention(
     mesh: the devices that the batch is split over, all axes along the first axis; None is one.
     interpret: parameters of Pallas' interpreter, which computes the same without a GPU, slowly.
   """
-  setting = _setting(query, drop_rate, mesh, interpret)
-  num_heads = setting.num_heads
-  coins = sampling.coins(draw_keys, num_heads)
-  return _attend(query, key, value, _words(draw_keys, num_heads), coins, setting)
+  seeds = sampling.head_seeds(draw_keys, query.shape[2])
+  return _attend(query, key, value, seeds, _setting(query, drop_rate, mesh, interpret))
 
 
 def _setting(query: Array, drop_rate: float, mesh: Mesh | None, interpret: Any) -> _Setting:
@@ -305,9 +292,8 @@ def dropped_pairs(
 ) -> Bool[Array, 'b f m i n']:
   """Returns the pairs that `asad_attention` drops, given the same."""
   setting = _setting(query, drop_rate, mesh, interpret)
-  words = _words(draw_keys, setting.num_heads)
-  coins = sampling.coins(draw_keys, setting.num_heads)
-  bits = _forward(query, key, key, words, coins, setting)[1].bits
+  seeds = sampling.head_seeds(draw_keys, setting.num_heads)
+  bits = _forward(query, key, key, seeds, setting)[1].bits
   marks = (bits[..., None, :] >> jnp.arange(8, dtype=jnp.uint8)[:, None]) & 1
   n = setting.tokens_per_frame
   return rearrange(marks, 'b f m i k j -> b f m i (k j)')[:, :, :, :n, :n].astype(bool)

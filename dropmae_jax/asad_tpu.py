@@ -171,9 +171,9 @@ _attend.defvjp(_forward, _backward)
 
 def _words(draw_keys: Key[Array, ' b'], num_heads: int) -> Int[Array, 'b m 3']:
   """Returns what is random of every head: two words for its noise, and from which end ties go."""
-  words = rearrange(sampling.key_words(draw_keys, num_heads), 'b two m -> b m two')
-  coins = sampling.coins(draw_keys, num_heads).astype(jnp.int32)
-  return jnp.concatenate([jax.lax.bitcast_convert_type(words, jnp.int32), coins[..., None]], -1)
+  first, second, from_behind = sampling.head_seeds(draw_keys, num_heads)
+  words = jax.lax.bitcast_convert_type(jnp.stack([first, second], axis=-1), jnp.int32)
+  return jnp.concatenate([words, from_behind[..., None].astype(jnp.int32)], axis=-1)
 
 
 def asad_attention(

@@ -1,61 +1,127 @@
 """What an attention is: a function from queries, keys and values to mixed values."""
 
+import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from dropmae_jax import asad, asad_tpu
+from dropmae_jax import asad, asad_gpu, asad_tpu
+from dropmae_jax.heads import by_heads
 
 # (query, key, value), each [b, l, m, e], to [b, l, m, e].
 Attention = Callable[[Array, Array, Array], Array]
 # One that drops pairs: it takes the `draw_keys` and the `drop_rate` of `asad.asad_attention` too.
 AsadAttention = Callable[..., Array]
-# Programs of ASAD: see `asad_attention_of_kind`.
+# Programs of ASAD: see `programs_for`.
 KINDS = ('auto', 'xla', 'fused')
+
+# What a CPU's core works on should stay in its caches: so many logits, measured for 196 tokens per
+# frame on two cores (python -m benchmarks.step_time). ASAD has more arrays of that size.
+CACHED_LOGITS, CACHED_ASAD_LOGITS = 600_000, 300_000
 
 
 def dense_attention(
-  query: Float[Array, 'b l m e'], key: Float[Array, 'b l m e'], value: Float[Array, 'b l m e']
+  query: Float[Array, 'b l m e'],
+  key: Float[Array, 'b l m e'],
+  value: Float[Array, 'b l m e'],
+  *,
+  logits_at_once: int | None = None,
 ) -> Float[Array, 'b l m e']:
-  """Plain softmax attention, scaled by the root of the head width; softmax in float32."""
-  query, key, value = (rearrange(each, 'b l m e -> b m l e') for each in (query, key, value))
-  logits = jnp.einsum('bmie,bmje->bmij', query, key, preferred_element_type=jnp.float32)
-  attention = jax.nn.softmax(logits * query.shape[-1] ** -0.5).astype(value.dtype)
-  return rearrange(jnp.einsum('bmij,bmje->bmie', attention, value), 'b m l e -> b l m e')
-
-
-def asad_attention_of_kind(
-  kind: str, mesh: Mesh, *, tokens_per_frame: int, num_heads: int, head_width: int
-) -> AsadAttention:
-  """Returns a program of ASAD for devices and sizes; all have one law, and nearly one draw.
+  """Plain softmax attention, scaled by the root of the head width; softmax in float32.
 
   Args:
-    kind: 'xla' runs anywhere; 'fused' is two kernels for TPUs; 'auto' is 'xla', as long as nobody
-      has timed the kernels on a TPU.
+    query: one vector per token and head.
+    key: likewise.
+    value: likewise.
+    logits_at_once: see `by_heads`; if it is given, the gradient computes them anew.
+  """
+
+  def attend(query: Array, key: Array, value: Array, nothing: None) -> Array:
+    del nothing
+    query, key, value = (rearrange(each, 'b l m e -> b m l e') for each in (query, key, value))
+    logits = jnp.einsum('bmie,bmje->bmij', query, key, preferred_element_type=jnp.float32)
+    attention = jax.nn.softmax(logits * query.shape[-1] ** -0.5).astype(value.dtype)
+    return rearrange(jnp.einsum('bmij,bmje->bmie', attention, value), 'b m l e -> b l m e')
+
+  attend = attend if logits_at_once is None else jax.checkpoint(attend)
+  return by_heads(attend, query, key, value, None, logits_at_once)
+
+
+class Programs(NamedTuple):
+  """How attention is computed, without drops and with."""
+
+  dense: Attention = dense_attention
+  asad: AsadAttention = asad.asad_attention
+
+
+# Those that run anywhere.
+PLAIN = Programs()
+
+
+def programs_for(
+  kind: str,
+  mesh: Mesh,
+  *,
+  tokens_per_frame: int,
+  num_heads: int,
+  head_width: int,
+  dtype: DTypeLike,
+) -> Programs:
+  """Returns the programs for devices and sizes; all have one law, and nearly one draw.
+
+  Args:
+    kind: 'xla' runs anywhere; 'fused' has kernels of ASAD, for TPUs and for Hopper GPUs; 'auto' is
+      what was measured to be faster: on CPUs 'xla' a few heads at a time, and elsewhere 'xla', as
+      long as nobody has timed the kernels.
     mesh: devices that a batch is split over.
     tokens_per_frame: n.
     num_heads: of the decoder.
     head_width: of the decoder.
+    dtype: of what is multiplied.
 
   Raises:
     ValueError: the kernels are asked for where there are none.
   """
   if kind not in KINDS:
     raise ValueError(f'attention={kind!r} is unknown; use one of {", ".join(KINDS)}.')
-  if kind != 'fused':
-    return asad.asad_attention
-  platform = mesh.devices.flat[0].platform
-  reason = asad_tpu.unsupported(tokens_per_frame, num_heads, head_width)
-  if platform != 'tpu':
-    reason = f'devices of the kind {platform!r}'
-  if reason:
-    raise ValueError(f"attention='fused' has no kernel for {reason}; use attention='xla'.")
-  return partial(asad_tpu.asad_attention, mesh=mesh)
+  device = mesh.devices.flat[0]
+  if kind == 'fused':
+    sizes = tokens_per_frame, num_heads, head_width
+    if reason := unsupported(device, *sizes, dtype):
+      raise ValueError(f"attention='fused' has no kernel for {reason}; use attention='xla'.")
+    kernels = asad_tpu if device.platform == 'tpu' else asad_gpu
+    return Programs(asad=partial(kernels.asad_attention, mesh=mesh))
+  if kind == 'auto' and device.platform == 'cpu':
+    cores = os.cpu_count() or 1
+    return Programs(
+      partial(dense_attention, logits_at_once=cores * CACHED_LOGITS),
+      partial(asad.asad_attention, logits_at_once=cores * CACHED_ASAD_LOGITS),
+    )
+  return PLAIN
+
+
+def unsupported(
+  device: Any, tokens_per_frame: int, num_heads: int, head_width: int, dtype: DTypeLike
+) -> str:
+  """Returns why a device has no fused kernels for these sizes, or '' if it has.
+
+  Of the device, only its `platform` and, if it has one, its `compute_capability` are read.
+  """
+  if device.platform == 'tpu':
+    return asad_tpu.unsupported(tokens_per_frame, num_heads, head_width)
+  if device.platform != 'gpu':
+    return f'devices of the kind {device.platform!r}'
+  capability = getattr(device, 'compute_capability', 'unknown')
+  if capability != asad_gpu.COMPUTE_CAPABILITY:
+    return f'GPUs of compute capability {capability}, but for {asad_gpu.COMPUTE_CAPABILITY}'
+  return asad_gpu.unsupported(tokens_per_frame, head_width, dtype)
 
 
 def decoder_attentions(
@@ -64,7 +130,7 @@ def decoder_attentions(
   num_blocks: int,
   tokens_per_frame: int,
   drop_rate: float,
-  asad_attention: AsadAttention = asad.asad_attention,
+  programs: Programs,
 ) -> list[Attention]:
   """Returns one attention per decoder block: ASAD with its own draw, or dense where P drops none.
 
@@ -73,12 +139,12 @@ def decoder_attentions(
     num_blocks: decoder depth.
     tokens_per_frame: n.
     drop_rate: P; 0 switches the dropout off, as in evaluation.
-    asad_attention: the program of ASAD.
+    programs: of both kinds.
   """
   if asad.num_dropped(tokens_per_frame, drop_rate) == 0:
-    return [dense_attention] * num_blocks
+    return [programs.dense] * num_blocks
   fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
   return [
-    partial(asad_attention, draw_keys=fold(keys, block), drop_rate=drop_rate)
+    partial(programs.asad, draw_keys=fold(keys, block), drop_rate=drop_rate)
     for block in range(num_blocks)
   ]

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from dropmae_jax import asad, attention, masking, patches, position, vit
-from dropmae_jax.attention import AsadAttention, Attention
+from dropmae_jax import attention, masking, patches, position, vit
+from dropmae_jax.attention import Attention
 from dropmae_jax.masking import Masking
 
 
@@ -171,13 +171,18 @@ class MaskedAutoencoder(nnx.Module):
     self.decoder_norm = vit.layer_norm(a.decoder_width, rngs=rngs)
     self.decoder_pred = vit.linear(a.decoder_width, a.patch_values, dtype=dtype, rngs=rngs)
 
-  def encode(self, patch_vectors: Float[Array, 'b l p'], masked: Masking) -> Float[Array, 'b k d']:
+  def encode(
+    self,
+    patch_vectors: Float[Array, 'b l p'],
+    masked: Masking,
+    attend: Attention = attention.dense_attention,
+  ) -> Float[Array, 'b k d']:
     """Returns the latents of the visible patches in the masking's order; no other is embedded."""
     code = _frame_codes(self.pos_embed, self.temporal_pos_embed_x, self.temporal_pos_embed_z)
     tokens = self.patch_embed(masking.select(patch_vectors, masked.visible))
     tokens = tokens + masking.select(code, masked.visible)
     for block in self.blocks:
-      tokens = self._run(block, tokens, attention.dense_attention, None)
+      tokens = self._run(block, tokens, attend, None)
     return self.norm(tokens)
 
   def decode(
@@ -244,7 +249,7 @@ def pretraining_loss(
   masking_keys: Key[Array, ' b'],
   asad_keys: Key[Array, ' b'],
   objective: Objective,
-  asad_attention: AsadAttention = asad.asad_attention,
+  attention_programs: attention.Programs = attention.PLAIN,
 ) -> Float[Array, '']:
   """Draws a masking and the dropped attention pairs, and returns the loss.
 
@@ -254,7 +259,7 @@ def pretraining_loss(
     masking_keys: one per sample.
     asad_keys: one per sample.
     objective: mask ratio, P and kind of targets.
-    asad_attention: the program of ASAD.
+    attention_programs: how attention is computed.
   """
   a = model.architecture
   scheme = masking.MASKING_SCHEMES[objective.masking]
@@ -264,10 +269,11 @@ def pretraining_loss(
     num_blocks=a.decoder_depth,
     tokens_per_frame=a.tokens_per_frame,
     drop_rate=objective.attention_dropout,
-    asad_attention=asad_attention,
+    programs=attention_programs,
   )
   vectors = patches.patchify(frames, a.patch_size)
-  found = model.decode(model.encode(vectors, masked), masked, attentions, wanted=masked.masked)
+  latents = model.encode(vectors, masked, attention_programs.dense)
+  found = model.decode(latents, masked, attentions, wanted=masked.masked)
   targets = masking.select(vectors, masked.masked)
   return reconstruction_loss(found, targets, normalise_targets=objective.normalise_targets)
 

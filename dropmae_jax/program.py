@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dropmae_jax import attention, mae, optimizer, sharding
-from dropmae_jax.attention import AsadAttention
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.train_step import Metrics, TrainState, init_state, train_step
@@ -23,18 +22,19 @@ class Program(NamedTuple):
   abstract_state: TrainState
 
 
-def asad_attention_of(recipe: Recipe, mesh: Mesh) -> AsadAttention:
-  """Returns the program of ASAD that a recipe asks for.
+def attention_programs(recipe: Recipe, mesh: Mesh) -> attention.Programs:
+  """Returns the attention that a recipe asks for.
 
   Raises:
     ValueError: the devices, or the sizes of the model, have none such.
   """
-  return attention.asad_attention_of_kind(
+  return attention.programs_for(
     recipe.attention,
     mesh,
     tokens_per_frame=recipe.model.tokens_per_frame,
     num_heads=recipe.model.decoder_num_heads,
     head_width=recipe.model.decoder_width // recipe.model.decoder_num_heads,
+    dtype=recipe.dtype,
   )
 
 
@@ -48,7 +48,7 @@ def build_program(recipe: Recipe, mesh: Mesh) -> Program:
   """
   try:
     sharding.check_batch(recipe.batch_size, recipe.accumulation_steps, mesh)
-    asad_attention = asad_attention_of(recipe, mesh)
+    programs = attention_programs(recipe, mesh)
   except ValueError as error:
     raise BadInput(f'config: {error}') from error
   graphdef, _ = mae.abstract_model(recipe.model, dtype=jnp.dtype(recipe.dtype), remat=recipe.remat)
@@ -67,7 +67,7 @@ def build_program(recipe: Recipe, mesh: Mesh) -> Program:
     objective=recipe.objective,
     shared_flip=recipe.data.shared_augmentation,
     accumulation_steps=recipe.accumulation_steps,
-    asad_attention=asad_attention,
+    attention_programs=programs,
   )
   init = partial(init_state, architecture=recipe.model, tx=tx)
   # A state is born in its place, and never whole on one device.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int, Key, UInt16, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt16, UInt32
 
 # Ranks are positive floats of 6 bits of exponent, from 2^-4 on, and 10 of mantissa.
 LEAST_RANKED = 2.0**-4
@@ -21,29 +21,43 @@ NEVER = 2**16 - 1
 WAYS, PASSES = 5, 7
 
 
-def exponential_noise(keys: Key[Array, ' b'], shape: tuple[int, ...]) -> Float[Array, 'b f m i n']:
-  """Draws from the exponential law, every number by its own place and its sample's key alone.
+class HeadSeeds(NamedTuple):
+  """What is random in the draws of every head: two words for its noise, and from where ties go."""
 
-  The bits are a hash of the place, keyed by two words for each sample and head: nothing is stored
-  or communicated, and the noise is the same on any mesh. The hash is two rounds of a 32-bit mixer
-  (Wellons, "Prospecting for hash functions", 2018) with a word of the key before each.
+  first: UInt32[Array, 'b m']
+  second: UInt32[Array, 'b m']
+  from_behind: Bool[Array, 'b m']
+
+
+def head_seeds(keys: Key[Array, ' b'], heads: int) -> HeadSeeds:
+  """Makes seeds for the heads of every sample, from its key alone: the same on any mesh."""
+  words = jax.vmap(lambda key: jax.random.bits(key, (2, heads), jnp.uint32))(keys)
+  coins = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(heads,)))
+  return HeadSeeds(words[:, 0], words[:, 1], coins(keys))
+
+
+def exponential_noise(seeds: HeadSeeds, shape: tuple[int, int, int]) -> Float[Array, 'b f m i n']:
+  """Draws from the exponential law, every number by its own place and its head's seed alone.
+
+  The bits are a hash of the place, keyed by two words: nothing is stored or communicated. The hash
+  is two rounds of a 32-bit mixer (Wellons, "Prospecting for hash functions", 2018) with a word of
+  the key before each.
 
   Args:
-    keys: one per sample.
-    shape: f, m, i, n.
+    seeds: of the heads.
+    shape: f, i, n.
   """
-  frames, heads, rows, columns = shape
-  words = key_words(keys, heads)[:, :, None, :, None, None]
+  frames, rows, columns = shape
   frame, row, column = (
     jax.lax.broadcasted_iota(jnp.uint32, (frames, 1, rows, columns), axis) for axis in (0, 2, 3)
   )
   place = (frame * rows + row) * columns + column
-  return noise_at(place, words[:, 0], words[:, 1])
+  return noise_at(place, *(of_heads(words) for words in seeds[:2]))
 
 
-def key_words(keys: Key[Array, ' b'], heads: int) -> UInt32[Array, 'b 2 m']:
-  """Returns the two words that the noise of every sample and head is keyed by."""
-  return jax.vmap(lambda key: jax.random.bits(key, (2, heads), jnp.uint32))(keys)
+def of_heads(numbers: Shaped[Array, 'b m']) -> Shaped[Array, 'b 1 m 1 1']:
+  """Lets a number for every head meet arrays of pairs."""
+  return numbers[:, None, :, None, None]
 
 
 def noise_at(place: UInt32[Array, '...'], first: Array, second: Array) -> Float[Array, '...']:
@@ -150,7 +164,7 @@ def _search(
     of_row = rearrange(marks, 'b f m i (s n) -> b f m i s n', s=parts).sum(axis=-1)
     for k, border in enumerate(borders):
       field = jax.lax.shift_right_logical(of_row, jnp.int32(8 * k)) & 255
-      up_to = field.sum(axis=(1, 3, 4)).reshape(lower.shape)
+      up_to = _over_frames(field.sum(axis=(3, 4)))
       is_low = up_to < count
       low, lower = jnp.where(is_low, border, low), jnp.where(is_low, up_to, lower)
       upper = jnp.where(is_low, upper, jnp.minimum(up_to, upper))
@@ -161,6 +175,11 @@ def _search(
   begin = (zero - 1, zero, zero + f * i * n, ranks)
   low, lower, upper, ranks = jax.lax.fori_loop(0, PASSES, narrow, begin)
   return _Found(low + 1, lower, upper), ranks
+
+
+def _over_frames(numbers: Int[Array, 'b f m']) -> Int[Array, 'b 1 m 1 1']:
+  """Adds up frames. As one sum with what it is of, XLA would copy that into another order."""
+  return sum(numbers[:, frame] for frame in range(numbers.shape[1]))[:, None, :, None, None]
 
 
 def _end_of(
@@ -184,30 +203,24 @@ def _end_of(
 
 
 def sample_drops(
-  keys: Key[Array, ' b'], weights: Float[Array, 'b f m i n'], count: int
+  seeds: HeadSeeds, weights: Float[Array, 'b f m i n'], count: int
 ) -> Bool[Array, 'b f m i n']:
   """Draws `count` pairs per (sample, head) without replacement, jointly over all queries.
 
   Successive weighted draws without replacement are the `count` least of E / weight with E
   exponential: the Gumbel-top-k trick, and the law of torch.multinomial. These are compared by
   ranks of 16 bits. What is equal within 2^-10 at the border, a few pairs of some thousand, is taken
-  from the front or from behind, by one bit of the key, which favours no place.
+  from the front or from behind, as the seed says, which favours no place.
 
   Args:
-    keys: one per sample, so that the draw is the same on any mesh and any split of the batch.
+    seeds: of the heads.
     weights: none negative; a pair of weight 0 is never drawn. Those of a (sample, head) sum to
       `count` at most, or not much more: the border then has at least rank 2^0, for E / weight is
       less than count / (sum of weights) for less than `count` pairs in the mean. So it is for
       ASAD, where a query's weights sum to 1 at most.
     count: at most the number of positive weights of a (sample, head).
   """
-  noise = exponential_noise(keys, weights.shape[1:])
+  _, f, _, i, n = weights.shape
+  noise = exponential_noise(seeds, (f, i, n))
   ranks = to_ranks(jnp.where(weights > 0, noise / weights, jnp.inf))
-  return lowest(ranks, count, coins(keys, weights.shape[2])[:, None, :, None, None])
-
-
-def coins(keys: Key[Array, ' b'], heads: int) -> Bool[Array, 'b m']:
-  """Tells of every sample and head from which end ties are taken."""
-  return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(heads,)))(
-    keys
-  )
+  return lowest(ranks, count, of_heads(seeds.from_behind))

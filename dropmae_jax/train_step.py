@@ -11,8 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from dropmae_jax import asad, augment, mae
-from dropmae_jax.attention import AsadAttention
+from dropmae_jax import attention, augment, mae
 from dropmae_jax.mae import Objective
 
 # What a seed stands for: stream of pairs, crops, masks and drops. To be raised when code draws
@@ -95,7 +94,7 @@ def train_step(
   objective: Objective,
   shared_flip: bool,
   accumulation_steps: int,
-  asad_attention: AsadAttention = asad.asad_attention,
+  attention_programs: attention.Programs,
 ) -> tuple[TrainState, Metrics]:
   """Augments a batch of raw pairs, and updates the state by the gradient of the pre-training loss.
 
@@ -109,7 +108,7 @@ def train_step(
     objective: what is learned.
     shared_flip: both frames of a pair are mirrored alike.
     accumulation_steps: micro-batches that the batch is split into.
-    asad_attention: the program of ASAD.
+    attention_programs: how attention is computed.
   """
 
   def loss_fn(params: dict, batch: tuple[Array, StepKeys]) -> Float[Array, '']:
@@ -120,7 +119,7 @@ def train_step(
       masking_keys=keys.masking,
       asad_keys=keys.asad,
       objective=objective,
-      asad_attention=asad_attention,
+      attention_programs=attention_programs,
     )
 
   keys = step_keys(seed_key, state.step, frames.shape[0])

@@ -31,7 +31,8 @@ def drops(program, key, logits, *, draws, drop_rate):
     weights = asad.sampling_weights(logits)
     weights = jnp.broadcast_to(weights, (draws, *weights.shape[1:]))
     keys = jax.random.split(key, draws)
-    return sampling.sample_drops(keys, weights, asad.num_dropped(n, drop_rate))[:, :, 0]
+    seeds = sampling.head_seeds(keys, 1)
+    return sampling.sample_drops(seeds, weights, asad.num_dropped(n, drop_rate))[:, :, 0]
   query, key_tokens = (
     jnp.broadcast_to(each, (SAMPLES, each.shape[1], HEADS, each.shape[3]))
     for each in tokens_with(logits)

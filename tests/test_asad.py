@@ -30,7 +30,8 @@ def scaled_logits(query, key):
 def draw(seed, query, key, count):
   weights = asad.sampling_weights(scaled_logits(query, key))
   keys = jax.random.split(jax.random.key(seed), query.shape[0])
-  return sampling.sample_drops(keys, weights, count), weights
+  seeds = sampling.head_seeds(keys, query.shape[2])
+  return sampling.sample_drops(seeds, weights, count), weights
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,11 @@ def test_draws_of_heads_samples_and_blocks_differ():
   flat = np.asarray(drops).transpose(0, 2, 1, 3, 4).reshape(6, -1)
   assert len({row.tobytes() for row in flat}) == 6
   blocks = attention.decoder_attentions(
-    jax.random.split(jax.random.key(0), 2), num_blocks=2, tokens_per_frame=16, drop_rate=0.2
+    jax.random.split(jax.random.key(0), 2),
+    num_blocks=2,
+    tokens_per_frame=16,
+    drop_rate=0.2,
+    programs=attention.Programs(),
   )
   first, second = (attend(query, key, value) for attend in blocks)
   assert not np.allclose(first, second)
@@ -177,7 +182,9 @@ def test_a_samples_draw_does_not_depend_on_its_batch():
 def test_a_rate_that_drops_nothing_is_dense_attention(rate):
   query, key, value = qkv(5)
   keys = jax.random.split(jax.random.key(0), 2)
-  (attend,) = attention.decoder_attentions(keys, num_blocks=1, tokens_per_frame=16, drop_rate=rate)
+  (attend,) = attention.decoder_attentions(
+    keys, num_blocks=1, tokens_per_frame=16, drop_rate=rate, programs=attention.Programs()
+  )
   assert attend is attention.dense_attention
   nothing = jnp.zeros((2, 2, 3, 16, 16), bool)
   np.testing.assert_allclose(
@@ -268,7 +275,7 @@ def test_noise_is_between_its_ends_for_all_bits():
   assert (uniform > 0).all()
   assert (uniform < 1).all()
   noise = (-jnp.log(sampling.to_uniform(bits))).reshape(1, 1, 1, 1, -1)
-  ranks = sampling.to_ranks(noise, jnp.ones((1, 1, 1, 1, 1))).ravel()
+  ranks = sampling.to_ranks(noise).ravel()
   assert (noise > 0).all()
   assert ranks[-1] == 0
   assert (jnp.diff(ranks.astype(int)) <= 0).all()
@@ -325,7 +332,8 @@ def test_the_draw_is_the_same_on_any_mesh():
 
   @jax.jit
   def drops(query, key):
-    return sampling.sample_drops(keys, asad.sampling_weights(scaled_logits(query, key)), 96)
+    weights = asad.sampling_weights(scaled_logits(query, key))
+    return sampling.sample_drops(sampling.head_seeds(keys, 3), weights, 96)
 
   spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   whole = drops(query, key)
@@ -344,7 +352,9 @@ def test_no_place_is_favoured_and_no_two_draws_are_alike(level):
   drops = []
   for block in range(4):
     keys = jax.vmap(jax.random.fold_in, (0, None))(jax.random.split(jax.random.key(4), 6), block)
-    drops.append(np.asarray(sample(keys, weights, count)).transpose(0, 2, 1, 3, 4))
+    drops.append(
+      np.asarray(sample(sampling.head_seeds(keys, heads), weights, count)).transpose(0, 2, 1, 3, 4)
+    )
   drops = np.concatenate(drops).reshape(-1, 2, n, n)
   assert (drops.sum(axis=(1, 2, 3)) == count).all()
   share = count / (2 * n * (n - 1))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import assert_near, extreme_tokens, tokens, value_and_gradients
 from conftest import run_python
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -18,47 +19,10 @@ from dropmae_jax import asad, asad_tpu, asad_tpu_search, attention, mae, program
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.recipe import Recipe
 
-
-def tokens(seed, *, b=2, n=16, m=2, e=16, scale=1.0):
-  keys = jax.random.split(jax.random.key(seed), 3)
-  return [scale * jax.random.normal(key, (b, 2 * n, m, e)) for key in keys]
-
-
-def extreme_tokens(n, m, e):
-  """Three samples: all logits 0, all 60 or -60, and such that fall off by 60 from key to key."""
-  query, key, value = (np.array(each) for each in tokens(7, b=3, n=n, m=m, e=e))
-  signs = np.random.default_rng(0).choice([-1.0, 1.0], (2, 2 * n, m))
-  query[0] = 0
-  query[1:], key[1:] = 0, 0
-  query[1, :, :, 0], key[1, :, :, 0] = signs * (60 * e**0.5) ** 0.5
-  query[2, :, :, 0], key[2, :, :, 0] = e**0.5, -60.0 * np.arange(2 * n)[:, None]
-  return [jnp.asarray(each) for each in (query, key, value)]
-
-
 fused = partial(asad_tpu.asad_attention, interpret=True)
 dropped_pairs = jax.jit(
   partial(asad_tpu.dropped_pairs, interpret=True), static_argnames=('drop_rate', 'mesh')
 )
-
-
-def value_and_gradients(attend, arguments):
-  """The output, and the gradients of a function of it."""
-
-  def loss(*arguments):
-    output = attend(*arguments)
-    return jnp.sin(output.astype(jnp.float32)).sum(), output
-
-  (_, output), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(
-    *arguments
-  )
-  return output, *gradients
-
-
-def assert_near(ours, expected, bound):
-  for one, other in zip(ours, expected, strict=True):
-    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    assert np.isfinite(one).all()
-    assert np.linalg.norm(one - other) <= bound * max(np.linalg.norm(other), 1e-3)
 
 
 @pytest.mark.parametrize(('n', 'm', 'e', 'rate'), [(16, 4, 64, 0.3), (33, 1, 16, 0.1)])
@@ -114,11 +78,12 @@ def test_it_draws_what_xla_draws_but_for_ties_of_16_bits():
   ours = dropped_pairs(query, key, draw_keys=keys, drop_rate=0.1)
   logits = asad.products(asad.by_frame(query), asad.by_frame(key))
   weights = asad.sampling_weights(logits, scale=query.shape[-1] ** -0.5)
-  expected = sampling.sample_drops(keys, weights, count)
+  seeds = sampling.head_seeds(keys, 1)
+  expected = sampling.sample_drops(seeds, weights, count)
   # Of 7448 pairs, 4 to 7 share the last rank.
   assert (ours != expected).sum(axis=(1, 2, 3, 4)).max() <= 20
   # By keys of 32 bits it is ours that are the lowest.
-  noise = sampling.exponential_noise(keys, weights.shape[1:])
+  noise = sampling.exponential_noise(seeds, (2, 196, 196))
   race = jnp.where(weights > 0, noise / weights, jnp.inf)
   last = jnp.where(ours, race, 0).max(axis=(1, 3, 4))
   first = jnp.where(ours, jnp.inf, race).min(axis=(1, 3, 4))
@@ -209,11 +174,9 @@ def test_what_there_is_no_kernel_for_is_said(sizes, reason):
 
 def test_the_kernels_are_refused_where_there_are_none():
   mesh = sharding.make_mesh(jax.devices()[:1])
-  sizes = {'tokens_per_frame': 196, 'num_heads': 16, 'head_width': 32}
-  for kind in ('auto', 'xla'):
-    assert attention.asad_attention_of_kind(kind, mesh, **sizes) is asad.asad_attention
+  sizes = {'tokens_per_frame': 196, 'num_heads': 16, 'head_width': 32, 'dtype': 'bfloat16'}
   with pytest.raises(ValueError, match="attention='flash' is unknown; use one of auto, xla, fused"):
-    attention.asad_attention_of_kind('flash', mesh, **sizes)
+    attention.programs_for('flash', mesh, **sizes)
   size = mae.architecture_of_size('XXS', image_size=32)
   recipe = Recipe(data_dir='', num_steps=1, batch_size=1, model=size, attention='fused')
   message = r"config: attention='fused' has no kernel for devices of the kind 'cpu'; use attention="
@@ -229,8 +192,8 @@ from benchmarks import targets
 from dropmae_jax import attention, sharding
 mesh = sharding.make_mesh(targets.devices(sys.argv[1], 4))
 b, n, m, e = 4, 196, 4, 32
-attend = attention.asad_attention_of_kind(
-  'fused', mesh, tokens_per_frame=n, num_heads=m, head_width=e)
+attend = attention.programs_for(
+  'fused', mesh, tokens_per_frame=n, num_heads=m, head_width=e, dtype='bfloat16').asad
 place = sharding.batch_sharding(mesh)
 tokens = jax.ShapeDtypeStruct((b, 2 * n, m, e), jnp.bfloat16, sharding=place)
 keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))

@@ -1,11 +1,13 @@
 """What is timed, compiled and compared is what it is called. Nothing is timed here."""
 
+import dataclasses
 import importlib.util
 import json
 import math
 import re
 import statistics
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ def recipes(monkeypatch, *flags):
   monkeypatch.setattr('sys.argv', ['step_time', f'--batch_size={BATCH}', '--drop_rate=0.2', *flags])
   arguments = step_time.parse()
   arguments.dtype = 'float32'
-  return variants.compared(variants.make_recipe(arguments, BATCH), 'cpu')
+  return variants.compared(variants.make_recipe(arguments, BATCH), jax.devices()[0])
 
 
 @pytest.fixture(scope='module')
@@ -161,12 +163,16 @@ def traced(recipe):
 
 
 def test_flops_are_those_of_the_step_and_of_pytorch(monkeypatch, small):
-  dense, with_asad = recipes(monkeypatch).values()
+  dense, with_asad = (
+    dataclasses.replace(recipe, attention='xla') for recipe in recipes(monkeypatch).values()
+  )
   formula = BATCH * flops.step(SMALLEST, 0.75)
   assert products(traced(dense)) == formula
-  # The gradient computes the logits anew, which is half of a forward attention.
-  anew = BATCH * SMALLEST.decoder_depth * flops.attention(32, 32) / 2
-  assert products(traced(with_asad)) == formula + anew
+  # The gradient computes the logits anew, which is half of a forward attention; and the powers of a
+  # head are summed by a product, as one more value is.
+  anew = flops.attention(32, 32) / 2
+  sums = SMALLEST.decoder_num_heads * 2 * 32**2
+  assert products(traced(with_asad)) == formula + BATCH * SMALLEST.decoder_depth * (anew + sums)
   step = torch_step.TorchStep(dense, 'cpu')
   frames = torch.zeros((BATCH, 2, 32, 32, 3), dtype=torch.uint8)
   # Written out, so that the counter sees its products.
@@ -334,12 +340,22 @@ def test_pytorch_that_is_not_there_is_named(monkeypatch):
     rounds.import_torch()
 
 
-@pytest.mark.parametrize(('image_size', 'has_kernels'), [(224, True), (336, False)])
-def test_fused_kernels_are_compared_where_there_are_any(image_size, has_kernels):
+@pytest.mark.parametrize(
+  ('device', 'image_size', 'dtype', 'has_kernels'),
+  [
+    ({'platform': 'tpu'}, 224, 'bfloat16', True),
+    ({'platform': 'tpu'}, 336, 'bfloat16', False),
+    ({'platform': 'gpu', 'compute_capability': '9.0'}, 224, 'bfloat16', True),
+    ({'platform': 'gpu', 'compute_capability': '9.0'}, 224, 'float32', False),
+    ({'platform': 'gpu', 'compute_capability': '8.0'}, 224, 'bfloat16', False),
+    ({'platform': 'cpu'}, 224, 'bfloat16', False),
+  ],
+)
+def test_fused_kernels_are_compared_where_there_are_any(device, image_size, dtype, has_kernels):
   model = mae.architecture_of_size('B', image_size=image_size)
-  options = Recipe(data_dir='', num_steps=1, batch_size=1, model=model)
-  assert ('asad_fused' in variants.compared(options, 'tpu')) == has_kernels
-  assert 'asad_fused' not in variants.compared(options, 'cpu')
+  options = Recipe(data_dir='', num_steps=1, batch_size=1, model=model, dtype=dtype)
+  found = variants.compared(options, types.SimpleNamespace(**device))
+  assert ('asad_fused' in found) == has_kernels
 
 
 @pytest.mark.slow

@@ -12,10 +12,19 @@ PACKAGE = ROOT / 'dropmae_jax'
 
 # An import points to a lower layer only.
 LAYERS = [
-  {'command_line', 'patches', 'position', 'masking', 'sampling'},
+  {
+    'asad_gpu_tile',
+    'command_line',
+    'heads',
+    'masking',
+    'on_each_device',
+    'patches',
+    'position',
+    'sampling',
+  },
   {'asad', 'asad_tpu_search', 'loader_process', 'retention', 'stalls', 'videos'},
-  {'asad_tpu_kernels'},
-  {'asad_tpu'},
+  {'asad_gpu_backward', 'asad_gpu_forward', 'asad_tpu_kernels'},
+  {'asad_gpu', 'asad_tpu'},
   {
     'attention',
     'vit',

@@ -1,0 +1,41 @@
+"""Queries, keys and values for tests of the fused kernels, and how results are compared."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def tokens(seed, *, b=2, n=16, m=2, e=16, scale=1.0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  return [scale * jax.random.normal(key, (b, 2 * n, m, e)) for key in keys]
+
+
+def extreme_tokens(n, m, e):
+  """Three samples: all logits 0, all 60 or -60, and such that fall off by 60 from key to key."""
+  query, key, value = (np.array(each) for each in tokens(7, b=3, n=n, m=m, e=e))
+  signs = np.random.default_rng(0).choice([-1.0, 1.0], (2, 2 * n, m))
+  query[0] = 0
+  query[1:], key[1:] = 0, 0
+  query[1, :, :, 0], key[1, :, :, 0] = signs * (60 * e**0.5) ** 0.5
+  query[2, :, :, 0], key[2, :, :, 0] = e**0.5, -60.0 * np.arange(2 * n)[:, None]
+  return [jnp.asarray(each) for each in (query, key, value)]
+
+
+def value_and_gradients(attend, arguments):
+  """The output, and the gradients of a function of it."""
+
+  def loss(*arguments):
+    output = attend(*arguments)
+    return jnp.sin(output.astype(jnp.float32)).sum(), output
+
+  (_, output), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(
+    *arguments
+  )
+  return output, *gradients
+
+
+def assert_near(ours, expected, bound):
+  for one, other in zip(ours, expected, strict=True):
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    assert np.isfinite(one).all()
+    assert np.linalg.norm(one - other) <= bound * max(np.linalg.norm(other), 1e-3)
