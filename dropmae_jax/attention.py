@@ -22,9 +22,9 @@ AsadAttention = Callable[..., Array]
 # Programs of ASAD: see `programs_for`.
 KINDS = ('auto', 'xla', 'fused')
 
-# What a CPU's core works on should stay in its caches: so many logits, measured for 196 tokens per
-# frame on two cores (python -m benchmarks.step_time). ASAD has more arrays of that size.
-CACHED_LOGITS, CACHED_ASAD_LOGITS = 600_000, 300_000
+# What a CPU's core works on should stay in its caches: so many logits, measured with 392 tokens and
+# two cores (python -m benchmarks.step_time). ASAD has more arrays of that size.
+CACHED_LOGITS, CACHED_ASAD_LOGITS = 4 * 392**2, 2 * 392**2
 
 
 def dense_attention(
