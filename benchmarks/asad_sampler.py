@@ -2,10 +2,11 @@ r"""Times ASAD's sampler, from a layer's logits to the pairs that are dropped, b
 
     python -m benchmarks.asad_sampler --rounds=9 --json=FILE
 
-Ours is `asad.sampling_weights` and `sampling.sample_drops`, jitted. The PyTorch way is that of the
-published method, written here without a loop over heads: softmax, weights, `torch.multinomial`
-without replacement, scatter. Both are run on the CPU or both on the GPU, on the same logits of a
-ViT-B's decoder layer in float32, in interleaved rounds. Results: docs/performance.md.
+Ours is `asad.sampling_weights` and `sampling.sample_drops`, jitted, on CPUs a few heads at a time
+as the step does it. The PyTorch way is that of the published method, written here without a loop
+over heads: softmax, weights, `torch.multinomial` without replacement, scatter. Both are run on the
+CPU or both on the GPU, on the same logits of a ViT-B's decoder layer in float32, in interleaved
+rounds. Results: docs/performance.md.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from benchmarks import clips, rounds
-from benchmarks.parts import drops
+from benchmarks.parts import drops, head_groups
 from benchmarks.rounds import Way
 from dropmae_jax import asad, command_line, loader_process
 from dropmae_jax.asad import Logits
@@ -56,13 +58,18 @@ def torch_drops(logits: 'Tensor', count: int) -> 'Tensor':
 
 
 def make_logits(batch_size: int, heads: int, tokens: int) -> tuple[Logits, np.ndarray]:
-  """Returns random logits twice: for us, and as one matrix over the keys of both frames."""
+  """Returns random logits twice: for us, in groups of heads as a step has them, and as one matrix.
+
+  That is over the keys of both frames.
+  """
   n = tokens // 2
   own, other = np.random.default_rng(0).normal(size=(2, batch_size, 2, heads, n, n))
   own, other = own.astype(np.float32), other.astype(np.float32)
   earlier = np.concatenate([own[:, 0], other[:, 0]], axis=-1)
   later = np.concatenate([other[:, 1], own[:, 1]], axis=-1)
-  return Logits(jnp.asarray(own), jnp.asarray(other)), np.concatenate([earlier, later], axis=-2)
+  groups = head_groups(batch_size, heads, tokens)
+  ours = (rearrange(each, 'b f (g m) i n -> g b f m i n', g=groups) for each in (own, other))
+  return Logits(*map(jnp.asarray, ours)), np.concatenate([earlier, later], axis=-2)
 
 
 def make_ways(batch_size: int, arguments: argparse.Namespace) -> dict[str, Way]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from benchmarks import compiled, flops
@@ -29,6 +30,7 @@ from dropmae_jax import (
   train_step,
 )
 from dropmae_jax.attention import Attention
+from dropmae_jax.heads import num_groups
 from dropmae_jax.masking import Masking
 from dropmae_jax.program import attention_programs, build_program
 from dropmae_jax.recipe import Recipe
@@ -225,8 +227,10 @@ class Workbench:
   def _sampler(self, recipe: Recipe) -> Part:
     a = self.architecture
     n = a.tokens_per_frame
-    shape = (2, a.decoder_num_heads, n, n)
-    logits = asad.Logits(*(self._normal(*shape, seed=seed) for seed in range(2)))
+    groups = head_groups(self._batch, a.decoder_num_heads, a.num_tokens)
+    shape = (groups, 2, a.decoder_num_heads // groups, n, n)
+    own, other = (jnp.moveaxis(self._normal(*shape, seed=seed), 1, 0) for seed in range(2))
+    logits = asad.Logits(own, other)
     sample = functools.partial(drops, count=self._count(recipe))
     return self._part(sample, self._keys(), logits, times=a.decoder_depth)
 
@@ -251,7 +255,26 @@ class Workbench:
     return self._part(jax.jit(update, donate_argnums=0), gradients, on_state=True)
 
 
+def head_groups(batch_size: int, heads: int, tokens: int) -> int:
+  """Returns in how many groups of heads a step draws."""
+  _, at_once = attention.logits_at_once(jax.default_backend())
+  return num_groups((batch_size, tokens, heads), at_once)
+
+
 def drops(keys: jax.Array, logits: asad.Logits, *, count: int) -> jax.Array:
-  """The sampler: marks the pairs of one layer that ASAD drops."""
-  seeds = sampling.head_seeds(keys, logits.own.shape[2])
-  return sampling.sample_drops(seeds, asad.sampling_weights(logits), count)
+  """The sampler: marks the pairs of one layer that ASAD drops.
+
+  Args:
+    keys: one per sample.
+    logits: [g, b, f, m, i, n], of groups of heads.
+    count: how many to drop.
+  """
+  groups, _, _, heads, _, _ = logits.own.shape
+
+  def draw(group: tuple[asad.Logits, sampling.HeadSeeds]) -> jax.Array:
+    logits, seeds = group
+    return sampling.sample_drops(seeds, asad.sampling_weights(logits), count)
+
+  seeds = sampling.head_seeds(keys, groups * heads)
+  seeds = jax.tree.map(lambda each: rearrange(each, 'b (g m) -> g b m', g=groups), seeds)
+  return jax.lax.map(draw, (logits, seeds))

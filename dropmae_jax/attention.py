@@ -98,13 +98,21 @@ def programs_for(
       raise ValueError(f"attention='fused' has no kernel for {reason}; use attention='xla'.")
     kernels = asad_tpu if device.platform == 'tpu' else asad_gpu
     return Programs(asad=partial(kernels.asad_attention, mesh=mesh))
-  if kind == 'auto' and device.platform == 'cpu':
-    cores = os.cpu_count() or 1
-    return Programs(
-      partial(dense_attention, logits_at_once=cores * CACHED_LOGITS),
-      partial(asad.asad_attention, logits_at_once=cores * CACHED_ASAD_LOGITS),
-    )
-  return PLAIN
+  if kind == 'xla':
+    return PLAIN
+  dense, with_drops = logits_at_once(device.platform)
+  return Programs(
+    partial(dense_attention, logits_at_once=dense),
+    partial(asad.asad_attention, logits_at_once=with_drops),
+  )
+
+
+def logits_at_once(platform: str) -> tuple[int | None, int | None]:
+  """Returns how many logits attention should have at a time, without drops and with; None: all."""
+  if platform != 'cpu':
+    return None, None
+  cores = os.cpu_count() or 1
+  return cores * CACHED_LOGITS, cores * CACHED_ASAD_LOGITS
 
 
 def unsupported(

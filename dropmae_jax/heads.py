@@ -9,6 +9,15 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 
+def num_groups(shape: tuple[int, int, int], logits_at_once: int | None) -> int:
+  """Returns how many groups of heads `by_heads` makes of b, l and m."""
+  b, length, num_heads = shape
+  most = math.inf if logits_at_once is None else logits_at_once
+  sizes = (size for size in range(num_heads, 0, -1) if num_heads % size == 0)
+  fitting = (size for size in sizes if b * size * length**2 <= most)
+  return num_heads // next(fitting, 1)
+
+
 def by_heads(
   attend: Callable[[Array, Array, Array, Any], Array],
   query: Float[Array, 'b l m e'],
@@ -29,13 +38,7 @@ def by_heads(
     of_heads: arrays [b, m], of which every group sees its own.
     logits_at_once: a group has as many heads as have no more logits, or one; None: all.
   """
-  b, length, num_heads, _ = query.shape
-  groups = next(
-    number
-    for number in range(1, num_heads + 1)
-    if num_heads % number == 0
-    and (b * num_heads // number * length**2 <= (logits_at_once or math.inf) or number == num_heads)
-  )
+  groups = num_groups(query.shape[:3], logits_at_once)
   if groups == 1:
     return attend(query, key, value, of_heads)
   tokens = (rearrange(each, 'b l (g m) e -> g b l m e', g=groups) for each in (query, key, value))

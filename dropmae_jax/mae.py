@@ -144,10 +144,8 @@ class MaskedAutoencoder(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     remat: str = 'none',
   ) -> None:
-    a = architecture
-    self.architecture = architecture
-    self.dtype = dtype
-    self.remat = remat
+    self.architecture = a = architecture
+    self.dtype, self.remat = dtype, remat
     self.pos_embed = nnx.Param(jnp.asarray(position.sincos_table(a.grid, a.width)))
     self.temporal_pos_embed_x = normal(rngs.params(), a.width)
     self.temporal_pos_embed_z = normal(rngs.params(), a.width)
@@ -172,10 +170,7 @@ class MaskedAutoencoder(nnx.Module):
     self.decoder_pred = vit.linear(a.decoder_width, a.patch_values, dtype=dtype, rngs=rngs)
 
   def encode(
-    self,
-    patch_vectors: Float[Array, 'b l p'],
-    masked: Masking,
-    attend: Attention = attention.dense_attention,
+    self, patch_vectors: Float[Array, 'b l p'], masked: Masking, attend: Attention
   ) -> Float[Array, 'b k d']:
     """Returns the latents of the visible patches in the masking's order; no other is embedded."""
     code = _frame_codes(self.pos_embed, self.temporal_pos_embed_x, self.temporal_pos_embed_z)
@@ -220,7 +215,8 @@ class MaskedAutoencoder(nnx.Module):
     self, patch_vectors: Float[Array, 'b l p'], masked: Masking, attentions: list[Attention]
   ) -> Float[Array, 'b l p']:
     """Encodes the visible patches and reconstructs all."""
-    return self.decode(self.encode(patch_vectors, masked), masked, attentions)
+    latents = self.encode(patch_vectors, masked, attention.dense_attention)
+    return self.decode(latents, masked, attentions)
 
 
 def _frame_codes(
