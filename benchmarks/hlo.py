@@ -29,6 +29,7 @@ RING = {
 _MOVES_NOTHING = frozenset(
   ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id')
 )
+_READS_PART = frozenset(('slice', 'dynamic-slice', 'gather'))
 _RUNS_OTHERS = frozenset(('while', 'call', 'conditional', 'async-start'))
 _MAKES_ANYTHING = frozenset(('fusion', 'custom-call', 'reduce'))
 _BESIDE_KERNELS = frozenset(('copy-start', 'slice-start'))
@@ -134,8 +135,8 @@ class Program:
 
     Operands and results of every instruction that is run as one kernel count once each, but for
     arrays that the compiler has put into on-chip memory (`S(1)` in their layout, TPU only), as
-    it has chosen to. A kernel that reads a part of an operand counts as reading it whole. Loops
-    of unknown length count once.
+    it has chosen to. A kernel that cuts or gathers a part of an operand counts as reading that;
+    one that reads a part otherwise, as reading it whole. Loops of unknown length count once.
     """
     total = 0
     for instruction, _, times in self._walk(self._entry, 1, into_fusions=False):
@@ -146,7 +147,7 @@ class Program:
         moved = min(map(num_bytes, ends), default=0)
         total += (times or 1) * sum(moved for end in ends if _in_main_memory(end))
       elif opcode not in _MOVES_NOTHING and not opcode.endswith(('-done', '-update', 'while')):
-        arrays = _arrays(instruction.shape) + _arrays(self._operands(instruction))
+        arrays = _arrays(instruction.shape) + self._read_by(instruction)
         # GPU: products have scratch of a fixed size as a second result, of this type.
         arrays = [array for array in arrays if not array.startswith('s8[')]
         total += (times or 1) * sum(num_bytes(array) for array in arrays if _in_main_memory(array))
@@ -167,6 +168,20 @@ class Program:
       is_kernel &= opcode in _MAKES_ANYTHING or sizes
       if is_kernel and not opcode.endswith(('-done', '-update')):
         found[opcode] += times or 1
+    return found
+
+  def _read_by(self, instruction: _Instruction) -> list[str]:
+    """Lists the arrays that a kernel reads, with what it cuts or gathers of them instead."""
+    found = []
+    called = dict(_CALLED.findall(instruction.attributes)).get('calls', '')
+    inside = self._computations.get(called.removeprefix('%'), [])
+    for name in dict.fromkeys(instruction.operands):
+      parameter = f'parameter({instruction.operands.index(name)})'
+      given = {each.name for each in inside if f' {parameter}' in each.text}
+      uses = [each for each in inside if given & set(each.operands)]
+      is_part = all(each.opcode in _READS_PART and each.operands[0] in given for each in uses)
+      parts = uses if uses and is_part else [self._instructions[name]]
+      found += [array for part in parts for array in _arrays(part.shape)]
     return found
 
   def _operands(self, instruction: _Instruction) -> str:

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from dropmae_jax import attention, masking, patches, position, vit
-from dropmae_jax.attention import Attention
+from dropmae_jax.attention import Attention, dense_attention
 from dropmae_jax.masking import Masking
 
 
@@ -170,7 +170,7 @@ class MaskedAutoencoder(nnx.Module):
     self.decoder_pred = vit.linear(a.decoder_width, a.patch_values, dtype=dtype, rngs=rngs)
 
   def encode(
-    self, patch_vectors: Float[Array, 'b l p'], masked: Masking, attend: Attention
+    self, patch_vectors: Float[Array, 'b l p'], masked: Masking, attend: Attention = dense_attention
   ) -> Float[Array, 'b k d']:
     """Returns the latents of the visible patches in the masking's order; no other is embedded."""
     code = _frame_codes(self.pos_embed, self.temporal_pos_embed_x, self.temporal_pos_embed_z)
@@ -215,8 +215,7 @@ class MaskedAutoencoder(nnx.Module):
     self, patch_vectors: Float[Array, 'b l p'], masked: Masking, attentions: list[Attention]
   ) -> Float[Array, 'b l p']:
     """Encodes the visible patches and reconstructs all."""
-    latents = self.encode(patch_vectors, masked, attention.dense_attention)
-    return self.decode(latents, masked, attentions)
+    return self.decode(self.encode(patch_vectors, masked), masked, attentions)
 
 
 def _frame_codes(

@@ -16,7 +16,7 @@ from dropmae_jax.mae import Objective
 
 # What a seed stands for: stream of pairs, crops, masks and drops. To be raised when code draws
 # otherwise, as then a checkpoint would not go on as the run that it is of.
-SEED_VERSION = 2
+SEED_VERSION = 3
 
 
 @flax.struct.dataclass

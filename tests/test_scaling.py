@@ -154,6 +154,22 @@ def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
   assert found.sent_bytes == 7 / 8 * 256
 
 
+def test_of_what_is_cut_or_gathered_the_part_is_read():
+  fusion = """%fused (a: f32[16,4], b: f32[16,4], i: s32[]) -> f32[1,4] {
+  %a = f32[16,4]{1,0} parameter(0)
+  %b = f32[16,4]{1,0} parameter(1), metadata={}
+  %i = s32[] parameter(2)
+  %c = f32[1,4]{1,0} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={1,4}
+  %d = f32[1,4]{1,0} slice(%b), slice={[0:1], [0:4]}
+  %e = f32[1,4]{1,0} reduce(%b, %i), dimensions={}, to_apply=%sum
+  ROOT %f = f32[1,4]{1,0} add(%c, %e)
+}
+"""
+  call = '  ROOT %r = f32[1,4]{1,0} fusion(%x, %y, %n), kind=kLoop, calls=%fused\n'
+  given = '  %y = f32[16,4]{1,0} parameter(1)\n  %n = s32[] parameter(2)\n'
+  assert program(given + call, fusion).memory_bytes() == 16 + 256 + 4 + 16
+
+
 def test_main_memory_leaves_out_what_lies_on_chip():
   found = program(
     '  %s = (f32[16,4]{1,0:S(1)}, f32[16,4]{1,0}, u32[]{:S(2)}) copy-start(%x)\n'
