@@ -62,18 +62,60 @@ def sampling_weights(logits: Logits, scale: float = 1.0) -> Float[Array, 'b f m 
     logits: of the attention.
     scale: what they are still to be multiplied by.
   """
-  largest_other = logits.other.max(axis=-1, keepdims=True)
-  largest = jnp.maximum(logits.own.max(axis=-1, keepdims=True), largest_other)
   is_self = jnp.eye(logits.own.shape[-1], dtype=bool)
-  itself = jnp.diagonal(logits.own, axis1=-2, axis2=-1)[..., None]
-  others = jnp.where(is_self, 0.0, power(logits.own, largest, scale)).sum(axis=-1, keepdims=True)
-  other = power(logits.other, largest, scale).sum(axis=-1, keepdims=True)
-  total = others + power(itself, largest, scale) + other
-  best_match = power(largest_other, largest, scale) / total + EPSILON
-  share = best_match / (others / total + (logits.own.shape[-1] - 1) * EPSILON)
+  own, other = _power_sums(logits.own, scale, ~is_self), _power_sums(logits.other, scale, None)
+  largest = jnp.maximum(own.largest, other.largest)
+  shrink, best = power(own.largest, largest, scale), power(other.largest, largest, scale)
+  total = own.total * shrink + other.total * best
+  best_match = best / total + EPSILON
+  share = best_match / (own.marked * shrink / total + (is_self.shape[-1] - 1) * EPSILON)
   # Not the powers of the sums: these XLA would store, to use them once more.
   attention = jnp.exp((logits.own - largest) * scale - jnp.log(total))
   return jnp.where(is_self, 0.0, (attention + EPSILON) * share)
+
+
+class _PowerSums(NamedTuple):
+  """A row's largest logit, and the sums of powers relative to it: of all, and of those marked."""
+
+  largest: Float[Array, 'b f m i 1']
+  total: Float[Array, 'b f m i 1']
+  marked: Float[Array, 'b f m i 1'] | None
+
+
+def _power_sums(
+  logits: Float[Array, 'b f m i j'], scale: float, marks: Bool[Array, 'i j'] | None
+) -> _PowerSums:
+  at_once = partial(_power_sums_at_once, scale=scale, marks=marks)
+  in_passes = partial(_power_sums_in_passes, scale=scale, marks=marks)
+  found = jax.lax.platform_dependent(logits, cuda=at_once, rocm=at_once, default=in_passes)
+  return _PowerSums(*found, *(() if len(found) == 3 else (None,)))
+
+
+def _power_sums_in_passes(logits: Array, *, scale: float, marks: Array | None) -> tuple[Array, ...]:
+  largest = logits.max(axis=-1, keepdims=True)
+  powers = power(logits, largest, scale)
+  kinds = (powers,) if marks is None else (powers, jnp.where(marks, powers, 0.0))
+  return largest, *(each.sum(axis=-1, keepdims=True) for each in kinds)
+
+
+def _power_sums_at_once(logits: Array, *, scale: float, marks: Array | None) -> tuple[Array, ...]:
+  """Reads logits once: rows are put together of parts with a largest and sums each.
+
+  GPUs have the time to raise twice as many powers meanwhile; CPUs have not.
+  """
+
+  def join(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
+    largest = jnp.maximum(one[0], other[0])
+    first, second = (jnp.exp((part[0] - largest) * scale) for part in (one, other))
+    sums = (x * first + y * second for x, y in zip(one[1:], other[1:], strict=True))
+    return largest, *sums
+
+  ones = jnp.ones_like(logits)
+  counted = (ones,) if marks is None else (ones, jnp.where(marks, ones, 0.0))
+  # A number, so that differences are.
+  start = (jnp.finfo(jnp.float32).min / 2, *(0.0 for _ in counted))
+  found = jax.lax.reduce((logits, *counted), jax.tree.map(jnp.float32, start), join, (4,))
+  return tuple(each[..., None] for each in found)
 
 
 def power(

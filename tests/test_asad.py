@@ -14,7 +14,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dropmae_jax import asad, attention, sampling
+from dropmae_jax import asad, attention, heads, sampling
 
 
 def qkv(seed, *, b=2, n=16, m=3, e=8, scale=1.0):
@@ -71,6 +71,29 @@ def test_weights_of_a_query_sum_to_its_best_match_in_the_other_frame():
   other = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)[..., 16:]
   _, weights = draw(0, query, key, 32)
   np.testing.assert_allclose(weights.sum(-1), other.max(-1) + 1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('spread', [0.0, 1.0, 100.0])
+@pytest.mark.parametrize('is_marked', [False, True])
+def test_powers_are_summed_alike_in_passes_and_at_once(spread, is_marked):
+  """GPUs do the one, and all others the other."""
+  marks = ~jnp.eye(16, dtype=bool) if is_marked else None
+  logits = spread * jax.random.normal(jax.random.key(0), (2, 2, 3, 16, 16))
+  in_passes, at_once = (
+    function(logits, scale=0.5, marks=marks)
+    for function in (asad._power_sums_in_passes, asad._power_sums_at_once)
+  )
+  assert len(in_passes) == 2 + is_marked
+  for one, other in zip(in_passes, at_once, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-9)
+
+
+def test_marks_are_packed_alike_at_once_and_by_eighths():
+  """CPUs do the other, and all others the one."""
+  rows = jax.random.bernoulli(jax.random.key(0), shape=(2, 2, 3, 24, 5))
+  bits = asad._packed_at_once(rows)
+  np.testing.assert_array_equal(bits, asad._packed_by_eighths(rows))
+  np.testing.assert_array_equal(asad.unpacked(bits, 24), rows)
 
 
 def test_own_frame_is_the_querys_own():
@@ -168,6 +191,36 @@ def test_draws_of_heads_samples_and_blocks_differ():
   )
   first, second = (attend(query, key, value) for attend in blocks)
   assert not np.allclose(first, second)
+
+
+def test_a_few_heads_at_a_time_are_as_all_at_once():
+  arguments = qkv(4, b=2, m=6)
+  logits = 2 * 2 * 32**2  # Of two heads.
+  drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': 0.3}
+  for attend in (partial(asad.asad_attention, **drawn), attention.dense_attention):
+
+    def results(at_once, attend=attend):
+      few = partial(attend, logits_at_once=at_once)
+      output, pull = jax.vjp(few, *arguments)
+      return output, *pull(jnp.cos(output))
+
+    for one, other in zip(results(logits), results(None), strict=True):
+      np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'at_once', 'groups'),
+  [
+    ((2, 392, 16), None, 1),
+    ((2, 392, 16), 8 * 392**2, 4),
+    ((2, 392, 16), 4 * 392**2, 8),
+    ((2, 392, 12), 8 * 392**2, 3),
+    ((64, 392, 16), 8 * 392**2, 16),
+    ((2, 98, 12), 8 * 392**2, 1),
+  ],
+)
+def test_groups_are_as_large_as_is_allowed(shape, at_once, groups):
+  assert heads.num_groups(shape, at_once) == groups
 
 
 def test_a_samples_draw_does_not_depend_on_its_batch():
