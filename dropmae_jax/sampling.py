@@ -128,8 +128,8 @@ def find_border(
     the border, and the ranks, which should be read from here: they are in memory.
   """
   found, ranks = _search(ranks, count)
-  ties = ranks == found.threshold.astype(jnp.uint16)
-  cut = _end_of(ties, jnp.where(from_behind, found.up_to - count, count - found.below))
+  num_ties = jnp.where(from_behind, found.up_to - count, count - found.below)
+  cut = _end_of(ranks, found.threshold, num_ties)
   return Border(found.threshold, cut, from_behind), ranks
 
 
@@ -183,20 +183,24 @@ def _over_frames(numbers: Int[Array, 'b f m']) -> Int[Array, 'b 1 m 1 1']:
 
 
 def _end_of(
-  marks: Bool[Array, 'b f m i n'], count: Int[Array, 'b 1 m 1 1']
+  ranks: UInt16[Array, 'b f m i n'],
+  rank: Int[Array, 'b 1 m 1 1'],
+  count: Int[Array, 'b 1 m 1 1'],
 ) -> Int[Array, 'b 1 m 1 1']:
-  """Returns the place after the `count`-th mark of every (sample, head), in the order of (f, i, n).
+  """Returns the place after the `count`-th of a rank, in the order of (f, i, n).
 
-  Only the row in which the count is reached needs a look at its single marks, so that one row is
-  gathered instead of numbering all marks.
+  Only the row in which the count is reached needs a look at its single pairs, so that one row is
+  gathered instead of numbering all that have this rank.
   """
-  _, f, _, i, n = marks.shape
+  _, f, _, i, n = ranks.shape
+  rank = rank.astype(jnp.uint16)
   needed = count[:, 0, :, 0]
-  of_row = rearrange(marks.sum(axis=-1, dtype=jnp.int32), 'b f m i -> b m (f i)')
+  of_row = (ranks == rank).sum(axis=-1, dtype=jnp.int32)
+  of_row = rearrange(of_row, 'b f m i -> b m (f i)')
   reached = jnp.cumsum(of_row, axis=-1)
   last = jnp.minimum((reached < needed).sum(axis=-1), f * i - 1)
-  rows = jnp.take_along_axis(marks, (last % i)[:, None, :, None, None], axis=3)[:, :, :, 0]
-  row = jnp.where((last < i)[..., None], rows[:, 0], rows[:, -1])
+  rows = jnp.take_along_axis(ranks, (last % i)[:, None, :, None, None], axis=3)[:, :, :, 0]
+  row = jnp.where((last < i)[..., None], rows[:, 0], rows[:, -1]) == rank[:, 0, :, 0]
   before = jnp.take_along_axis(reached - of_row, last[..., None], axis=-1)
   columns = (jnp.cumsum(row, axis=-1, dtype=jnp.int32) < needed - before).sum(axis=-1)
   return jnp.where(needed[..., 0] > 0, last * n + columns + 1, 0)[:, None, :, None, None]
