@@ -51,7 +51,8 @@ def measure(arguments: argparse.Namespace, devices: list[jax.Device]) -> dict[st
   target = TARGETS[arguments.target]
   formula = options.batch_size * flops.step(options.model, options.objective.mask_ratio)
   rows = {}
-  for name, recipe in variants.compared(options, devices[0]).items():
+  recipes = variants.compared(options, devices[0], without_fused=arguments.without_fused)
+  for name, recipe in recipes.items():
     row = compiled.compile_step(recipe, devices, target, quick=arguments.quick)
     row['flops_by_formula'] = formula
     if 'kernels' in row:

@@ -176,8 +176,8 @@ class Program:
     called = dict(_CALLED.findall(instruction.attributes)).get('calls', '')
     inside = self._computations.get(called.removeprefix('%'), [])
     for name in dict.fromkeys(instruction.operands):
-      parameter = f'parameter({instruction.operands.index(name)})'
-      given = {each.name for each in inside if f' {parameter}' in each.text}
+      texts = [f' parameter({k})' for k, n in enumerate(instruction.operands) if n == name]
+      given = {each.name for each in inside if any(text in each.text for text in texts)}
       uses = [each for each in inside if given & set(each.operands)]
       is_part = all(each.opcode in _READS_PART and each.operands[0] in given for each in uses)
       parts = uses if uses and is_part else [self._instructions[name]]

@@ -37,7 +37,8 @@ PRODUCT_SIZE = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
 def make_parts(options: Recipe, arguments: argparse.Namespace) -> dict[str, Part]:
   """Compiles all that is to be timed, by name."""
   device = jax.devices()[0]
-  bench = Workbench(variants.compared(options, device), device)
+  recipes = variants.compared(options, device, without_fused=arguments.without_fused)
+  bench = Workbench(recipes, device)
   made = dict(_announced(bench.steps()))
   if arguments.torch:
     made['step_torch'] = torch_step.make(options, np.array(bench.frames), device.platform)

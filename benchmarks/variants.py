@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--image_size', type=int, default=0, help='pixels (224)')
   parser.add_argument('--dtype', choices=recipe.DTYPES, help='of the products')
   parser.add_argument('--remat', default='none', choices=sorted(mae.REMATERIALISATIONS))
+  parser.add_argument(
+    '--without_fused', action='store_true', help='leave out the kernels, if they do not work'
+  )
   parser.add_argument('--drop_rate', type=float, default=0.1, help='P of ASAD (%(default)s)')
 
 
@@ -47,7 +50,7 @@ def make_recipe(arguments: argparse.Namespace, batch_size: int) -> Recipe:
   return options
 
 
-def compared(options: Recipe, device: Any) -> dict[str, Recipe]:
+def compared(options: Recipe, device: Any, *, without_fused: bool = False) -> dict[str, Recipe]:
   """Returns by name the recipes whose steps are measured beside one another.
 
   The first is what the others are compared with. Another way to compute ASAD is one more entry.
@@ -56,6 +59,6 @@ def compared(options: Recipe, device: Any) -> dict[str, Recipe]:
   recipes = {'dense': dataclasses.replace(options, objective=objective), 'asad': options}
   a = options.model
   sizes = a.tokens_per_frame, a.decoder_num_heads, a.decoder_width // a.decoder_num_heads
-  if not attention.unsupported(device, *sizes, options.dtype):
+  if not without_fused and not attention.unsupported(device, *sizes, options.dtype):
     recipes['asad_fused'] = dataclasses.replace(options, attention='fused')
   return recipes

@@ -1,11 +1,11 @@
 """ASAD attention as fused kernels for Hopper GPUs: a drop-in for `asad.asad_attention`.
 
-Logits, weights and the softmax stay on the chip. Main memory sees queries, keys, values and the
-output, a number for each query, a bit for each pair that may be dropped, and, between the two
-kernels of the forward pass, 16 bits for each such pair: its rank, for which XLA then searches the
-border of what is dropped, as it does for its own form. Ranks are those of `sampling`, so that both
-draw the same, but for what the rounding of logits tips over. The kernels are Pallas' for Mosaic
-GPU.
+Logits, weights and the softmax stay on the chip. Main memory sees tokens, filled up to whole tiles,
+the output in float32, a number for each query, a byte of marks for 64 keys, and, between the two
+kernels of the forward pass, 16 bits for each pair that may be dropped: its rank, for which XLA then
+searches the border of what is dropped, as it does for its own form. Ranks are those of `sampling`,
+so that both draw the same, but for what rounding tips over: of logits, and of a GPU's approximate
+logarithms. The kernels are Pallas' for Mosaic GPU.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,8 @@ from dropmae_jax.sampling import HeadSeeds
 STEP = 16
 # So that a thread can have 128 registers.
 MOST_WARPGROUPS = 4
-# Of a multiprocessor, but for what the system and the barriers take.
-SHARED_BYTES = 226 * 1024
+# Of a multiprocessor, but for what the system, reductions and barriers take.
+SHARED_BYTES = 223 * 1024
 COMPUTE_CAPABILITY = '9.0'
 
 
@@ -42,8 +42,8 @@ def unsupported(tokens_per_frame: int, head_width: int, dtype: DTypeLike) -> str
   if head_width % STEP:
     return f'heads of width {head_width}, which is no multiple of {STEP}'
   rows = pl.cdiv(tokens_per_frame, TILE) * TILE
-  # Of the gradient for keys, which needs most.
-  if rows > MOST_WARPGROUPS * TILE or rows * (16 * head_width + 208) > SHARED_BYTES:
+  # Of `attend`, which needs most.
+  if rows > MOST_WARPGROUPS * TILE or rows * (14 * head_width + 324) > SHARED_BYTES:
     return f'{tokens_per_frame} tokens per frame with heads of width {head_width}: too many'
   return ''
 

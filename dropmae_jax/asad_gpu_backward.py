@@ -57,11 +57,11 @@ def query_gradient(
   total, middle = (tiles.load_rows(each.at[at.tile]) for each in (sums, means))
   words = tiles.load(packed.at[at.tile]).astype(jnp.int32)
   found = None
-  for frame in (1 - at.frame, at.frame):
+  for is_own, frame in ((False, 1 - at.frame), (True, at.frame)):
     for k, (start, width) in enumerate(sizes.chunks):
       logits = logits_of(sizes, queries.at[at.tile], keys, frame, (start, width))
       attention = jnp.exp(logits - over(total, width))
-      if frame is at.frame:
+      if is_own:
         word = words if width == TILE else words[:, :width]
         attention = jnp.where(((word >> k) & 1) > 0, 0.0, attention)
       products = tiles.rows_by_rows(uppers.at[at.tile], values.at[frame, pl.ds(start, width)])
@@ -116,14 +116,14 @@ def key_gradients(
   plgpu.copy_gmem_to_smem(bits.at[at.sample, at.frame, at.head, rows], packed.at[at.tile], barrier)
   plgpu.barrier_wait(barrier)
   of_keys = of_values = None
-  for frame in (1 - at.frame, at.frame):
+  for is_own, frame in ((False, 1 - at.frame), (True, at.frame)):
     for number in range(sizes.num_tiles):
       part = pl.ds(number * TILE, TILE)
       asking, given = queries.at[frame, part], uppers.at[frame, part]
       total, middle = (tiles.load_rows(each.at[frame, part]) for each in (sums, means))
       logits = tiles.rows_by_rows(asking, keys.at[at.tile]) * sizes.width**-0.5
       attention = jnp.exp(logits - over(total, TILE))
-      if frame is at.frame:
+      if is_own:
         word = tiles.load(packed.at[number]).astype(jnp.int32)
         attention = jnp.where(((word >> at.tile) & 1) > 0, 0.0, attention)
       mixing = rounded.at[at.tile]

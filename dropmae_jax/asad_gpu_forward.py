@@ -19,6 +19,9 @@ from dropmae_jax.asad_gpu_tile import (
   store,
 )
 
+# -log of the largest uniform number.
+LEAST_NOISE = 2.0**-24
+
 
 def rank(
   words: Ref, query: Ref, key: Ref, ranks: Ref,
@@ -85,7 +88,9 @@ def rank(
     weights = (attention + asad.EPSILON) * over(share, width)
     column, row = tiles.columns(width) + start, tiles.rows(width) + first_row
     place = ((at.frame * n + row) * n + column).astype(jnp.uint32)
-    found = sampling.rank_bits(sampling.noise_at(place, first, second) / weights)
+    # An approximate logarithm of nearly 1 may be less than 0, which would come last.
+    noise = jnp.maximum(sampling.noise_at(place, first, second), LEAST_NOISE)
+    found = sampling.rank_bits(noise / weights)
     is_pair = (column != row) & (column < n) & (row < n)
     found = jnp.where(is_pair, found, sampling.NEVER).astype(jnp.uint16)
     target = ranks.at[at.sample, at.frame, at.head, rows, pl.ds(start, width)]

@@ -111,7 +111,7 @@ def logits_at_once(platform: str) -> tuple[int | None, int | None]:
   """Returns how many logits attention should have at a time, without drops and with; None: all."""
   if platform != 'cpu':
     return None, None
-  cores = os.cpu_count() or 1
+  cores = len(os.sched_getaffinity(0))
   return cores * CACHED_LOGITS, cores * CACHED_ASAD_LOGITS
 
 

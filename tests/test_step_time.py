@@ -358,6 +358,8 @@ def test_fused_kernels_are_compared_where_there_are_any(device, image_size, dtyp
   options = Recipe(data_dir='', num_steps=1, batch_size=1, model=model, dtype=dtype)
   found = variants.compared(options, types.SimpleNamespace(**device))
   assert ('asad_fused' in found) == has_kernels
+  left = variants.compared(options, types.SimpleNamespace(**device), without_fused=True)
+  assert list(left) == ['dense', 'asad']
 
 
 @pytest.mark.slow
