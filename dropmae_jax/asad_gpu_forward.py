@@ -146,26 +146,10 @@ def attend(
   threshold, cut, from_behind = (border[at.sample, at.head, k] for k in range(3))
   plgpu.barrier_wait(barrier)
 
-  largest = total = mix = word = None
-
-  def add(
-    state: tuple, logits: Float[Array, 'i j'], frame: Array, start: int, width: int
-  ) -> tuple[Array, Array, Array]:
-    """Takes more keys into the softmax, whose first part is of the other frame: never empty."""
-    largest, total, mix = state
-    new = logits.max(axis=1) if largest is None else jnp.maximum(largest, logits.max(axis=1))
-    powers = jnp.exp(logits - over(new, width)).astype(value.dtype)
-    of_keys = powers.astype(jnp.float32).sum(axis=1)
-    found = tiles.product(powers, values.at[frame, pl.ds(start, width)])
-    if largest is None:
-      return new, of_keys, found
-    shrink = jnp.exp(largest - new)
-    return new, total * shrink + of_keys, mix * over(shrink, sizes.width) + found
-
-  state = largest, total, mix
+  state = word = None
   for chunk in sizes.chunks:
     logits = logits_of(sizes, queries.at[at.tile], keys, 1 - at.frame, chunk)
-    state = add(state, logits, 1 - at.frame, *chunk)
+    state = _taken_in(state, logits, values.at[1 - at.frame, pl.ds(*chunk)], sizes)
   for k, (start, width) in enumerate(sizes.chunks):
     plgpu.barrier_wait(ready)
     found = tiles.load(of_chunk(start, width)).astype(jnp.int32)
@@ -176,7 +160,8 @@ def attend(
     is_taken = (place < cut).astype(jnp.int32) ^ from_behind
     is_dropped = found < threshold + is_taken
     logits = logits_of(sizes, queries.at[at.tile], keys, at.frame, (start, width))
-    state = add(state, jnp.where(is_dropped, LOWEST, logits), at.frame, start, width)
+    left = jnp.where(is_dropped, LOWEST, logits)
+    state = _taken_in(state, left, values.at[at.frame, pl.ds(start, width)], sizes)
     mark = is_dropped.astype(jnp.int32) << k
     if word is None:
       word = mark
@@ -197,3 +182,22 @@ def attend(
   target = output.at[at.sample, at.frame, rows, at.lanes(sizes.width)]
   plgpu.copy_smem_to_gmem(mixed.at[at.tile], target)
   plgpu.wait_smem_to_gmem(0)
+
+
+def _taken_in(
+  state: tuple[Array, Array, Array] | None, logits: Float[Array, 'i j'], values: Ref, sizes: Sizes
+) -> tuple[Array, Array, Array]:
+  """Takes more keys into the softmax of every row: largest logit, sum of powers, mixed values.
+
+  The first keys must be of the other frame, of which none is dropped: the largest is a logit then.
+  """
+  width = logits.shape[1]
+  new = logits.max(axis=1) if state is None else jnp.maximum(state[0], logits.max(axis=1))
+  powers = jnp.exp(logits - over(new, width)).astype(values.dtype)
+  of_keys = powers.astype(jnp.float32).sum(axis=1)
+  found = sizes.tiles.product(powers, values)
+  if state is None:
+    return new, of_keys, found
+  largest, total, mix = state
+  shrink = jnp.exp(largest - new)
+  return new, total * shrink + of_keys, mix * over(shrink, sizes.width) + found
