@@ -5,18 +5,20 @@ Loops are multiplied out; the number of their rounds is written beside them or i
 """
 
 import collections
-import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Bytes of an element; types of less than a byte do not occur.
-ELEMENT_BYTES = {
-  **dict.fromkeys(('pred', 's8', 'u8'), 1),
-  **dict.fromkeys(('bf16', 'f16', 's16', 'u16'), 2),
-  **dict.fromkeys(('f32', 's32', 'u32'), 4),
-  **dict.fromkeys(('f64', 's64', 'u64', 'c64'), 8),
-}
+from benchmarks.hlo_text import (
+  ARRAY,
+  Instruction,
+  arrays,
+  group_size,
+  in_main_memory,
+  num_bytes,
+  read,
+)
+
 # What a device sends, as a multiple of its operand's bytes, where g devices form a ring.
 RING = {
   'all-reduce': lambda g: 2 * (g - 1) / g,
@@ -29,17 +31,19 @@ RING = {
 _MOVES_NOTHING = frozenset(
   ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id')
 )
-_READS_PART = frozenset(('slice', 'dynamic-slice', 'gather'))
+# In place.
+_CHANGES_PART = 'dynamic-update-slice'
+# What is read of their first operand.
+_PART_BYTES = {
+  **dict.fromkeys(('slice', 'dynamic-slice', 'gather'), lambda each: num_bytes(each.shape)),
+  _CHANGES_PART: lambda each: 0,
+}
 _RUNS_OTHERS = frozenset(('while', 'call', 'conditional', 'async-start'))
 _MAKES_ANYTHING = frozenset(('fusion', 'custom-call', 'reduce'))
 _BESIDE_KERNELS = frozenset(('copy-start', 'slice-start'))
 # TPU: an all-reduce of which every device keeps its slice only, in a fusion of this name.
 SCATTER_FUSION = 'all-reduce-scatter'
 
-_COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
-_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$')
-_OPCODE = re.compile(r'\s*([\w\-]+)\(')
-_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?')
 _CALLED = re.compile(
   r'\b(calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)'
 )
@@ -70,21 +74,12 @@ class Collective(NamedTuple):
     return self.times * self.operand_bytes * RING[self.kind](self.group)
 
 
-class _Instruction(NamedTuple):
-  name: str
-  shape: str
-  opcode: str
-  operands: list[str]
-  attributes: str
-  text: str
-
-
 class Program:
   """A compiled program, taken apart."""
 
   def __init__(self, text: str, num_devices: int) -> None:
     """Reads `compiled.as_text()`; `num_devices` is the group where a collective names none."""
-    self._computations, self._entry = _read(text)
+    self._computations, self._entry = read(text)
     self._num_devices = num_devices
     self._fused = {
       name.removeprefix('%')
@@ -119,11 +114,11 @@ class Program:
       if kind == 'all-reduce' and computation.startswith(SCATTER_FUSION):
         kind = 'reduce-scatter'
       sent = self._operands(instruction)
-      group = _group_size(instruction.attributes, self._num_devices)
+      group = group_size(instruction.attributes, self._num_devices)
       if group > 1 and times is None:
         raise ValueError(f'{instruction.name} is in a loop of unknown length.')
       if group > 1:
-        dtypes = '+'.join(sorted({dtype for dtype, _, _ in _ARRAY.findall(sent)}))
+        dtypes = '+'.join(sorted({dtype for dtype, _, _ in ARRAY.findall(sent)}))
         overlaps = spread or instruction.opcode.endswith('-start')
         # GPU: start and end are written also of one that is waited for at once.
         overlaps &= '"is_sync":true' not in instruction.attributes
@@ -136,21 +131,19 @@ class Program:
     Operands and results of every instruction that is run as one kernel count once each, but for
     arrays that the compiler has put into on-chip memory (`S(1)` in their layout, TPU only), as
     it has chosen to. A kernel that cuts or gathers a part of an operand counts as reading that;
-    one that reads a part otherwise, as reading it whole. Loops of unknown length count once.
+    one that reads a part otherwise, as reading it whole; one that replaces a part counts as writing
+    that. Loops of unknown length count once.
     """
     total = 0
     for instruction, _, times in self._walk(self._entry, 1, into_fusions=False):
       opcode = instruction.opcode
       if opcode in _BESIDE_KERNELS:
         # From one memory to the other: as many bytes as the smaller of both has, at each end.
-        ends = [end for end in _arrays(instruction.shape) if num_bytes(end) > 4][:2]
+        ends = [end for end in arrays(instruction.shape) if num_bytes(end) > 4][:2]
         moved = min(map(num_bytes, ends), default=0)
-        total += (times or 1) * sum(moved for end in ends if _in_main_memory(end))
+        total += (times or 1) * sum(moved for end in ends if in_main_memory(end))
       elif opcode not in _MOVES_NOTHING and not opcode.endswith(('-done', '-update', 'while')):
-        arrays = _arrays(instruction.shape) + self._read_by(instruction)
-        # GPU: products have scratch of a fixed size as a second result, of this type.
-        arrays = [array for array in arrays if not array.startswith('s8[')]
-        total += (times or 1) * sum(num_bytes(array) for array in arrays if _in_main_memory(array))
+        total += (times or 1) * (self._written_bytes(instruction) + self._read_bytes(instruction))
     return total
 
   def kernels(self) -> collections.Counter[str]:
@@ -164,32 +157,57 @@ class Program:
     for instruction, _, times in self._walk(self._entry, 1, into_fusions=False):
       opcode = instruction.opcode
       is_kernel = opcode not in _MOVES_NOTHING | _RUNS_OTHERS | _BESIDE_KERNELS
-      sizes = any(sizes for _, sizes, _ in _ARRAY.findall(instruction.shape))
+      sizes = any(sizes for _, sizes, _ in ARRAY.findall(instruction.shape))
       is_kernel &= opcode in _MAKES_ANYTHING or sizes
       if is_kernel and not opcode.endswith(('-done', '-update')):
         found[opcode] += times or 1
     return found
 
-  def _read_by(self, instruction: _Instruction) -> list[str]:
-    """Lists the arrays that a kernel reads, with what it cuts or gathers of them instead."""
-    found = []
-    called = dict(_CALLED.findall(instruction.attributes)).get('calls', '')
-    inside = self._computations.get(called.removeprefix('%'), [])
+  def _written_bytes(self, instruction: Instruction) -> int:
+    """What a kernel writes to main memory; of an array that it changes, the part that is new."""
+    *_, root = self._inside(instruction) or [instruction]
+    results = (
+      [self._instructions[name] for name in root.operands] if root.opcode == 'tuple' else [root]
+    )
+    if len(results) != len(arrays(instruction.shape)):
+      return sum(map(_main_memory_bytes, arrays(instruction.shape)))
+    return sum(
+      min(_main_memory_bytes(array), self._changed_bytes(result))
+      for array, result in zip(arrays(instruction.shape), results, strict=True)
+    )
+
+  def _changed_bytes(self, result: Instruction) -> int:
+    while result.opcode == 'bitcast':
+      result = self._instructions[result.operands[0]]
+    changed = self._instructions[result.operands[1]] if result.opcode == _CHANGES_PART else result
+    return num_bytes(changed.shape)
+
+  def _read_bytes(self, instruction: Instruction) -> int:
+    """What a kernel reads of main memory; of an array that it only cuts or gathers, that part."""
+    inside = self._inside(instruction)
+    total = 0
     for name in dict.fromkeys(instruction.operands):
       texts = [f' parameter({k})' for k, n in enumerate(instruction.operands) if n == name]
       given = {each.name for each in inside if any(text in each.text for text in texts)}
-      uses = [each for each in inside if given & set(each.operands)]
-      is_part = all(each.opcode in _READS_PART and each.operands[0] in given for each in uses)
-      parts = uses if uses and is_part else [self._instructions[name]]
-      found += [array for part in parts for array in _arrays(part.shape)]
-    return found
+      uses = [each for each in inside if given & set(each.operands)] or [instruction]
+      given = given or {name}
+      whole = sum(map(_main_memory_bytes, arrays(self._instructions[name].shape)))
+      if all(each.opcode in _PART_BYTES and each.operands[0] in given for each in uses):
+        whole = min(whole, sum(_PART_BYTES[each.opcode](each) for each in uses))
+      total += whole
+    return total
 
-  def _operands(self, instruction: _Instruction) -> str:
+  def _inside(self, instruction: Instruction) -> list[Instruction]:
+    """Lists what a fusion is made of; of another instruction, nothing."""
+    called = dict(_CALLED.findall(instruction.attributes)).get('calls', '')
+    return self._computations.get(called.removeprefix('%'), [])
+
+  def _operands(self, instruction: Instruction) -> str:
     return ' '.join(self._instructions[name].shape for name in dict.fromkeys(instruction.operands))
 
   def _walk(
     self, computation: str, times: int | None, *, into_fusions: bool
-  ) -> Iterator[tuple[_Instruction, str, int | None]]:
+  ) -> Iterator[tuple[Instruction, str, int | None]]:
     """Goes through all that is run, with the computation it is in and how often a step runs it."""
     for instruction in self._computations[computation]:
       yield instruction, computation, times
@@ -201,7 +219,7 @@ class Program:
           inside = None if times is None or rounds is None else times * rounds
           yield from self._walk(called, inside, into_fusions=into_fusions)
 
-  def _calls(self, instruction: _Instruction) -> Iterator[tuple[str, int | None]]:
+  def _calls(self, instruction: Instruction) -> Iterator[tuple[str, int | None]]:
     """Names the computations that an instruction runs, and how often, where that is known."""
     called = _CALLED.findall(instruction.attributes)
     rounds = 1 if instruction.opcode != 'while' else self._rounds(instruction, dict(called))
@@ -209,7 +227,7 @@ class Program:
       for name in names.strip('{}').split(','):
         yield name.strip().removeprefix('%'), rounds
 
-  def _rounds(self, loop: _Instruction, called: dict[str, str]) -> int | None:
+  def _rounds(self, loop: Instruction, called: dict[str, str]) -> int | None:
     """Rounds of a loop: as noted beside it, or the one number that its condition counts to."""
     if trips := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
       return int(trips[1])
@@ -229,72 +247,12 @@ class Program:
     return -(-known[0] // known[1])
 
 
-def _constant(instruction: _Instruction) -> int | None:
+def _main_memory_bytes(array: str) -> int:
+  # GPU: products have scratch of a fixed size as a second result, of this type.
+  return num_bytes(array) if in_main_memory(array) and not array.startswith('s8[') else 0
+
+
+def _constant(instruction: Instruction) -> int | None:
   """The value of a whole number, if the instruction is one."""
   value = re.search(r'\bconstant\((\d+)\)', instruction.text)
   return int(value[1]) if value else None
-
-
-def num_bytes(shape: str) -> int:
-  """Bytes of an array or of a tuple of them, as HLO writes its type, without padding."""
-  return sum(
-    ELEMENT_BYTES[dtype] * math.prod(int(n) for n in sizes.split(',') if n)
-    for dtype, sizes, _ in _ARRAY.findall(shape)
-    if dtype in ELEMENT_BYTES
-  )
-
-
-def _arrays(shape: str) -> list[str]:
-  return [array[0] for array in re.finditer(_ARRAY, shape)]
-
-
-def _in_main_memory(array: str) -> bool:
-  return re.search(r'S\([1-9]\)', array) is None
-
-
-def _read(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-  """Splits a module into computations, and names the one that is run."""
-  computations: dict[str, list[_Instruction]] = {}
-  current, entry = [], ''
-  for line in hlo.splitlines():
-    if start := _COMPUTATION.match(line):
-      current = computations[start[1]] = []
-      entry = start[1] if line.startswith('ENTRY') else entry
-    elif found := _INSTRUCTION.match(line):
-      current.append(_instruction(found[1], found[2]))
-  return computations, entry
-
-
-def _instruction(name: str, text: str) -> _Instruction:
-  """Takes an instruction apart: its type may hold spaces and brackets, so these are counted."""
-  end = _closing(text, 0) if text.startswith('(') else text.index(' ')
-  opcode = _OPCODE.match(text, end)
-  if opcode is None:
-    return _Instruction(name, text[:end], '', [], text[end:], text)
-  close = _closing(text, opcode.end() - 1)
-  operands = re.findall(r'%([\w.\-]+)', text[opcode.end() : close])
-  return _Instruction(name, text[:end], opcode[1], operands, text[close:], text)
-
-
-def _closing(text: str, start: int) -> int:
-  """Returns where the bracket that opens at `start` is closed: the place behind it."""
-  depth = 0
-  for place in range(start, len(text)):
-    depth += (text[place] == '(') - (text[place] == ')')
-    if depth == 0:
-      return place + 1
-  raise ValueError(f'no bracket closes {text[start : start + 40]!r}.')
-
-
-def _group_size(attributes: str, num_devices: int) -> int:
-  """Devices of a group, in any of the ways in which replica groups are written."""
-  if mesh := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', attributes):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    # Part of an axis is written 'axis':(before)size.
-    parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
-    return math.prod(int(part or sizes[axis]) for axis, part in parts)
-  if iota := re.search(r'replica_groups=\[\d+,(\d+)\]<=', attributes):
-    return int(iota[1])
-  if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
-    return listed[1].count(',') + 1
-  return num_devices

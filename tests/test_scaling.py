@@ -170,6 +170,32 @@ def test_of_what_is_cut_or_gathered_the_part_is_read():
   assert program(given + call, fusion).memory_bytes() == 16 + 256 + 4 + 16
 
 
+@pytest.mark.parametrize(
+  ('place', 'moved'),
+  [
+    # Four numbers, written and read, and where they belong.
+    ('', 16 + 16 + 4),
+    # What is changed lies on the chip.
+    ('S(1)', 16 + 4),
+  ],
+)
+def test_of_what_is_changed_in_place_the_new_part_moves(place, moved):
+  fusion = """%fused (a: f32[8,4], b: f32[1,4], i: s32[]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = f32[1,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %c = f32[1,1,4]{2,1,0} bitcast(%b)
+  ROOT %r = f32[8,4]{1,0} dynamic-update-slice(%a, %c, %i, %i)
+}
+"""
+  given = f'  %o = f32[8,4]{{1,0{place}}} parameter(3)\n  %n = s32[] parameter(2)\n'
+  new = '  %y = f32[1,4]{1,0} parameter(1)\n'
+  call = f'  ROOT %f = f32[8,4]{{1,0{place}}} fusion(%o, %y, %n), kind=kLoop, calls=%fused\n'
+  assert program(given + new + call, fusion).memory_bytes() == moved
+  alone = f'  ROOT %f = f32[8,4]{{1,0{place}}} dynamic-update-slice(%o, %y, %n, %n)\n'
+  assert program(given + new + alone).memory_bytes() == moved
+
+
 def test_main_memory_leaves_out_what_lies_on_chip():
   found = program(
     '  %s = (f32[16,4]{1,0:S(1)}, f32[16,4]{1,0}, u32[]{:S(2)}) copy-start(%x)\n'
