@@ -21,11 +21,12 @@ import numpy as np
 from einops import rearrange
 
 from benchmarks import clips, rounds
-from benchmarks.parts import drops, head_groups
+from benchmarks.parts import drops, groups_here
 from benchmarks.rounds import Way
 from dropmae_jax import asad, command_line, loader_process
 from dropmae_jax.asad import Logits
 from dropmae_jax.command_line import BadInput
+from dropmae_jax.groups import Groups
 
 if TYPE_CHECKING:
   from torch import Tensor
@@ -57,8 +58,10 @@ def torch_drops(logits: 'Tensor', count: int) -> 'Tensor':
   return dropped.view(weights.shape).transpose(1, 2)
 
 
-def make_logits(batch_size: int, heads: int, tokens: int) -> tuple[Logits, np.ndarray]:
-  """Returns random logits twice: for us, in groups of heads as a step has them, and as one matrix.
+def make_logits(
+  batch_size: int, heads: int, tokens: int, groups: Groups
+) -> tuple[Logits, np.ndarray]:
+  """Returns random logits twice: for us, in groups as a step has them, and as one matrix.
 
   That is over the keys of both frames.
   """
@@ -67,8 +70,8 @@ def make_logits(batch_size: int, heads: int, tokens: int) -> tuple[Logits, np.nd
   own, other = own.astype(np.float32), other.astype(np.float32)
   earlier = np.concatenate([own[:, 0], other[:, 0]], axis=-1)
   later = np.concatenate([other[:, 1], own[:, 1]], axis=-1)
-  groups = head_groups(batch_size, heads, tokens)
-  ours = (rearrange(each, 'b f (g m) i n -> g b f m i n', g=groups) for each in (own, other))
+  sizes = {'s': groups.of_samples, 'h': groups.of_heads}
+  ours = (rearrange(each, '(s c) f (h k) i n -> (s h) c f k i n', **sizes) for each in (own, other))
   return Logits(*map(jnp.asarray, ours)), np.concatenate([earlier, later], axis=-2)
 
 
@@ -82,9 +85,11 @@ def make_ways(batch_size: int, arguments: argparse.Namespace) -> dict[str, Way]:
       ' JAX_PLATFORMS=cpu to compare both on the CPU.'
     )
   count = asad.num_dropped(arguments.tokens // 2, arguments.drop_rate)
-  logits, matrix = make_logits(batch_size, arguments.heads, arguments.tokens)
+  groups = groups_here(batch_size, arguments.heads, arguments.tokens)
+  logits, matrix = make_logits(batch_size, arguments.heads, arguments.tokens, groups)
   keys = jax.random.split(jax.random.key(0), batch_size)
-  sample = jax.jit(functools.partial(drops, count=count)).lower(keys, logits).compile()
+  sample = jax.jit(functools.partial(drops, groups=groups, count=count))
+  sample = sample.lower(keys, logits).compile()
   tensor = torch.from_numpy(matrix).to('cpu' if is_cpu else 'cuda')
   wait = (lambda _: None) if is_cpu else (lambda _: torch.cuda.synchronize())
   return {

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 
 from benchmarks import compiled, flops
@@ -30,7 +29,7 @@ from dropmae_jax import (
   train_step,
 )
 from dropmae_jax.attention import Attention
-from dropmae_jax.heads import num_groups
+from dropmae_jax.groups import Groups, cut, groups_of
 from dropmae_jax.masking import Masking
 from dropmae_jax.program import attention_programs, build_program
 from dropmae_jax.recipe import Recipe
@@ -227,11 +226,16 @@ class Workbench:
   def _sampler(self, recipe: Recipe) -> Part:
     a = self.architecture
     n = a.tokens_per_frame
-    groups = head_groups(self._batch, a.decoder_num_heads, a.num_tokens)
-    shape = (groups, 2, a.decoder_num_heads // groups, n, n)
-    own, other = (jnp.moveaxis(self._normal(*shape, seed=seed), 1, 0) for seed in range(2))
-    logits = asad.Logits(own, other)
-    sample = functools.partial(drops, count=self._count(recipe))
+    groups = groups_here(self._batch, a.decoder_num_heads, a.num_tokens)
+    logits = asad.Logits(
+      *(
+        self._normal(2, a.decoder_num_heads, n, n, seed=seed).reshape(
+          groups.number, -1, 2, a.decoder_num_heads // groups.of_heads, n, n
+        )
+        for seed in range(2)
+      )
+    )
+    sample = functools.partial(drops, groups=groups, count=self._count(recipe))
     return self._part(sample, self._keys(), logits, times=a.decoder_depth)
 
   def _optimizer(self, recipe: Recipe) -> Part:
@@ -255,26 +259,26 @@ class Workbench:
     return self._part(jax.jit(update, donate_argnums=0), gradients, on_state=True)
 
 
-def head_groups(batch_size: int, heads: int, tokens: int) -> int:
-  """Returns in how many groups of heads a step draws."""
+def groups_here(batch_size: int, heads: int, tokens: int) -> Groups:
+  """Returns in what groups a step on one device here draws, with the attention 'auto'."""
   _, at_once = attention.logits_at_once(jax.default_backend())
-  return num_groups((batch_size, tokens, heads), at_once)
+  return groups_of((batch_size, tokens, heads), at_once)
 
 
-def drops(keys: jax.Array, logits: asad.Logits, *, count: int) -> jax.Array:
+def drops(keys: jax.Array, logits: asad.Logits, *, groups: Groups, count: int) -> jax.Array:
   """The sampler: marks the pairs of one layer that ASAD drops.
 
   Args:
     keys: one per sample.
-    logits: [g, b, f, m, i, n], of groups of heads.
+    logits: [g, c, f, k, i, n], of the groups.
+    groups: of which each draws by itself.
     count: how many to drop.
   """
-  groups, _, _, heads, _, _ = logits.own.shape
 
   def draw(group: tuple[asad.Logits, sampling.HeadSeeds]) -> jax.Array:
     logits, seeds = group
     return sampling.sample_drops(seeds, asad.sampling_weights(logits), count)
 
-  seeds = sampling.head_seeds(keys, groups * heads)
-  seeds = jax.tree.map(lambda each: rearrange(each, 'b (g m) -> g b m', g=groups), seeds)
+  seeds = sampling.head_seeds(keys, groups.of_heads * logits.own.shape[3])
+  seeds = jax.tree.map(lambda each: cut(each, groups), seeds)
   return jax.lax.map(draw, (logits, seeds))

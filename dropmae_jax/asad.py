@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from dropmae_jax import sampling
-from dropmae_jax.heads import by_heads
+from dropmae_jax.groups import AT_ONCE, Loop, by_groups
 from dropmae_jax.sampling import HeadSeeds
 
 EPSILON = 1e-6
@@ -279,7 +279,7 @@ def asad_attention(
   *,
   draw_keys: Key[Array, ' b'],
   drop_rate: float,
-  logits_at_once: int | None = None,
+  loop: Loop = AT_ONCE,
 ) -> Float[Array, 'b l m e']:
   """Attention with a fresh draw of dropped pairs; no gradient flows through the draw.
 
@@ -288,11 +288,11 @@ def asad_attention(
     key: likewise.
     value: likewise.
     draw_keys: random keys, one per sample.
-    drop_rate: P, the share of within-frame pairs to drop. Must drop at least one pair: see
-      `num_dropped`.
-    logits_at_once: see `by_heads`.
+    drop_rate: P, the share of within-frame pairs to drop; at least one pair: see `num_dropped`.
+    loop: over groups of heads.
   """
   count = num_dropped(query.shape[1] // 2, drop_rate)
   draw = partial(_drawn, scale=query.shape[-1] ** -0.5, count=count)
   seeds = sampling.head_seeds(draw_keys, query.shape[2])
-  return by_heads(partial(_attend_tokens, draw=draw), query, key, value, seeds, logits_at_once)
+  attend = partial(_attend_tokens, draw=draw)
+  return by_groups(attend, query, key, value, seeds, loop)

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from dropmae_jax import asad, asad_gpu, asad_tpu
-from dropmae_jax.heads import by_heads
+from dropmae_jax.groups import AT_ONCE, Loop, by_groups
 
 # (query, key, value), each [b, l, m, e], to [b, l, m, e].
 Attention = Callable[[Array, Array, Array], Array]
@@ -25,6 +25,9 @@ KINDS = ('auto', 'xla', 'fused')
 # What a CPU's core works on should stay in its caches: so many logits, measured with 392 tokens and
 # two cores (python -m benchmarks.step_time). ASAD has more arrays of that size.
 CACHED_LOGITS, CACHED_ASAD_LOGITS = 4 * 392**2, 2 * 392**2
+# And what a TPU works on, in its on-chip memory: XLA then puts nearly all of it there (python -m
+# benchmarks.compile_report).
+ON_CHIP_LOGITS = 32 * 392**2
 
 
 def dense_attention(
@@ -32,7 +35,7 @@ def dense_attention(
   key: Float[Array, 'b l m e'],
   value: Float[Array, 'b l m e'],
   *,
-  logits_at_once: int | None = None,
+  loop: Loop = AT_ONCE,
 ) -> Float[Array, 'b l m e']:
   """Plain softmax attention, scaled by the root of the head width; softmax in float32.
 
@@ -40,7 +43,7 @@ def dense_attention(
     query: one vector per token and head.
     key: likewise.
     value: likewise.
-    logits_at_once: see `by_heads`; if it is given, the gradient computes them anew.
+    loop: over groups of heads; its gradient computes logits anew.
   """
 
   def attend(query: Array, key: Array, value: Array, nothing: None) -> Array:
@@ -50,8 +53,7 @@ def dense_attention(
     attention = jax.nn.softmax(logits * query.shape[-1] ** -0.5).astype(value.dtype)
     return rearrange(jnp.einsum('bmij,bmje->bmie', attention, value), 'b m l e -> b l m e')
 
-  attend = attend if logits_at_once is None else jax.checkpoint(attend)
-  return by_heads(attend, query, key, value, None, logits_at_once)
+  return by_groups(attend, query, key, value, None, loop, recompute=True)
 
 
 class Programs(NamedTuple):
@@ -78,8 +80,8 @@ def programs_for(
 
   Args:
     kind: 'xla' runs anywhere; 'fused' has kernels of ASAD, for TPUs and for Hopper GPUs; 'auto' is
-      what was measured to be faster: on CPUs 'xla' a few heads at a time, and elsewhere 'xla', as
-      long as nobody has timed the kernels.
+      what was measured to be faster: 'xla', as long as nobody has timed the kernels, on CPUs and
+      TPUs a few heads at a time.
     mesh: devices that a batch is split over.
     tokens_per_frame: n.
     num_heads: of the decoder.
@@ -100,19 +102,27 @@ def programs_for(
     return Programs(asad=partial(kernels.asad_attention, mesh=mesh))
   if kind == 'xla':
     return PLAIN
-  dense, with_drops = logits_at_once(device.platform)
+  dense, with_drops = logits_at_once(device.platform, len(mesh.local_devices))
+  devices = mesh if mesh.size > 1 else None
   return Programs(
-    partial(dense_attention, logits_at_once=dense),
-    partial(asad.asad_attention, logits_at_once=with_drops),
+    partial(dense_attention, loop=Loop(dense, devices)),
+    partial(asad.asad_attention, loop=Loop(with_drops, devices)),
   )
 
 
-def logits_at_once(platform: str) -> tuple[int | None, int | None]:
-  """Returns how many logits attention should have at a time, without drops and with; None: all."""
+def logits_at_once(platform: str, devices: int = 1) -> tuple[int | None, int | None]:
+  """Returns how many logits a device should have at a time, without drops and with; None: all.
+
+  Args:
+    platform: such as 'cpu'.
+    devices: that share the cores of this process.
+  """
+  if platform == 'tpu':
+    return ON_CHIP_LOGITS, ON_CHIP_LOGITS
   if platform != 'cpu':
     return None, None
-  cores = len(os.sched_getaffinity(0))
-  return cores * CACHED_LOGITS, cores * CACHED_ASAD_LOGITS
+  cores = len(os.sched_getaffinity(0)) / devices
+  return int(cores * CACHED_LOGITS), int(cores * CACHED_ASAD_LOGITS)
 
 
 def unsupported(

@@ -153,8 +153,8 @@ def _search(
   parts = next(parts for parts in range(1, n + 1) if n % parts == 0 and n // parts <= 255)
 
   def narrow(number: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-    low, lower, upper, ranks = found
-    width = jnp.asarray([WAYS**k for k in reversed(range(PASSES))])[number]
+    del number
+    width, low, lower, upper, ranks = found
     borders = [low + width * way for way in range(1, WAYS)]
     # What does not depend on the borders, remat would take out of the loop, as large arrays.
     marks = sum(
@@ -168,12 +168,12 @@ def _search(
       is_low = up_to < count
       low, lower = jnp.where(is_low, border, low), jnp.where(is_low, up_to, lower)
       upper = jnp.where(is_low, upper, jnp.minimum(up_to, upper))
-    return low, lower, upper, ranks
+    return width // WAYS, low, lower, upper, ranks
 
   zero = jnp.zeros((b, 1, m, 1, 1), jnp.int32)
   # What goes through a loop lies in memory; else XLA may compute ranks anew wherever they are read.
-  begin = (zero - 1, zero, zero + f * i * n, ranks)
-  low, lower, upper, ranks = jax.lax.fori_loop(0, PASSES, narrow, begin)
+  begin = (jnp.int32(WAYS ** (PASSES - 1)), zero - 1, zero, zero + f * i * n, ranks)
+  _, low, lower, upper, ranks = jax.lax.fori_loop(0, PASSES, narrow, begin)
   return _Found(low + 1, lower, upper), ranks
 
 
@@ -197,13 +197,20 @@ def _end_of(
   needed = count[:, 0, :, 0]
   of_row = (ranks == rank).sum(axis=-1, dtype=jnp.int32)
   of_row = rearrange(of_row, 'b f m i -> b m (f i)')
-  reached = jnp.cumsum(of_row, axis=-1)
+  reached = _running_sums(of_row)
   last = jnp.minimum((reached < needed).sum(axis=-1), f * i - 1)
   rows = jnp.take_along_axis(ranks, (last % i)[:, None, :, None, None], axis=3)[:, :, :, 0]
   row = jnp.where((last < i)[..., None], rows[:, 0], rows[:, -1]) == rank[:, 0, :, 0]
-  before = jnp.take_along_axis(reached - of_row, last[..., None], axis=-1)
-  columns = (jnp.cumsum(row, axis=-1, dtype=jnp.int32) < needed - before).sum(axis=-1)
+  before = jnp.max(jnp.where(reached < needed, reached, 0), axis=-1, keepdims=True)
+  columns = (_running_sums(row.astype(jnp.int32)) < needed - before).sum(axis=-1)
   return jnp.where(needed[..., 0] > 0, last * n + columns + 1, 0)[:, None, :, None, None]
+
+
+def _running_sums(numbers: Int[Array, 'b m k']) -> Int[Array, 'b m k']:
+  """Sums up to every place, by one matrix product; exact up to 2^24."""
+  upper = jnp.triu(jnp.ones((numbers.shape[-1],) * 2, jnp.float32))
+  sums = jnp.matmul(numbers.astype(jnp.float32), upper, precision='highest')
+  return sums.astype(jnp.int32)
 
 
 def sample_drops(

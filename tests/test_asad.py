@@ -14,7 +14,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dropmae_jax import asad, attention, heads, sampling
+from dropmae_jax import asad, attention, groups, sampling
 
 
 def qkv(seed, *, b=2, n=16, m=3, e=8, scale=1.0):
@@ -193,14 +193,17 @@ def test_draws_of_heads_samples_and_blocks_differ():
   assert not np.allclose(first, second)
 
 
-def test_a_few_heads_at_a_time_are_as_all_at_once():
-  arguments = qkv(4, b=2, m=6)
-  logits = 2 * 2 * 32**2  # Of two heads.
-  drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': 0.3}
+@pytest.mark.parametrize('mesh', [None, 'two devices'])
+@pytest.mark.parametrize('heads', [2 * 4, 2], ids=['of all samples', 'of two samples'])
+def test_a_few_heads_at_a_time_are_as_all_at_once(heads, mesh):
+  arguments = qkv(4, b=4, m=6)
+  logits = heads * 32**2
+  drawn = {'draw_keys': jax.random.split(jax.random.key(1), 4), 'drop_rate': 0.3}
+  mesh = mesh and jax.sharding.Mesh(jax.devices()[:2], ('data',))
   for attend in (partial(asad.asad_attention, **drawn), attention.dense_attention):
 
     def results(at_once, attend=attend):
-      few = partial(attend, logits_at_once=at_once)
+      few = partial(attend, loop=groups.Loop(at_once, mesh))
       output, pull = jax.vjp(few, *arguments)
       return output, *pull(jnp.cos(output))
 
@@ -209,18 +212,20 @@ def test_a_few_heads_at_a_time_are_as_all_at_once():
 
 
 @pytest.mark.parametrize(
-  ('shape', 'at_once', 'groups'),
+  ('shape', 'at_once', 'expected'),
   [
-    ((2, 392, 16), None, 1),
-    ((2, 392, 16), 8 * 392**2, 4),
-    ((2, 392, 16), 4 * 392**2, 8),
-    ((2, 392, 12), 8 * 392**2, 3),
-    ((64, 392, 16), 8 * 392**2, 16),
-    ((2, 98, 12), 8 * 392**2, 1),
+    ((2, 392, 16), None, (1, 1)),
+    ((2, 392, 16), 8 * 392**2, (1, 4)),
+    ((2, 392, 16), 4 * 392**2, (1, 8)),
+    ((2, 392, 12), 8 * 392**2, (1, 3)),
+    ((64, 392, 16), 8 * 392**2, (8, 16)),
+    ((6, 392, 16), 4 * 392**2, (2, 16)),
+    ((2, 392, 3), 10, (2, 3)),
+    ((2, 98, 12), 8 * 392**2, (1, 1)),
   ],
 )
-def test_groups_are_as_large_as_is_allowed(shape, at_once, groups):
-  assert heads.num_groups(shape, at_once) == groups
+def test_groups_are_as_large_as_is_allowed(shape, at_once, expected):
+  assert groups.groups_of(shape, at_once) == expected
 
 
 def test_a_samples_draw_does_not_depend_on_its_batch():

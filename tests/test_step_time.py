@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_python
+from einops import rearrange
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,6 +33,7 @@ from benchmarks import (
 )
 from dropmae_jax import asad, command_line, mae, patches
 from dropmae_jax.command_line import BadInput
+from dropmae_jax.groups import Groups
 from dropmae_jax.recipe import Recipe
 
 # One block each: it compiles in seconds. 16 tokens per frame, of which P = 0.2 drops 3 per query.
@@ -168,10 +170,10 @@ def test_flops_are_those_of_the_step_and_of_pytorch(monkeypatch, small):
   )
   formula = BATCH * flops.step(SMALLEST, 0.75)
   assert products(traced(dense)) == formula
-  # The gradient computes the logits anew, which is half of a forward attention; and the powers of a
-  # head are summed by a product, as one more value is.
+  # The gradient computes the logits anew, which is half of a forward attention; the powers of a
+  # head are summed by a product, as one more value is, and so are ties, by row and within a row.
   anew = flops.attention(32, 32) / 2
-  sums = SMALLEST.decoder_num_heads * 2 * 32**2
+  sums = SMALLEST.decoder_num_heads * 2 * (32**2 + 32**2 + 16**2)
   assert products(traced(with_asad)) == formula + BATCH * SMALLEST.decoder_depth * (anew + sums)
   step = torch_step.TorchStep(dense, 'cpu')
   frames = torch.zeros((BATCH, 2, 32, 32, 3), dtype=torch.uint8)
@@ -237,10 +239,13 @@ def test_rounds_go_back_and_forth():
 
 
 def test_both_samplers_draw_the_same_number_by_the_same_weights():
-  logits, matrix = asad_sampler.make_logits(3, 2, 32)
+  groups = Groups(3, 2)
+  logits, matrix = asad_sampler.make_logits(3, 2, 32, groups)
   weights = asad_sampler.torch_weights(torch.from_numpy(matrix)).numpy()
-  groups = (asad.Logits(*group) for group in zip(*logits, strict=True))
-  ours = jnp.concatenate([asad.sampling_weights(group) for group in groups], axis=2)
+  ours = jnp.stack(
+    [asad.sampling_weights(asad.Logits(*group)) for group in zip(*logits, strict=True)]
+  )
+  ours = rearrange(ours, '(s h) c f k i n -> (s c) f (h k) i n', s=3)
   np.testing.assert_allclose(weights, ours, rtol=1e-5, atol=1e-9)
   dropped = asad_sampler.torch_drops(torch.from_numpy(matrix), DROPPED).numpy()
   assert dropped.shape == weights.shape

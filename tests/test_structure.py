@@ -15,14 +15,14 @@ LAYERS = [
   {
     'asad_gpu_tile',
     'command_line',
-    'heads',
     'masking',
     'on_each_device',
     'patches',
     'position',
     'sampling',
   },
-  {'asad', 'asad_tpu_search', 'loader_process', 'retention', 'stalls', 'videos'},
+  {'asad_tpu_search', 'groups', 'loader_process', 'retention', 'stalls', 'videos'},
+  {'asad'},
   {'asad_gpu_backward', 'asad_gpu_forward', 'asad_tpu_kernels'},
   {'asad_gpu', 'asad_tpu'},
   {
