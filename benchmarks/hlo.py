@@ -184,18 +184,25 @@ class Program:
 
   def _read_bytes(self, instruction: Instruction) -> int:
     """What a kernel reads of main memory; of an array that it only cuts or gathers, that part."""
-    inside = self._inside(instruction)
     total = 0
     for name in dict.fromkeys(instruction.operands):
-      texts = [f' parameter({k})' for k, n in enumerate(instruction.operands) if n == name]
-      given = {each.name for each in inside if any(text in each.text for text in texts)}
-      uses = [each for each in inside if given & set(each.operands)] or [instruction]
-      given = given or {name}
       whole = sum(map(_main_memory_bytes, arrays(self._instructions[name].shape)))
-      if all(each.opcode in _PART_BYTES and each.operands[0] in given for each in uses):
-        whole = min(whole, sum(_PART_BYTES[each.opcode](each) for each in uses))
-      total += whole
+      total += min(whole, self._bytes_read_of(name, instruction, whole))
     return total
+
+  def _bytes_read_of(self, name: str, user: Instruction, whole: int) -> int:
+    """What an instruction reads of an operand, whose bytes are `whole`."""
+    if user.opcode in _PART_BYTES and user.operands[0] == name:
+      return _PART_BYTES[user.opcode](user)
+    if not (inside := self._inside(user)):
+      return whole
+    places = [f' parameter({k})' for k, operand in enumerate(user.operands) if operand == name]
+    names = {each.name for each in inside if any(place in each.text for place in places)}
+    names |= {
+      each.name for each in inside if each.opcode == 'bitcast' and names & set(each.operands)
+    }
+    uses = [(own, each) for each in inside for own in names & set(each.operands)]
+    return sum(self._bytes_read_of(*use, whole) for use in uses if use[1].name not in names)
 
   def _inside(self, instruction: Instruction) -> list[Instruction]:
     """Lists what a fusion is made of; of another instruction, nothing."""

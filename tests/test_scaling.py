@@ -168,6 +168,20 @@ def test_of_what_is_cut_or_gathered_the_part_is_read():
   call = '  ROOT %r = f32[1,4]{1,0} fusion(%x, %y, %n), kind=kLoop, calls=%fused\n'
   given = '  %y = f32[16,4]{1,0} parameter(1)\n  %n = s32[] parameter(2)\n'
   assert program(given + call, fusion).memory_bytes() == 16 + 256 + 4 + 16
+  outer = """%outer (o: f32[16,4], p: s32[]) -> f32[1,4] {
+  %o = f32[16,4]{1,0} parameter(0)
+  %b = f32[16,4]{1,0} bitcast(%o)
+  %p = s32[] parameter(1)
+  ROOT %g = f32[1,4]{1,0} fusion(%b, %p), kind=kLoop, calls=%inner
+}
+%inner (m: f32[16,4], q: s32[]) -> f32[1,4] {
+  %m = f32[16,4]{1,0} parameter(0)
+  %q = s32[] parameter(1)
+  ROOT %l = f32[1,4]{1,0} dynamic-slice(%m, %q, %q), dynamic_slice_sizes={1,4}
+}
+"""
+  nested = '  ROOT %r = f32[1,4]{1,0} fusion(%x, %n), kind=kLoop, calls=%outer\n'
+  assert program('  %n = s32[] parameter(2)\n' + nested, outer).memory_bytes() == 16 + 4 + 16
 
 
 @pytest.mark.parametrize(
