@@ -26,22 +26,19 @@ ALIASES = {'sm_80': 'a100', 'sm_90': 'h200'}
 
 
 def taxes(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-  """Compares every step that fits with the first: times, bytes and kernels as ratios."""
-  fitting = [name for name, row in rows.items() if 'projected' in row]
-  first, *others = rows
-  if first not in fitting:
-    return {}
-  base = rows[first]
-  return {
-    name: {
-      **{
-        time: rows[name]['projected'][time] / base['projected'][time] for time in ('least', 'most')
-      },
-      'main_memory_bytes': rows[name]['main_memory_bytes'] / base['main_memory_bytes'],
-      'kernels': rows[name]['number_of_kernels'] / base['number_of_kernels'],
+  """Compares the steps that fit: times, bytes and kernels as ratios."""
+
+  def ratios(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
+    times = {each: row['projected'][each] / base['projected'][each] for each in ('least', 'most')}
+    return times | {
+      'main_memory_bytes': row['main_memory_bytes'] / base['main_memory_bytes'],
+      'kernels': row['number_of_kernels'] / base['number_of_kernels'],
     }
-    for name in others
-    if name in fitting
+
+  return {
+    f'{name}/{base}': ratios(rows[name], rows[base])
+    for name, base in variants.comparisons(rows)
+    if 'projected' in rows[name] and 'projected' in rows[base]
   }
 
 
@@ -120,7 +117,7 @@ def main() -> None:
   result = measure(arguments, found)
   for name, tax in result['asad_tax'].items():
     print(
-      f'{name} over the first: time {tax["least"]:.3f} (both at once) or {tax["most"]:.3f} (one'
+      f'{name}: time {tax["least"]:.3f} (both at once) or {tax["most"]:.3f} (one'
       f' after the other), memory traffic {tax["main_memory_bytes"]:.3f}, kernels'
       f' {tax["kernels"]:.3f}'
     )

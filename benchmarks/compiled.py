@@ -51,7 +51,13 @@ def compile_step(
   compiler_options = (GPU_OPTIONS if target.gpu else {}) | (QUICK_OPTIONS if quick else {})
   began = time.monotonic()
   try:
-    compiled = lower_step(options, devices).compile(compiler_options)
+    lowered = lower_step(options, devices)
+  except RuntimeError as error:
+    if 'cuDNN' not in str(error):
+      raise
+    raise BadInput('flash attention needs cuDNN; pip install nvidia-cudnn-cu12.') from error
+  try:
+    compiled = lowered.compile(compiler_options)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise

@@ -89,6 +89,8 @@ class Workbench:
     """Compiles the parts, those with attention once for every recipe."""
     first = next(iter(self.recipes.values()))
     yield 'encoder', self._encoder(first)
+    if 'dense_fused' in self.recipes:
+      yield 'encoder_fused', self._encoder(self.recipes['dense_fused'])
     for name, recipe in self.recipes.items():
       yield f'decoder_{name}', self._decoder(recipe)
       yield f'attention_{name}', self._attention(recipe)

@@ -97,17 +97,18 @@ def summarise(
     }
     if name.startswith('step_'):
       rows[name]['pairs_per_second'] = options.batch_size / rows[name]['seconds']['median']
-  first = next(iter(variants.compared(options, jax.devices()[0])))
   ratios = {}
-  for name in parts:
-    whole, _, kind = name.partition('_')
-    if f'{whole}_{first}' in parts and kind != first:
-      ratios[f'{name}/{whole}_{first}'] = rounds.ratios(seconds[name], seconds[f'{whole}_{first}'])
+  steps = [name.removeprefix('step_') for name in parts if name.startswith('step_')]
+  for kind, base in variants.comparisons(steps):
+    for whole in ('step', 'decoder', 'attention'):
+      name, first = f'{whole}_{kind}', f'{whole}_{base}'
+      if name in parts and first in parts:
+        ratios[f'{name}/{first}'] = rounds.ratios(seconds[name], seconds[first])
   stats = jax.devices()[0].memory_stats() or {}
   return {
     'rows': rows,
     'ratios': ratios,
-    'asad_tax': ratios[f'step_asad/step_{first}']['median'],
+    'asad_tax': ratios['step_asad/step_dense']['median'],
     'peak': {'flops_per_second': peak, 'source': source, 'matrix_product': reached},
     'device_peak_bytes': stats.get('peak_bytes_in_use'),
     'seconds_of_rounds': seconds,

@@ -11,7 +11,7 @@ from dropmae_jax.command_line import BadInput
 
 # Libraries that hold the compilers, of the versions that fit the pinned jax.
 TPU_COMPILER = "pip install 'jax[tpu]'"
-GPU_COMPILER = 'pip install --no-deps jax-cuda12-plugin=={0} jax-cuda12-pjrt=={0}'
+GPU_COMPILER = 'pip install --no-deps jax-cuda12-plugin=={0} jax-cuda12-pjrt=={0} nvidia-cudnn-cu12'
 # Else libtpu asks the machine that it is on what it is, and lets one process in at a time.
 COMPILE_ONLY = {
   'TPU_SKIP_MDS_QUERY': '1',

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from dropmae_jax import asad, attention, mae, recipe, vit
@@ -56,9 +57,19 @@ def compared(options: Recipe, device: Any, *, without_fused: bool = False) -> di
   The first is what the others are compared with. Another way to compute ASAD is one more entry.
   """
   objective = dataclasses.replace(options.objective, attention_dropout=0.0)
-  recipes = {'dense': dataclasses.replace(options, objective=objective), 'asad': options}
+  dense = dataclasses.replace(options, objective=objective)
+  recipes = {'dense': dense, 'asad': options}
   a = options.model
   sizes = a.tokens_per_frame, a.decoder_num_heads, a.decoder_width // a.decoder_num_heads
   if not without_fused and not attention.unsupported(device, *sizes, options.dtype):
     recipes['asad_fused'] = dataclasses.replace(options, attention='fused')
+    if device.platform == 'gpu':
+      recipes['dense_fused'] = dataclasses.replace(dense, attention='fused')
   return recipes
+
+
+def comparisons(names: Iterable[str]) -> list[tuple[str, str]]:
+  """Pairs every recipe with the first, and kernels of ASAD with those without too."""
+  first, *others = names
+  pairs = [(name, first) for name in others]
+  return pairs + [('asad_fused', 'dense_fused')] * ('dense_fused' in others)

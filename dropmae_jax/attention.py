@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from dropmae_jax import asad, asad_gpu, asad_tpu
 from dropmae_jax.groups import AT_ONCE, Loop, by_groups
+from dropmae_jax.on_each_device import on_each_device
 
 # (query, key, value), each [b, l, m, e], to [b, l, m, e].
 Attention = Callable[[Array, Array, Array], Array]
@@ -56,6 +57,29 @@ def dense_attention(
   return by_groups(attend, query, key, value, None, loop, recompute=True)
 
 
+def flash_attention(
+  query: Float[Array, 'b l m e'],
+  key: Float[Array, 'b l m e'],
+  value: Float[Array, 'b l m e'],
+  *,
+  mesh: Mesh,
+) -> Float[Array, 'b l m e']:
+  """The same by cuDNN, which stores no logits: NVIDIA GPUs, 16-bit floats.
+
+  Heads that are wider than 128, or no multiple of 8, go through `dense_attention`.
+
+  Args:
+    query: one vector per token and head.
+    key: likewise.
+    value: likewise.
+    mesh: the devices that the batch is split over, all axes along the first axis.
+  """
+  if query.shape[-1] > 128 or query.shape[-1] % 8:
+    return dense_attention(query, key, value)
+  attend = partial(jax.nn.dot_product_attention, implementation='cudnn')
+  return on_each_device(attend, mesh)(query, key, value)
+
+
 class Programs(NamedTuple):
   """How attention is computed, without drops and with."""
 
@@ -79,9 +103,9 @@ def programs_for(
   """Returns the programs for devices and sizes; all have one law, and nearly one draw.
 
   Args:
-    kind: 'xla' runs anywhere; 'fused' has kernels of ASAD, for TPUs and for Hopper GPUs; 'auto' is
-      what was measured to be faster: 'xla', as long as nobody has timed the kernels, on CPUs and
-      TPUs a few heads at a time.
+    kind: 'xla' runs anywhere; 'fused' has kernels of ASAD, for TPUs and for Hopper GPUs, and there
+      cuDNN's flash attention; 'auto' is what was measured to be faster: 'xla', as long as nobody
+      has timed the kernels, on CPUs and TPUs a few heads at a time.
     mesh: devices that a batch is split over.
     tokens_per_frame: n.
     num_heads: of the decoder.
@@ -93,16 +117,25 @@ def programs_for(
   """
   if kind not in KINDS:
     raise ValueError(f'attention={kind!r} is unknown; use one of {", ".join(KINDS)}.')
+  if kind == 'xla':
+    return PLAIN
   device = mesh.devices.flat[0]
+  loops = _loops(mesh)
   if kind == 'fused':
     sizes = tokens_per_frame, num_heads, head_width
     if reason := unsupported(device, *sizes, dtype):
       raise ValueError(f"attention='fused' has no kernel for {reason}; use attention='xla'.")
-    kernels = asad_tpu if device.platform == 'tpu' else asad_gpu
-    return Programs(asad=partial(kernels.asad_attention, mesh=mesh))
-  if kind == 'xla':
-    return PLAIN
-  dense, with_drops = logits_at_once(device.platform, len(mesh.local_devices))
+    if device.platform == 'gpu':
+      return Programs(
+        partial(flash_attention, mesh=mesh), partial(asad_gpu.asad_attention, mesh=mesh)
+      )
+    return loops._replace(asad=partial(asad_tpu.asad_attention, mesh=mesh))
+  return loops
+
+
+def _loops(mesh: Mesh) -> Programs:
+  """Returns XLA's programs, a few heads at a time where that is faster."""
+  dense, with_drops = logits_at_once(mesh.devices.flat[0].platform, len(mesh.local_devices))
   devices = mesh if mesh.size > 1 else None
   return Programs(
     partial(dense_attention, loop=Loop(dense, devices)),

@@ -173,9 +173,9 @@ class MaskedAutoencoder(nnx.Module):
     self, patch_vectors: Float[Array, 'b l p'], masked: Masking, attend: Attention = dense_attention
   ) -> Float[Array, 'b k d']:
     """Returns the latents of the visible patches in the masking's order; no other is embedded."""
-    code = _frame_codes(self.pos_embed, self.temporal_pos_embed_x, self.temporal_pos_embed_z)
+    frames = self.temporal_pos_embed_x, self.temporal_pos_embed_z
     tokens = self.patch_embed(masking.select(patch_vectors, masked.visible))
-    tokens = tokens + masking.select(code, masked.visible)
+    tokens = tokens + _codes(masked.visible, self.pos_embed, *frames)
     for block in self.blocks:
       tokens = self._run(block, tokens, attend, None)
     return self.norm(tokens)
@@ -195,9 +195,8 @@ class MaskedAutoencoder(nnx.Module):
       attentions: one per block; each sees all tokens.
       wanted: the patches to reconstruct, in this order; all in the frames' order if not given.
     """
-    code = _frame_codes(
-      self.decoder_pos_embed, self.decoder_temporal_pos_embed_x, self.decoder_temporal_pos_embed_z
-    )
+    frames = self.decoder_temporal_pos_embed_x, self.decoder_temporal_pos_embed_z
+    code = _codes(jnp.arange(self.architecture.num_tokens)[None], self.decoder_pos_embed, *frames)
     visible = self.decoder_embed(latents).astype(jnp.float32)
     tokens = masking.restore(visible, self.mask_token[...], masked) + code
     leave_out = [None] * (len(attentions) - 1) + [wanted]
@@ -218,12 +217,13 @@ class MaskedAutoencoder(nnx.Module):
     return self.decode(self.encode(patch_vectors, masked), masked, attentions)
 
 
-def _frame_codes(
-  table: nnx.Param, temporal_x: nnx.Param, temporal_z: nnx.Param
-) -> Float[Array, '1 l d']:
-  """Adds frame identity to the position table, without its unused slot 0 and without gradient."""
-  tokens = jax.lax.stop_gradient(table[:, 1:])
-  return jnp.concatenate([temporal_x[...] + tokens, temporal_z[...] + tokens], axis=1)
+def _codes(
+  places: Int[Array, 'b k'], table: nnx.Param, temporal_x: nnx.Param, temporal_z: nnx.Param
+) -> Float[Array, 'b k d']:
+  """Adds frame identity and position; the table, whose slot 0 is unused, gets no gradient."""
+  positions = jax.lax.stop_gradient(table[0, 1:])
+  frames = jnp.where((places < len(positions))[..., None], temporal_x[...], temporal_z[...])
+  return frames + positions[places % len(positions)]
 
 
 def reconstruction_loss(

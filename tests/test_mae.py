@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,3 +167,30 @@ def test_an_unknown_size_is_refused():
     ValueError, match="size='M' is not in the size table; choose one of XXS, XS, S"
   ):
     mae.architecture_of_size('M')
+
+
+def scatters(jaxpr):
+  """Returns whether each scatter of a traced program is told that its places are all unlike."""
+  found = []
+  for equation in jaxpr.eqns:
+    if equation.primitive.name.startswith('scatter'):
+      found.append(equation.params['unique_indices'])
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      found += scatters(inner)
+  return found
+
+
+def test_no_gradient_is_summed_in_whatever_order(setting):
+  model, vectors, masked = setting
+  graphdef, params = nnx.split(model)
+
+  def loss(params, vectors):
+    model = nnx.merge(graphdef, params)
+    latents = model.encode(vectors, masked)
+    return model.decode(latents, masked, dense(model), wanted=masked.masked).sum()
+
+  traced = jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, vectors).jaxpr
+  # Of what the encoder is fed, the decoder's order of tokens, and what it reconstructs.
+  found = scatters(traced)
+  assert len(found) >= 3
+  assert all(found)

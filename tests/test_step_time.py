@@ -277,10 +277,10 @@ def test_the_report_of_a_compiler(monkeypatch, capsys, small, tmp_path):
   assert with_asad['number_of_kernels'] == sum(with_asad['kernels'].values()) > 10
   assert dense['flops_by_formula'] == BATCH * flops.step(SMALLEST, 0.75)
   assert dense['flops'] > dense['flops_by_formula']
-  tax = result['asad_tax']['asad']
+  tax = result['asad_tax']['asad/dense']
   assert tax['kernels'] == with_asad['number_of_kernels'] / dense['number_of_kernels']
   assert tax['least'] >= 1
-  assert 'asad over the first: time' in capsys.readouterr().out
+  assert 'asad/dense: time' in capsys.readouterr().out
 
 
 def test_there_is_no_tax_where_a_step_does_not_fit():
@@ -292,7 +292,7 @@ def test_there_is_no_tax_where_a_step_does_not_fit():
   more = {'projected': {'least': 3.0, 'most': 5.0}, 'main_memory_bytes': 11, 'number_of_kernels': 6}
   refused = {'refused': 'no'}
   assert compile_report.taxes({'a': fits, 'b': more, 'c': refused}) == {
-    'b': {'least': 1.5, 'most': 1.25, 'main_memory_bytes': 1.1, 'kernels': 1.2}
+    'b/a': {'least': 1.5, 'most': 1.25, 'main_memory_bytes': 1.1, 'kernels': 1.2}
   }
   assert compile_report.taxes({'a': refused, 'b': more}) == {}
 
@@ -363,6 +363,10 @@ def test_fused_kernels_are_compared_where_there_are_any(device, image_size, dtyp
   options = Recipe(data_dir='', num_steps=1, batch_size=1, model=model, dtype=dtype)
   found = variants.compared(options, types.SimpleNamespace(**device))
   assert ('asad_fused' in found) == has_kernels
+  # Of GPUs, there is flash attention too.
+  assert ('dense_fused' in found) == (has_kernels and device['platform'] == 'gpu')
+  over_flash = ('asad_fused', 'dense_fused') in variants.comparisons(found)
+  assert over_flash == ('dense_fused' in found)
   left = variants.compared(options, types.SimpleNamespace(**device), without_fused=True)
   assert list(left) == ['dense', 'asad']
 
@@ -379,7 +383,7 @@ def test_the_compilers_of_accelerators_make_both_steps(tmp_path, target, library
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   result = json.loads(output.read_text())
-  assert result['asad_tax']['asad']['main_memory_bytes'] > 1
+  assert result['asad_tax']['asad/dense']['main_memory_bytes'] > 1
   assert all(row['kernels']['fusion'] > 50 for row in result['rows'].values())
 
 
