@@ -1,16 +1,25 @@
 """Draws of every program of ASAD by given logits, for tests of their law."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from dropmae_jax import asad, asad_tpu, sampling
+from dropmae_jax import asad, asad_gpu, asad_tpu, sampling
 
 PROGRAMS = ('xla', 'fused')
 # Of heads with the same logits, the kernels draw for so many at a time.
 HEADS = 4
 # And of so many samples: interpreted programs copy all results for each of them.
 SAMPLES = 50
+# Those of GPUs, for so many heads of a sample; they are slow.
+GPU_HEADS = 128
+# Pallas has no public name for it. What is copied from past an array's end is 0, as by hardware.
+INTERPRET_GPU = InterpretGPUParams(
+  detect_races=True, out_of_bounds_reads='uninitialized', uninitialized_memory='zero'
+)
 
 
 def tokens_with(logits):
@@ -22,6 +31,27 @@ def tokens_with(logits):
   width = 1 << (length - 1).bit_length()
   key = jnp.pad(matrix.T, ((0, 0), (0, width - length))) * width**0.5
   return jnp.eye(length, width)[None, :, None], key[None, :, None]
+
+
+def drops_of_gpu(key, logits, *, draws, drop_rate):
+  """Returns as `drops` does, by the kernels of GPUs: of bfloat16, two of which make a logit."""
+  query, key_tokens = tokens_with(logits)
+  exact = key_tokens * 2**0.5
+  high = exact.astype(jnp.bfloat16)
+  low = (exact - high).astype(jnp.bfloat16)
+  both = jnp.concatenate([query, query], -1).astype(jnp.bfloat16), jnp.concatenate([high, low], -1)
+  query, key_tokens = (
+    jnp.broadcast_to(each, (*each.shape[:2], GPU_HEADS, each.shape[3])) for each in both
+  )
+  settings = {
+    'drop_rate': drop_rate,
+    'interpret': dataclasses.replace(INTERPRET_GPU, detect_races=False),
+  }
+  found = [
+    asad_gpu.dropped_pairs(query, key_tokens, draw_keys=each[None], **settings)
+    for each in jax.random.split(key, draws // GPU_HEADS)
+  ]
+  return rearrange(jnp.stack(found), 'a b f m i n -> (a b m) f i n')
 
 
 def drops(program, key, logits, *, draws, drop_rate):

@@ -12,17 +12,13 @@ import numpy as np
 import pytest
 from attention_cases import assert_near, extreme_tokens, tokens, value_and_gradients
 from conftest import run_python
+from draws import INTERPRET_GPU
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from dropmae_jax import asad, asad_gpu, sampling, sharding
 
-# Pallas has no public name for it. What is copied from past an array's end is 0, as by hardware.
-INTERPRET = InterpretGPUParams(
-  detect_races=True, out_of_bounds_reads='uninitialized', uninitialized_memory='zero'
-)
-fused = partial(asad_gpu.asad_attention, interpret=INTERPRET)
-dropped_pairs = partial(asad_gpu.dropped_pairs, interpret=INTERPRET)
+fused = partial(asad_gpu.asad_attention, interpret=INTERPRET_GPU)
+dropped_pairs = partial(asad_gpu.dropped_pairs, interpret=INTERPRET_GPU)
 
 
 def rounded(arrays):

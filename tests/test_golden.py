@@ -163,7 +163,6 @@ def test_sampling_weights(golden):
 
 @pytest.mark.parametrize(('program', 'seed'), [('xla', 0), ('xla', 1), ('fused', 0)])
 def test_sampler_has_the_recorded_law(golden, program, seed):
-  """The indicators depend on one another (their total is fixed), so their covariance is used."""
   recorded = golden('asad_sampling_stats')
   drawn, batches, rate = 40_000, 5, float(recorded['P'])
   logits = split_by_frame(recorded['logits'])
@@ -180,6 +179,25 @@ def test_sampler_has_the_recorded_law(golden, program, seed):
     counts, mean = frequencies(key)
     assert (counts == count).all()
     total += np.asarray(mean, np.float64) / batches
+  assert_law(recorded, total, drawn)
+
+
+@pytest.mark.slow
+def test_the_kernels_of_gpus_have_the_recorded_law(golden):
+  """Interpreted, they draw six times a second."""
+  recorded = golden('asad_sampling_stats')
+  rate = float(recorded['P'])
+  logits = split_by_frame(recorded['logits'])
+  found = draws.drops_of_gpu(jax.random.key(0), logits, draws=8 * draws.GPU_HEADS, drop_rate=rate)
+  assert (found.sum(axis=(1, 2, 3)) == asad.num_dropped(8, rate)).all()
+  assert_law(recorded, np.asarray(found.mean(axis=0), np.float64), len(found))
+
+
+def assert_law(recorded, total, drawn):
+  """Tests how often each pair was dropped.
+
+  These indicators depend on one another (their total is fixed), so their covariance is used.
+  """
   candidates = np.flatnonzero(recorded['att_final'].ravel())
   difference = (total.reshape(-1) - recorded['freq'].ravel())[candidates]
   values, vectors = np.linalg.eigh(recorded['cov'][np.ix_(candidates, candidates)])
