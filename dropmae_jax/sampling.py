@@ -4,6 +4,7 @@ Exactly the published law and number, without a sort: noise by a keyed hash, ran
 search for the border that reads the ranks seven times.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -171,9 +172,13 @@ def _search(
     return width // WAYS, low, lower, upper, ranks
 
   zero = jnp.zeros((b, 1, m, 1, 1), jnp.int32)
-  # What goes through a loop lies in memory; else XLA may compute ranks anew wherever they are read.
   begin = (jnp.int32(WAYS ** (PASSES - 1)), zero - 1, zero, zero + f * i * n, ranks)
-  _, low, lower, upper, ranks = jax.lax.fori_loop(0, PASSES, narrow, begin)
+  # CPUs would compute ranks anew wherever they are read; what goes through a loop is in memory.
+  # Elsewhere, passes written out need fewer kernels, and the first one makes the ranks too.
+  in_loop, written_out = (
+    partial(jax.lax.fori_loop, 0, PASSES, narrow, unroll=unroll) for unroll in (False, True)
+  )
+  _, low, lower, upper, ranks = jax.lax.platform_dependent(begin, cpu=in_loop, default=written_out)
   return _Found(low + 1, lower, upper), ranks
 
 
