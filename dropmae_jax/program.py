@@ -1,5 +1,6 @@
 """What a recipe has the devices do, jitted for a mesh."""
 
+import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -23,6 +24,18 @@ class Program(NamedTuple):
   init: Callable[[jax.Array], TrainState]
   step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
   abstract_state: TrainState
+
+
+def keep_compiled(workdir: pathlib.Path) -> None:
+  """Keeps compiled programs in the folder `compiled` of a run, for when it goes on.
+
+  Compiling takes minutes on GPUs and TPUs. And the compiler of GPUs chooses among kernels by timing
+  them, so that what is compiled anew may round otherwise. CPUs may differ in what code they take:
+  nothing is kept there, nor where JAX has been told of another place, as by
+  JAX_COMPILATION_CACHE_DIR.
+  """
+  if jax.default_backend() != 'cpu' and jax.config.jax_compilation_cache_dir is None:
+    jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
 
 
 def attention_programs(recipe: Recipe, mesh: Mesh) -> attention.Programs:

@@ -16,7 +16,7 @@ from dropmae_jax.command_line import BadInput
 from dropmae_jax.damaged_records import DamagedRecords
 from dropmae_jax.feed import Feed, LoaderStalled
 from dropmae_jax.mixture import Mixture, open_mixture
-from dropmae_jax.program import Program, build_program
+from dropmae_jax.program import Program, build_program, keep_compiled
 from dropmae_jax.recipe import Recipe, may_change
 from dropmae_jax.report import Report
 from dropmae_jax.run_checkpoints import Checkpoints
@@ -50,6 +50,7 @@ def open_run(
   """Opens data, checkpoints, report and loader of a run; the stack closes them again."""
   watchdog.watch('opening the dataset', is_slow=True)
   dataset = _open_dataset(recipe, workdir, allow_changes=allow_changes)
+  keep_compiled(workdir)
   try:
     mesh = sharding.make_mesh(options=recipe.mesh)
   except ValueError as error:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import run_python
 
 from dropmae_jax import mae, optimizer, program, sharding, train_step
 from dropmae_jax.data import DataOptions
@@ -188,3 +189,28 @@ def test_a_batch_that_does_not_divide_is_refused(batch, accumulation, message):
   with pytest.raises(ValueError, match=message):
     sharding.check_batch(batch, accumulation, mesh)
   sharding.check_batch(8, 2, mesh)
+
+
+COMPILE = """
+import os, pathlib, sys
+del os.environ['JAX_COMPILATION_CACHE_DIR']
+if sys.argv[3:]:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = sys.argv[3]
+import jax, jax.numpy as jnp
+jax.default_backend = lambda: sys.argv[2]
+from dropmae_jax import program
+program.keep_compiled(pathlib.Path(sys.argv[1]))
+jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
+"""
+
+
+@pytest.mark.parametrize(
+  ('backend', 'elsewhere', 'is_kept'),
+  [('gpu', False, True), ('cpu', False, False), ('tpu', True, False)],
+)
+def test_compiled_programs_are_kept_with_a_run(tmp_path, backend, elsewhere, is_kept):
+  other = [tmp_path / 'other'] if elsewhere else []
+  done = run_python('-c', COMPILE, tmp_path / 'run', backend, *other)
+  assert done.returncode == 0, done.stderr
+  assert any(tmp_path.glob('run/compiled/*')) == is_kept
+  assert any(tmp_path.glob('other/*')) == elsewhere
