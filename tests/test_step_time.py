@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from benchmarks import (
   flops,
   rounds,
   scaling,
+  scanned_blocks,
   step_time,
   targets,
   torch_step,
@@ -265,6 +267,27 @@ def test_the_samplers_are_compared(monkeypatch, capsys, tmp_path):
   assert f'{DROPPED} pairs of a head dropped' in capsys.readouterr().out
 
 
+def test_blocks_are_the_same_in_a_scan(monkeypatch, capsys, tmp_path):
+  output = tmp_path / 'out.json'
+  deeper = dataclasses.replace(SMALLEST, depth=2)
+  monkeypatch.setattr(scanned_blocks.mae, 'architecture_of_size', lambda size: deeper)
+  flags = f'--batch_size={BATCH} --rounds=2 --json={output}'
+  monkeypatch.setattr('sys.argv', ['scanned_blocks', *flags.split()])
+  scanned_blocks.main()
+  result = json.loads(output.read_text())
+  assert set(result['rows']) == {'written_out', 'scanned'}
+  assert result['scanned/written_out']['min'] > 0
+  assert 'scanned over written out: ' in capsys.readouterr().out
+  ways, given = scanned_blocks.make_ways('XXS', BATCH, 'float32')
+  total, (of_blocks, of_tokens) = jax.jit(ways['written_out'])(*given)
+  total_of_scan, (of_stack, of_tokens_of_scan) = jax.jit(ways['scanned'])(*given)
+  np.testing.assert_allclose(total, total_of_scan, rtol=1e-5)
+  np.testing.assert_allclose(of_tokens, of_tokens_of_scan, atol=1e-5)
+  for number, of_block in enumerate(of_blocks):
+    of_scan = jax.tree.map(lambda leaf, number=number: leaf[number], of_stack)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), of_block, of_scan)
+
+
 def test_the_report_of_a_compiler(monkeypatch, capsys, small, tmp_path):
   output = tmp_path / 'out.json'
   flags = f'--target=cpu --dtype=float32 --batch_size={BATCH} --drop_rate=0.2 --json={output}'
@@ -309,6 +332,7 @@ def test_there_is_no_tax_where_a_step_does_not_fit():
     (step_time, '--batch_size=2 --image_size=30', 'is not a multiple of patch_size=16'),
     (step_time, '--batch_size=2 --dtype=int8', "invalid choice: 'int8'"),
     (step_time, '--batch_size=2 --json={tmp}', 'is a folder'),
+    (scanned_blocks, '--batch_size=2 --rounds=0', '--rounds=0 is too small'),
     (asad_sampler, '--tokens=33', '--tokens=33 are not those of two frames'),
     (asad_sampler, '--batch_sizes=1,x', 'is not a list of numbers such as 1,2,4'),
     (asad_sampler, '--batch_sizes=0,1', '--batch_sizes=0 is too small'),
@@ -392,6 +416,7 @@ MODULES = {
   'step_time': step_time,
   'asad_sampler': asad_sampler,
   'compile_report': compile_report,
+  'scanned_blocks': scanned_blocks,
   'scaling': scaling,
 }
 
