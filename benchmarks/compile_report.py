@@ -30,10 +30,8 @@ def taxes(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
   def ratios(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     times = {each: row['projected'][each] / base['projected'][each] for each in ('least', 'most')}
-    return times | {
-      'main_memory_bytes': row['main_memory_bytes'] / base['main_memory_bytes'],
-      'kernels': row['number_of_kernels'] / base['number_of_kernels'],
-    }
+    counts = ('main_memory_bytes', 'number_of_kernels', 'expected_cycles')
+    return times | {name: row[name] / base[name] for name in counts if base.get(name)}
 
   return {
     f'{name}/{base}': ratios(rows[name], rows[base])
@@ -67,12 +65,18 @@ def show(name: str, row: dict[str, Any]) -> str:
   kinds = ', '.join(
     f'{number} {kind}' for kind, number in sorted(row['kernels'].items(), key=lambda x: -x[1])
   )
+  cycles = ''
+  if row['expected_cycles']:
+    cycles = (
+      f'  {row["expected_cycles"] / 1e6:.1f} million cycles expected by the compiler, not counting'
+      f' {row["kernels_without_cycles"]} kernels\n'
+    )
   return (
     f'{name} (compiled in {row["compile_seconds"]:.0f} s):\n'
     f'  {row["flops_by_formula"]:.4g} FLOPs by formula, {row["flops"]:.4g} by XLA;'
     f' {row["main_memory_bytes"] / 1e9:.2f} GB of main memory traffic\n'
     f'  memory {memory["total"] / 1e9:.2f} GB, of it temporary {memory["temp"] / 1e9:.2f}\n'
-    f'  {row["number_of_kernels"]} kernels: {kinds}\n'
+    f'  {row["number_of_kernels"]} kernels: {kinds}\n{cycles}'
     f'  projected: FLOPs {projected["compute"] * 1e3:.1f} ms, memory'
     f' {projected["memory"] * 1e3:.1f} ms; step {projected["least"] * 1e3:.1f} (both at once) to'
     f' {projected["most"] * 1e3:.1f} ms (one after the other)'
@@ -119,7 +123,8 @@ def main() -> None:
     print(
       f'{name}: time {tax["least"]:.3f} (both at once) or {tax["most"]:.3f} (one'
       f' after the other), memory traffic {tax["main_memory_bytes"]:.3f}, kernels'
-      f' {tax["kernels"]:.3f}'
+      f' {tax["number_of_kernels"]:.3f}'
+      + (f', cycles {tax["expected_cycles"]:.3f}' if 'expected_cycles' in tax else '')
     )
   if arguments.json:
     asked = {name: str(value) for name, value in vars(arguments).items()}

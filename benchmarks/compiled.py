@@ -89,12 +89,15 @@ def analyse(compiled: jax.stages.Compiled, num_devices: int) -> dict[str, Any]:
   collectives = program.collectives()
   # The compiler of GPUs does not tell.
   cost = compiled.cost_analysis() or {'flops': 0.0, 'bytes accessed': 0.0}
+  cycles, silent = program.expected_cycles()
   return {
     'flops': cost['flops'],
     'bytes_accessed': cost['bytes accessed'],
     'main_memory_bytes': program.memory_bytes(),
     'memory': memory_of(compiled),
     'kernels': dict(program.kernels()),
+    'expected_cycles': cycles,
+    'kernels_without_cycles': silent,
     'collectives': summarise(collectives),
     'sent_bytes': sum(each.sent_bytes for each in collectives),
     'sent_beside_other_work': sum(each.sent_bytes for each in collectives if each.overlaps),

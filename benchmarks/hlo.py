@@ -146,6 +146,20 @@ class Program:
         total += (times or 1) * (self._written_bytes(instruction) + self._read_bytes(instruction))
     return total
 
+  def expected_cycles(self) -> tuple[int, int]:
+    """Returns what the compiler of TPUs expects its kernels to take, one after the other.
+
+    That includes what they compute inside. Also returned is for how many kernels it does not say:
+    those of Pallas, and small ones. Other compilers say nothing at all.
+    """
+    cycles = silent = 0
+    for instruction, _, times in self._walk(self._entry, 1, into_fusions=False):
+      if said := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
+        cycles += (times or 1) * int(said[1])
+      elif self._is_kernel(instruction):
+        silent += times or 1
+    return cycles, silent
+
   def kernels(self) -> collections.Counter[str]:
     """Counts the instructions that a step runs as one kernel each, by opcode.
 
@@ -155,13 +169,16 @@ class Program:
     """
     found: collections.Counter[str] = collections.Counter()
     for instruction, _, times in self._walk(self._entry, 1, into_fusions=False):
-      opcode = instruction.opcode
-      is_kernel = opcode not in _MOVES_NOTHING | _RUNS_OTHERS | _BESIDE_KERNELS
-      sizes = any(sizes for _, sizes, _ in ARRAY.findall(instruction.shape))
-      is_kernel &= opcode in _MAKES_ANYTHING or sizes
-      if is_kernel and not opcode.endswith(('-done', '-update')):
-        found[opcode] += times or 1
+      if self._is_kernel(instruction):
+        found[instruction.opcode] += times or 1
     return found
+
+  def _is_kernel(self, instruction: Instruction) -> bool:
+    opcode = instruction.opcode
+    if opcode in _MOVES_NOTHING | _RUNS_OTHERS | _BESIDE_KERNELS:
+      return False
+    sizes = any(sizes for _, sizes, _ in ARRAY.findall(instruction.shape))
+    return (opcode in _MAKES_ANYTHING or sizes) and not opcode.endswith(('-done', '-update'))
 
   def _written_bytes(self, instruction: Instruction) -> int:
     """What a kernel writes to main memory; of an array that it changes, the part that is new."""

@@ -237,6 +237,17 @@ def test_kernels_are_what_runs_by_itself():
   assert found.kernels() == {'fusion': 1, 'custom-call': 1, 'all-reduce': 4}
 
 
+def test_cycles_are_those_that_the_compiler_tells():
+  said = ', backend_config={"estimated_cycles":"1000"}'
+  found = program(
+    f'  %a = f32[16,4]{{1,0}} negate(%x){said}\n'
+    '  %z = f32[16,4]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"\n'
+    f'{WHILE}, backend_config={{"known_trip_count":{{"n":"3"}}}}\n',
+    LOOP.replace('to_apply=%add', f'to_apply=%add{said}'),
+  )
+  assert found.expected_cycles() == (1000 + 3 * 1000, 1)
+
+
 def analyse(mesh):
   """A real step without ASAD, whose loops take long to compile; LLVM is spared too."""
   options = Recipe(
