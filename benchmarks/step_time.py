@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import clips, flops, rounds, torch_step, variants
+from benchmarks import clips, flops, kernel_check, rounds, torch_step, variants
 from benchmarks.parts import Part, Workbench
 from dropmae_jax import command_line, loader_process
 from dropmae_jax.command_line import BadInput
@@ -38,6 +38,8 @@ def make_parts(options: Recipe, arguments: argparse.Namespace) -> dict[str, Part
   """Compiles all that is to be timed, by name."""
   device = jax.devices()[0]
   recipes = variants.compared(options, device, without_fused=arguments.without_fused)
+  if 'asad_fused' in recipes:
+    print(kernel_check.check(options, device), file=sys.stderr, flush=True)
   bench = Workbench(recipes, device)
   made = dict(_announced(bench.steps()))
   if arguments.torch:

@@ -25,6 +25,7 @@ from benchmarks import (
   compile_report,
   compiled,
   flops,
+  kernel_check,
   rounds,
   scaling,
   scanned_blocks,
@@ -33,7 +34,7 @@ from benchmarks import (
   torch_step,
   variants,
 )
-from dropmae_jax import asad, command_line, mae, patches
+from dropmae_jax import asad, asad_tpu, command_line, mae, patches
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.groups import Groups
 from dropmae_jax.recipe import Recipe
@@ -393,6 +394,28 @@ def test_fused_kernels_are_compared_where_there_are_any(device, image_size, dtyp
   assert over_flash == ('dense_fused' in found)
   left = variants.compared(options, types.SimpleNamespace(**device), without_fused=True)
   assert list(left) == ['dense', 'asad']
+
+
+def test_kernels_are_checked_before_they_are_timed(monkeypatch):
+  size = mae.architecture_of_size('XXS', image_size=32, decoder_width=64, decoder_num_heads=4)
+  objective = mae.Objective(attention_dropout=0.2)
+  options = Recipe(
+    data_dir='', num_steps=1, batch_size=1, model=size, objective=objective, dtype='float32'
+  )
+  device = types.SimpleNamespace(platform='tpu')
+  check = partial(kernel_check.check, options, device, interpret=True)
+  assert check().startswith('the kernels drop 96 pairs of a head; largest error: ')
+  attend = asad_tpu.asad_attention
+  with monkeypatch.context() as patch:
+    patch.setattr(asad_tpu, 'asad_attention', lambda *x, **how: 1.1 * attend(*x, **how))
+    with pytest.raises(
+      BadInput, match=r'are off, relative to what they should be: output 0\.1, grad'
+    ):
+      check()
+  draw = asad_tpu.dropped_pairs
+  monkeypatch.setattr(asad_tpu, 'dropped_pairs', lambda *x, **how: draw(*x, **how) & False)
+  with pytest.raises(BadInput, match='kernels drop 0 to 0 pairs of a head instead of 96; please'):
+    check()
 
 
 @pytest.mark.slow

@@ -1,0 +1,68 @@
+"""Whether the kernels of ASAD, on the device at hand, compute what they should."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dropmae_jax import asad, asad_gpu, asad_tpu
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.recipe import Recipe
+
+SAMPLES = 2
+# Of the norm of the expected: bfloat16 is off by some thousandths.
+TOLERANCE = 0.02
+
+
+def check(options: Recipe, device: Any, **how: Any) -> str:
+  """Compares the fused program of a device with attention in float32, given what that drops.
+
+  Args:
+    options: the sizes and P.
+    device: of which only the platform is read.
+    how: further arguments of the kernels, such as `interpret`.
+
+  Returns:
+    a line that says how near they are.
+
+  Raises:
+    BadInput: another number of pairs is dropped, or output or a gradient is not near.
+  """
+  kernels = asad_tpu if device.platform == 'tpu' else asad_gpu
+  a = options.model
+  shape = (SAMPLES, a.num_tokens, a.decoder_num_heads, a.decoder_width // a.decoder_num_heads)
+  keys = jax.random.split(jax.random.key(0), 4)
+  given = [jax.random.normal(key, shape, jnp.dtype(options.dtype)) for key in keys]
+  rate = options.objective.attention_dropout
+  drawn = {'draw_keys': jax.random.split(jax.random.key(1), SAMPLES), 'drop_rate': rate, **how}
+  drops = jax.jit(lambda query, key: kernels.dropped_pairs(query, key, **drawn))(*given[:2])
+  counts, count = drops.sum(axis=(1, 3, 4)), asad.num_dropped(a.tokens_per_frame, rate)
+  if not (counts == count).all():
+    raise _wrong(f'drop {counts.min()} to {counts.max()} pairs of a head instead of {count}')
+
+  def results(attend: Any, query: Any, key: Any, value: Any, upper: Any) -> list[jax.Array]:
+    mixed, pull = jax.vjp(attend, query, key, value)
+    return [each.astype(jnp.float32) for each in (mixed, *pull(upper.astype(mixed.dtype)))]
+
+  found = jax.jit(lambda *x: results(lambda *y: kernels.asad_attention(*y, **drawn), *x))(*given)
+  exact = [each.astype(jnp.float32) for each in given]
+  expected = results(lambda *y: asad.attention_with_drops(*y, is_dropped=drops), *exact)
+  names = ('output', *(f'gradient of the {name}' for name in ('queries', 'keys', 'values')))
+  errors = {
+    name: float(jnp.linalg.norm((one - other).ravel()) / jnp.linalg.norm(other.ravel()))
+    for name, one, other in zip(names, found, expected, strict=True)
+  }
+  # Not a number is not near either.
+  far = [f'{name} {error:.3g}' for name, error in errors.items() if not error < TOLERANCE]
+  if far:
+    raise _wrong(f'are off, relative to what they should be: {", ".join(far)}')
+  largest = max(errors, key=errors.get)
+  return (
+    f'the kernels drop {count} pairs of a head; largest error: {errors[largest]:.2g}, {largest}'
+  )
+
+
+def _wrong(what: str) -> BadInput:
+  return BadInput(
+    f'the fused kernels {what}; please report it with this machine, and use --without_fused.'
+  )
