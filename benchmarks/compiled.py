@@ -55,7 +55,9 @@ def compile_step(
   except RuntimeError as error:
     if 'cuDNN' not in str(error):
       raise
-    raise BadInput('flash attention needs cuDNN; pip install nvidia-cudnn-cu12.') from error
+    raise BadInput(
+      'flash attention needs cuDNN; pip install nvidia-cudnn-cu12, or use --without_fused.'
+    ) from error
   try:
     compiled = lowered.compile(compiler_options)
   except jax.errors.JaxRuntimeError as error:
@@ -89,7 +91,7 @@ def analyse(compiled: jax.stages.Compiled, num_devices: int) -> dict[str, Any]:
   collectives = program.collectives()
   # The compiler of GPUs does not tell.
   cost = compiled.cost_analysis() or {'flops': 0.0, 'bytes accessed': 0.0}
-  cycles, silent = program.expected_cycles()
+  cycles, of_pallas = program.expected_cycles()
   return {
     'flops': cost['flops'],
     'bytes_accessed': cost['bytes accessed'],
@@ -97,7 +99,7 @@ def analyse(compiled: jax.stages.Compiled, num_devices: int) -> dict[str, Any]:
     'memory': memory_of(compiled),
     'kernels': dict(program.kernels()),
     'expected_cycles': cycles,
-    'kernels_without_cycles': silent,
+    'pallas_kernels': of_pallas,
     'collectives': summarise(collectives),
     'sent_bytes': sum(each.sent_bytes for each in collectives),
     'sent_beside_other_work': sum(each.sent_bytes for each in collectives if each.overlaps),

@@ -31,13 +31,7 @@ RING = {
 _MOVES_NOTHING = frozenset(
   ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id')
 )
-# In place.
-_CHANGES_PART = 'dynamic-update-slice'
-# What is read of their first operand.
-_PART_BYTES = {
-  **dict.fromkeys(('slice', 'dynamic-slice', 'gather'), lambda each: num_bytes(each.shape)),
-  _CHANGES_PART: lambda each: 0,
-}
+_READS_PART = frozenset(('slice', 'dynamic-slice', 'gather'))
 _RUNS_OTHERS = frozenset(('while', 'call', 'conditional', 'async-start'))
 _MAKES_ANYTHING = frozenset(('fusion', 'custom-call', 'reduce'))
 _BESIDE_KERNELS = frozenset(('copy-start', 'slice-start'))
@@ -87,6 +81,12 @@ class Program:
       for instruction in instructions
       if instruction.opcode == 'fusion'
       for _, name in _CALLED.findall(instruction.attributes)
+    }
+    self._top_level = {
+      instruction.name
+      for name, instructions in self._computations.items()
+      for instruction in instructions
+      if name not in self._fused
     }
     self._instructions = {
       instruction.name: instruction
@@ -149,16 +149,15 @@ class Program:
   def expected_cycles(self) -> tuple[int, int]:
     """Returns what the compiler of TPUs expects its kernels to take, one after the other.
 
-    That includes what they compute inside. Also returned is for how many kernels it does not say:
-    those of Pallas, and small ones. Other compilers say nothing at all.
+    That includes what they compute inside. It does not say it of those of Pallas, whose number is
+    returned too, nor of some that are small. Other compilers say nothing at all.
     """
-    cycles = silent = 0
+    cycles = of_pallas = 0
     for instruction, _, times in self._walk(self._entry, 1, into_fusions=False):
       if said := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
         cycles += (times or 1) * int(said[1])
-      elif self._is_kernel(instruction):
-        silent += times or 1
-    return cycles, silent
+      of_pallas += (times or 1) * ('"tpu_custom_call"' in instruction.attributes)
+    return cycles, of_pallas
 
   def kernels(self) -> collections.Counter[str]:
     """Counts the instructions that a step runs as one kernel each, by opcode.
@@ -181,45 +180,61 @@ class Program:
     return (opcode in _MAKES_ANYTHING or sizes) and not opcode.endswith(('-done', '-update'))
 
   def _written_bytes(self, instruction: Instruction) -> int:
-    """What a kernel writes to main memory; of an array that it changes, the part that is new."""
-    *_, root = self._inside(instruction) or [instruction]
-    results = (
-      [self._instructions[name] for name in root.operands] if root.opcode == 'tuple' else [root]
-    )
-    if len(results) != len(arrays(instruction.shape)):
-      return sum(map(_main_memory_bytes, arrays(instruction.shape)))
+    """What a kernel writes to main memory; of an array that it changes in place, the new part."""
+    written, results = arrays(instruction.shape), self._results(instruction)
+    if len(results) != len(written):
+      return sum(map(_main_memory_bytes, written))
     return sum(
-      min(_main_memory_bytes(array), self._changed_bytes(result))
-      for array, result in zip(arrays(instruction.shape), results, strict=True)
+      min(_main_memory_bytes(array), self._new_bytes(result))
+      for array, result in zip(written, results, strict=True)
     )
 
-  def _changed_bytes(self, result: Instruction) -> int:
-    while result.opcode == 'bitcast':
-      result = self._instructions[result.operands[0]]
-    changed = self._instructions[result.operands[1]] if result.opcode == _CHANGES_PART else result
-    return num_bytes(changed.shape)
+  def _results(self, instruction: Instruction) -> list[Instruction]:
+    """Lists what makes the results of a kernel."""
+    *_, root = self._inside(instruction) or [instruction]
+    made = map(self._instructions.get, root.operands) if root.opcode == 'tuple' else [root]
+    return [self._behind_bitcasts(each) for each in made]
+
+  def _behind_bitcasts(self, instruction: Instruction) -> Instruction:
+    while instruction.opcode == 'bitcast':
+      instruction = self._instructions[instruction.operands[0]]
+    return instruction
+
+  def _new_bytes(self, result: Instruction) -> int:
+    changes = self._changes_in_place(result)
+    return num_bytes((self._instructions[result.operands[1]] if changes else result).shape)
+
+  def _changes_in_place(self, result: Instruction) -> bool:
+    """Whether a result of a kernel is an array that it was given, of which a part is new."""
+    if result.opcode != 'dynamic-update-slice':
+      return False
+    given = self._behind_bitcasts(self._instructions[result.operands[0]])
+    return result.name in self._top_level or given.opcode == 'parameter'
 
   def _read_bytes(self, instruction: Instruction) -> int:
     """What a kernel reads of main memory; of an array that it only cuts or gathers, that part."""
+    changed = {each.name for each in self._results(instruction) if self._changes_in_place(each)}
     total = 0
     for name in dict.fromkeys(instruction.operands):
       whole = sum(map(_main_memory_bytes, arrays(self._instructions[name].shape)))
-      total += min(whole, self._bytes_read_of(name, instruction, whole))
+      total += min(whole, self._bytes_read_of(name, instruction, whole, changed))
     return total
 
-  def _bytes_read_of(self, name: str, user: Instruction, whole: int) -> int:
+  def _bytes_read_of(self, name: str, user: Instruction, whole: int, changed: set[str]) -> int:
     """What an instruction reads of an operand, whose bytes are `whole`."""
-    if user.opcode in _PART_BYTES and user.operands[0] == name:
-      return _PART_BYTES[user.opcode](user)
+    if user.operands[0] == name and user.name in changed:
+      return 0
+    if user.operands[0] == name and user.opcode in _READS_PART:
+      return num_bytes(user.shape)
     if not (inside := self._inside(user)):
       return whole
     places = [f' parameter({k})' for k, operand in enumerate(user.operands) if operand == name]
     names = {each.name for each in inside if any(place in each.text for place in places)}
-    names |= {
-      each.name for each in inside if each.opcode == 'bitcast' and names & set(each.operands)
-    }
+    for each in inside:
+      names |= {each.name} if each.opcode == 'bitcast' and names & set(each.operands) else set()
     uses = [(own, each) for each in inside for own in names & set(each.operands)]
-    return sum(self._bytes_read_of(*use, whole) for use in uses if use[1].name not in names)
+    uses = [use for use in uses if use[1].name not in names]
+    return sum(self._bytes_read_of(*use, whole, changed) for use in uses) if uses else whole
 
   def _inside(self, instruction: Instruction) -> list[Instruction]:
     """Lists what a fusion is made of; of another instruction, nothing."""

@@ -1,11 +1,12 @@
 """Whether the kernels of ASAD, on the device at hand, compute what they should."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dropmae_jax import asad, asad_gpu, asad_tpu
+from dropmae_jax import asad, asad_gpu, asad_tpu, attention, sharding
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.recipe import Recipe
 
@@ -44,14 +45,21 @@ def check(options: Recipe, device: Any, **how: Any) -> str:
     mixed, pull = jax.vjp(attend, query, key, value)
     return [each.astype(jnp.float32) for each in (mixed, *pull(upper.astype(mixed.dtype)))]
 
-  found = jax.jit(lambda *x: results(lambda *y: kernels.asad_attention(*y, **drawn), *x))(*given)
-  exact = [each.astype(jnp.float32) for each in given]
-  expected = results(lambda *y: asad.attention_with_drops(*y, is_dropped=drops), *exact)
-  names = ('output', *(f'gradient of the {name}' for name in ('queries', 'keys', 'values')))
-  errors = {
-    name: float(jnp.linalg.norm((one - other).ravel()) / jnp.linalg.norm(other.ravel()))
-    for name, one, other in zip(names, found, expected, strict=True)
-  }
+  def errors_of(attend: Any, plain: Any, before: str) -> dict[str, float]:
+    found = jax.jit(partial(results, attend))(*given)
+    with jax.default_matmul_precision('highest'):
+      expected = results(plain, *(each.astype(jnp.float32) for each in given))
+    names = ('output', *(f'gradient of the {name}' for name in ('queries', 'keys', 'values')))
+    return {
+      f'{before}{name}': float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other))
+      for name, one, other in zip(names, found, expected, strict=True)
+    }
+
+  with_drops = partial(asad.attention_with_drops, is_dropped=drops)
+  errors = errors_of(partial(kernels.asad_attention, **drawn), with_drops, '')
+  if device.platform == 'gpu':
+    flash = partial(attention.flash_attention, mesh=sharding.make_mesh([device]))
+    errors |= errors_of(flash, attention.dense_attention, 'of flash attention the ')
   # Not a number is not near either.
   far = [f'{name} {error:.3g}' for name, error in errors.items() if not error < TOLERANCE]
   if far:

@@ -101,6 +101,8 @@ def summarise(
       rows[name]['pairs_per_second'] = options.batch_size / rows[name]['seconds']['median']
   ratios = {}
   steps = [name.removeprefix('step_') for name in parts if name.startswith('step_')]
+  if 'encoder_fused' in parts:
+    ratios['encoder_fused/encoder'] = rounds.ratios(seconds['encoder_fused'], seconds['encoder'])
   for kind, base in variants.comparisons(steps):
     for whole in ('step', 'decoder', 'attention'):
       name, first = f'{whole}_{kind}', f'{whole}_{base}'
@@ -131,7 +133,7 @@ def show(result: dict[str, Any]) -> str:
     f'MFU of {peak["flops_per_second"] / 1e12:.4g} TFLOP/s: {peak["source"]}. A matrix product'
     f' reaches {peak["matrix_product"] / 1e12:.4g} TFLOP/s.',
     '',
-    f'{"":<17}{"ms":<29}{"a step":<8}{"pairs/s":<9}{"GFLOP":<10}{"MFU":<8}{"GB":<8}compiled in',
+    f'{"":<23}{"ms":<29}{"a step":<8}{"pairs/s":<9}{"GFLOP":<10}{"MFU":<8}{"GB":<8}compiled in',
   ]
   for name, row in result['rows'].items():
     cells = (
@@ -145,10 +147,10 @@ def show(result: dict[str, Any]) -> str:
     )
     widths = (29, 8, 9, 10, 8, 8, 0)
     padded = (f'{cell:<{width}}' for cell, width in zip(cells, widths, strict=True))
-    lines.append(f'{name:<17}{"".join(padded)}'.rstrip())
+    lines.append(f'{name:<23}{"".join(padded)}'.rstrip())
   lines += ['', f'asad_tax {result["asad_tax"]:.3f}; ratios within rounds:']
   for name, values in result['ratios'].items():
-    lines.append(f'  {name:<36}{rounds.show_range(values, digits=3)}')
+    lines.append(f'  {name:<46}{rounds.show_range(values, digits=3)}')
   if result['device_peak_bytes']:
     lines.append(f'most memory in use at once: {result["device_peak_bytes"] / 1e9:.2f} GB')
   return '\n'.join(lines)

@@ -72,4 +72,5 @@ def comparisons(names: Iterable[str]) -> list[tuple[str, str]]:
   """Pairs every recipe with the first, and kernels of ASAD with those without too."""
   first, *others = names
   pairs = [(name, first) for name in others]
-  return pairs + [('asad_fused', 'dense_fused')] * ('dense_fused' in others)
+  kernels = ('asad_fused', 'dense_fused')
+  return pairs + [kernels] * (set(kernels) <= set(others))

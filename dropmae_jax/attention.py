@@ -44,7 +44,7 @@ def dense_attention(
     query: one vector per token and head.
     key: likewise.
     value: likewise.
-    loop: over groups of heads; its gradient computes logits anew.
+    loop: over groups of heads; the gradient of more than one computes logits anew.
   """
 
   def attend(query: Array, key: Array, value: Array, nothing: None) -> Array:
@@ -104,8 +104,8 @@ def programs_for(
 
   Args:
     kind: 'xla' runs anywhere; 'fused' has kernels of ASAD, for TPUs and for Hopper GPUs, and there
-      cuDNN's flash attention; 'auto' is what was measured to be faster: 'xla', as long as nobody
-      has timed the kernels, on CPUs and TPUs a few heads at a time.
+      cuDNN's flash attention; 'auto' is 'xla' as long as nobody has timed the kernels, a few heads
+      at a time on CPUs, by measurement, and on TPUs, by their compiler's count of cycles.
     mesh: devices that a batch is split over.
     tokens_per_frame: n.
     num_heads: of the decoder.
@@ -135,7 +135,7 @@ def programs_for(
 
 def _loops(mesh: Mesh) -> Programs:
   """Returns XLA's programs, a few heads at a time where that is faster."""
-  dense, with_drops = logits_at_once(mesh.devices.flat[0].platform, len(mesh.local_devices))
+  dense, with_drops = logits_at_once(mesh.devices.flat[0].platform, max(1, len(mesh.local_devices)))
   devices = mesh if mesh.size > 1 else None
   return Programs(
     partial(dense_attention, loop=Loop(dense, devices)),

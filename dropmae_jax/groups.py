@@ -40,16 +40,21 @@ class Groups(NamedTuple):
 
 
 def groups_of(shape: tuple[int, int, int], logits_at_once: int | None) -> Groups:
-  """Returns how b, l and m are cut: into heads of all samples first, and then into samples.
+  """Returns how b, l and m are cut: into heads of all samples, or else into samples too.
+
+  Where b has no divisor that fits, all heads of fewer samples may be the larger group.
 
   Args:
     shape: b, l, m.
     logits_at_once: see `Loop`.
   """
   b, length, num_heads = shape
-  most = math.inf if logits_at_once is None else logits_at_once
-  heads = _largest_divisor(num_heads, most / (b * length**2))
-  samples = _largest_divisor(b, most / (heads * length**2))
+  most = math.inf if logits_at_once is None else logits_at_once / length**2
+  heads = _largest_divisor(num_heads, most / b)
+  samples = _largest_divisor(b, most / heads)
+  fewest = _largest_divisor(b, most / num_heads)
+  rest = _largest_divisor(num_heads, most / fewest)
+  samples, heads = max((samples, heads), (fewest, rest), key=lambda group: group[0] * group[1])
   return Groups(b // samples, num_heads // heads)
 
 

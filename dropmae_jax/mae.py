@@ -193,7 +193,7 @@ class MaskedAutoencoder(nnx.Module):
       latents: of the visible patches.
       masked: which these are.
       attentions: one per block; each sees all tokens.
-      wanted: the patches to reconstruct, in this order; all in the frames' order if not given.
+      wanted: unlike patches to reconstruct, in this order; all in the frames' order by default.
     """
     frames = self.decoder_temporal_pos_embed_x, self.decoder_temporal_pos_embed_z
     code = _codes(jnp.arange(self.architecture.num_tokens)[None], self.decoder_pos_embed, *frames)

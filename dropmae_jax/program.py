@@ -27,7 +27,7 @@ class Program(NamedTuple):
 
 
 def keep_compiled(workdir: pathlib.Path) -> None:
-  """Keeps compiled programs in the folder `compiled` of a run, for when it goes on.
+  """Has this process keep compiled programs in the folder `compiled` of a run, which may go on.
 
   Compiling takes minutes on GPUs and TPUs. And the compiler of GPUs chooses among kernels by timing
   them, so that what is compiled anew may round otherwise. CPUs may differ in what code they take:

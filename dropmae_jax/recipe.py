@@ -57,9 +57,9 @@ class Recipe:
     batch_size: pairs per update, over all devices and micro-batches.
     accumulation_steps: micro-batches that a batch is split into, to save memory.
     dtype: of the matrix products; parameters are float32 always.
-    attention: how it is computed: 'xla'; 'fused', the decoder's by kernels on TPUs and Hopper GPUs,
-      which draw by the same law and noise, though of some thousand pairs that are dropped a few
-      may differ; 'auto' is 'xla', on CPUs a few heads at a time, as long as nobody has timed the
+    attention: how it is computed: 'xla'; 'fused', by kernels on TPUs and Hopper GPUs, which draw by
+      the same law and noise, though of some thousand pairs that are dropped a few may differ;
+      'auto' is 'xla', on CPUs and TPUs a few heads at a time, as long as nobody has timed the
       kernels.
     remat: which activations are computed anew for the gradient, to save memory: of 'none', of
       'full' blocks, or of all but the 'dots' (matrix products with parameters).

@@ -50,7 +50,6 @@ def open_run(
   """Opens data, checkpoints, report and loader of a run; the stack closes them again."""
   watchdog.watch('opening the dataset', is_slow=True)
   dataset = _open_dataset(recipe, workdir, allow_changes=allow_changes)
-  keep_compiled(workdir)
   try:
     mesh = sharding.make_mesh(options=recipe.mesh)
   except ValueError as error:
@@ -63,6 +62,7 @@ def open_run(
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise BadInput(f'--workdir={workdir} cannot be made: {error.strerror}.') from error
+  keep_compiled(workdir)
   description = describe(
     recipe.model,
     recipe.objective,

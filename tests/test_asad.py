@@ -211,6 +211,70 @@ def test_a_few_heads_at_a_time_are_as_all_at_once(heads, mesh):
       np.testing.assert_allclose(one, other, atol=2e-6)
 
 
+@pytest.mark.parametrize('width', [12, 136])
+def test_heads_that_flash_attention_does_not_take_go_without(width):
+  arguments = qkv(4, e=width)
+  mesh = jax.sharding.Mesh(jax.devices()[:1], ('data',))
+  np.testing.assert_array_equal(
+    attention.flash_attention(*arguments, mesh=mesh), attention.dense_attention(*arguments)
+  )
+
+
+def test_flash_attention_is_asked_of_cudnn(monkeypatch):
+  """There is no GPU here: XLA takes its place."""
+  asked, attend = [], jax.nn.dot_product_attention
+
+  def record(*arguments, implementation):
+    asked.append(implementation)
+    return attend(*arguments, implementation='xla')
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', record)
+  mesh = jax.sharding.Mesh(jax.devices()[:2], ('data',))
+  found = attention.flash_attention(*qkv(4, e=16), mesh=mesh)
+  np.testing.assert_allclose(found, attention.dense_attention(*qkv(4, e=16)), atol=2e-6)
+  assert asked == ['cudnn']
+
+
+@pytest.mark.parametrize(
+  ('kind', 'devices', 'shards'), [('auto', 2, True), ('xla', 2, False), ('auto', 1, False)]
+)
+def test_every_device_has_groups_of_its_own(kind, devices, shards):
+  mesh = jax.sharding.Mesh(jax.devices()[:devices], ('data',))
+  sizes = {'tokens_per_frame': 16, 'num_heads': 3, 'head_width': 8, 'dtype': 'float32'}
+  programs = attention.programs_for(kind, mesh, **sizes)
+  drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': 0.3}
+  for attend in (programs.dense, partial(programs.asad, **drawn)):
+    traced = jax.make_jaxpr(attend)(*qkv(4)).jaxpr
+    names = {each.primitive.name for each in every_program(traced) for each in each.eqns}
+    assert ('shard_map' in names) == shards
+
+
+def test_how_much_is_computed_at_once():
+  assert attention.logits_at_once('gpu') == (None, None)
+  assert attention.logits_at_once('tpu') == attention.logits_at_once('tpu', 8) == (32 * 392**2,) * 2
+  dense, with_drops = attention.logits_at_once('cpu')
+  assert dense == 2 * with_drops
+  # Devices of a CPU share its cores.
+  assert attention.logits_at_once('cpu', 2) == (dense // 2, with_drops // 2)
+
+
+def test_the_search_is_the_same_in_a_loop_and_written_out(monkeypatch):
+  """The former is what CPUs have; the latter runs elsewhere."""
+  ranks = jax.random.randint(jax.random.key(0), (2, 2, 3, 16, 16), 0, 300).astype(jnp.uint16)
+  from_behind = jax.random.bernoulli(jax.random.key(1), shape=(2, 1, 3, 1, 1))
+  mark = partial(sampling.lowest, ranks, from_behind=from_behind)
+  in_loop = [mark(count) for count in (1, 100, 512)]
+
+  def elsewhere(*arguments, default, **others):
+    del others
+    return default(*arguments)
+
+  monkeypatch.setattr(jax.lax, 'platform_dependent', elsewhere)
+  for count, expected in zip((1, 100, 512), in_loop, strict=True):
+    assert (expected.sum(axis=(1, 3, 4)) == count).all()
+    np.testing.assert_array_equal(mark(count), expected)
+
+
 @pytest.mark.parametrize(
   ('shape', 'at_once', 'expected'),
   [
@@ -219,8 +283,11 @@ def test_a_few_heads_at_a_time_are_as_all_at_once(heads, mesh):
     ((2, 392, 16), 4 * 392**2, (1, 8)),
     ((2, 392, 12), 8 * 392**2, (1, 3)),
     ((64, 392, 16), 8 * 392**2, (8, 16)),
-    ((6, 392, 16), 4 * 392**2, (2, 16)),
+    ((6, 392, 16), 4 * 392**2, (6, 4)),
+    ((6, 392, 16), 6 * 392**2, (1, 16)),
     ((2, 392, 3), 10, (2, 3)),
+    # 37 has no divisor of at most 32.
+    ((37, 392, 16), 32 * 392**2, (37, 1)),
     ((2, 98, 12), 8 * 392**2, (1, 1)),
   ],
 )

@@ -73,10 +73,10 @@ def test_logits_so_far_apart_that_powers_vanish():
     assert error <= 1.5 * allowed + 1e-6
 
 
-@pytest.mark.parametrize('rate', [1 / 2, 1.0])
+@pytest.mark.parametrize('rate', [1 / 2, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_many_heads_draw_what_xla_draws(rate):
-  query, key, _ = rounded(tokens(3, b=2, n=3, m=12, e=16, scale=2.0))
-  drawn = {'draw_keys': jax.random.split(jax.random.key(5), 2), 'drop_rate': rate}
+  query, key, _ = rounded(tokens(3, b=1, n=3, m=12, e=16, scale=2.0))
+  drawn = {'draw_keys': jax.random.split(jax.random.key(5), 1), 'drop_rate': rate}
   drops = dropped_pairs(query, key, **drawn)
   assert drops.any(axis=(0, 2)).sum() == 12
   np.testing.assert_array_equal(drops, drops_of_xla(query, key, **drawn))

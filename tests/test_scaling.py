@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_python
 
 from benchmarks import compiled, hlo, scaling, targets
-from dropmae_jax import mae
+from dropmae_jax import mae, optimizer
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import Objective
 from dropmae_jax.recipe import Recipe
@@ -210,6 +210,34 @@ def test_of_what_is_changed_in_place_the_new_part_moves(place, moved):
   assert program(given + new + alone).memory_bytes() == moved
 
 
+@pytest.mark.parametrize(
+  ('body', 'moved'),
+  [
+    # What is changed is made by the kernel: all of it is written.
+    ('%m = f32[8,4]{1,0} negate(%a)\n  ROOT %r = f32[8,4]{1,0} dynamic-update-slice(%m', 256),
+    # What is changed is not the result, and so it is read.
+    (
+      '%m = f32[8,4]{1,0} dynamic-update-slice(%a, %b, %i, %i)\n  ROOT %r = f32[8,4]{1,0} add(%m',
+      256,
+    ),
+    # It only gets another shape.
+    ('ROOT %r = f32[8,4]{1,0} bitcast(%a', 256),
+  ],
+)
+def test_what_is_not_changed_in_place_moves_whole(body, moved):
+  fusion = f"""%fused (a: f32[8,4], b: f32[1,4], i: s32[]) -> f32[8,4] {{
+  %a = f32[8,4]{{1,0}} parameter(0)
+  %b = f32[1,4]{{1,0}} parameter(1)
+  %i = s32[] parameter(2)
+  {body}, %b, %i, %i)
+}}
+"""
+  given = '  %o = f32[8,4]{1,0} parameter(3)\n  %n = s32[] parameter(2)\n'
+  new = '  %y = f32[1,4]{1,0} parameter(1)\n'
+  call = '  ROOT %f = f32[8,4]{1,0} fusion(%o, %y, %n), kind=kLoop, calls=%fused\n'
+  assert program(given + new + call, fusion).memory_bytes() == moved + 16 + 4
+
+
 def test_main_memory_leaves_out_what_lies_on_chip():
   found = program(
     '  %s = (f32[16,4]{1,0:S(1)}, f32[16,4]{1,0}, u32[]{:S(2)}) copy-start(%x)\n'
@@ -268,9 +296,12 @@ def trained_bytes():
   """Bytes of the gradients that devices add up, and how many of them are of matrices."""
   total, matrices = 0, 0
   for path, leaf in jax.tree.leaves_with_path(mae.abstract_model(SMALLEST)[1]):
-    if 'pos_embed' in path[0].key:
-      # The tables are fixed. The two codes of a frame are added up over its tokens last of all.
-      total += 4 * SMALLEST.tokens_per_frame * leaf.shape[-1] * ('temporal' in path[0].key)
+    name = path[0].key
+    if name in optimizer.FIXED:
+      continue
+    if name.startswith('decoder_temporal'):
+      # Where all tokens are there, a frame's code is added up over them last of all.
+      total += 4 * SMALLEST.tokens_per_frame * leaf.shape[-1]
     else:
       total += 4 * leaf.size
       matrices += 4 * leaf.size * (len(leaf.shape) == 2)

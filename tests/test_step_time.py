@@ -301,7 +301,7 @@ def test_the_report_of_a_compiler(monkeypatch, capsys, small, tmp_path):
   assert with_asad['number_of_kernels'] == sum(with_asad['kernels'].values()) > 10
   assert dense['flops_by_formula'] == BATCH * flops.step(SMALLEST, 0.75)
   assert dense['flops'] > dense['flops_by_formula']
-  tax = result['asad_tax']['asad/dense']
+  tax = result['ratios']['asad/dense']
   assert tax['number_of_kernels'] == with_asad['number_of_kernels'] / dense['number_of_kernels']
   assert tax['least'] >= 1
   assert 'asad/dense: time' in capsys.readouterr().out
@@ -315,10 +315,10 @@ def test_there_is_no_tax_where_a_step_does_not_fit():
   }
   more = {'projected': {'least': 3.0, 'most': 5.0}, 'main_memory_bytes': 11, 'number_of_kernels': 6}
   refused = {'refused': 'no'}
-  assert compile_report.taxes({'a': fits, 'b': more, 'c': refused}) == {
+  assert compile_report.compare({'a': fits, 'b': more, 'c': refused}) == {
     'b/a': {'least': 1.5, 'most': 1.25, 'main_memory_bytes': 1.1, 'number_of_kernels': 1.2}
   }
-  assert compile_report.taxes({'a': refused, 'b': more}) == {}
+  assert compile_report.compare({'a': refused, 'b': more}) == {}
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def test_the_compilers_of_accelerators_make_both_steps(tmp_path, target, library
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   result = json.loads(output.read_text())
-  assert result['asad_tax']['asad/dense']['main_memory_bytes'] > 1
+  assert result['ratios']['asad/dense']['main_memory_bytes'] > 1
   assert all(row['kernels']['fusion'] > 50 for row in result['rows'].values())
 
 

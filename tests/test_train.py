@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import run_python
 
-from dropmae_jax import mae, optimizer, program, sharding, train_step
+from dropmae_jax import mae, optimizer, program, run, sharding, train, train_step
 from dropmae_jax.data import DataOptions
 from dropmae_jax.mae import Objective
 from dropmae_jax.optimizer import OptimizerOptions
@@ -214,3 +214,12 @@ def test_compiled_programs_are_kept_with_a_run(tmp_path, backend, elsewhere, is_
   assert done.returncode == 0, done.stderr
   assert any(tmp_path.glob('run/compiled/*')) == is_kept
   assert any(tmp_path.glob('other/*')) == elsewhere
+
+
+def test_a_run_keeps_its_compiled_programs(monkeypatch, data_dir, tmp_path):
+  kept = []
+  monkeypatch.setattr(run, 'keep_compiled', lambda workdir: kept.append(workdir) or 1 / 0)
+  recipe = Recipe(data_dir=str(data_dir), num_steps=1, batch_size=BATCH, model=TINY)
+  with pytest.raises(ZeroDivisionError):
+    train.train(recipe, tmp_path / 'run', allow_changes=False)
+  assert kept == [tmp_path / 'run']
