@@ -263,7 +263,7 @@ class Workbench:
 
 def groups_here(batch_size: int, heads: int, tokens: int) -> Groups:
   """Returns in what groups a step on one device here draws, with the attention 'auto'."""
-  _, at_once = attention.logits_at_once(jax.default_backend())
+  at_once = attention.logits_at_once(jax.default_backend())
   return groups_of((batch_size, tokens, heads), at_once)
 
 

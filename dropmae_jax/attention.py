@@ -24,8 +24,8 @@ AsadAttention = Callable[..., Array]
 KINDS = ('auto', 'xla', 'fused')
 
 # What a CPU's core works on should stay in its caches: so many logits, measured with 392 tokens and
-# two cores (python -m benchmarks.step_time). ASAD has more arrays of that size.
-CACHED_LOGITS, CACHED_ASAD_LOGITS = 4 * 392**2, 2 * 392**2
+# two cores (python -m benchmarks.step_time).
+CACHED_LOGITS = 4 * 392**2
 # And what a TPU works on, in its on-chip memory: XLA then puts nearly all of it there (python -m
 # benchmarks.compile_report).
 ON_CHIP_LOGITS = 32 * 392**2
@@ -135,27 +135,21 @@ def programs_for(
 
 def _loops(mesh: Mesh) -> Programs:
   """Returns XLA's programs, a few heads at a time where that is faster."""
-  dense, with_drops = logits_at_once(mesh.devices.flat[0].platform, max(1, len(mesh.local_devices)))
-  devices = mesh if mesh.size > 1 else None
-  return Programs(
-    partial(dense_attention, loop=Loop(dense, devices)),
-    partial(asad.asad_attention, loop=Loop(with_drops, devices)),
-  )
+  at_once = logits_at_once(mesh.devices.flat[0].platform, max(1, len(mesh.local_devices)))
+  loop = Loop(at_once, mesh if mesh.size > 1 else None)
+  return Programs(partial(dense_attention, loop=loop), partial(asad.asad_attention, loop=loop))
 
 
-def logits_at_once(platform: str, devices: int = 1) -> tuple[int | None, int | None]:
-  """Returns how many logits a device should have at a time, without drops and with; None: all.
+def logits_at_once(platform: str, devices: int = 1) -> int | None:
+  """Returns how many logits attention should have a device compute at a time; None: all.
 
   Args:
     platform: such as 'cpu'.
     devices: that share the cores of this process.
   """
   if platform == 'tpu':
-    return ON_CHIP_LOGITS, ON_CHIP_LOGITS
-  if platform != 'cpu':
-    return None, None
-  cores = len(os.sched_getaffinity(0)) / devices
-  return int(cores * CACHED_LOGITS), int(cores * CACHED_ASAD_LOGITS)
+    return ON_CHIP_LOGITS
+  return len(os.sched_getaffinity(0)) * CACHED_LOGITS // devices if platform == 'cpu' else None
 
 
 def unsupported(

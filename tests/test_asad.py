@@ -1,6 +1,7 @@
 """The law of attention dropout: what is dropped, how often, and what gradients see of it."""
 
 import itertools
+import os
 from functools import partial
 
 import draws
@@ -250,12 +251,11 @@ def test_every_device_has_groups_of_its_own(kind, devices, shards):
 
 
 def test_how_much_is_computed_at_once():
-  assert attention.logits_at_once('gpu') == (None, None)
-  assert attention.logits_at_once('tpu') == attention.logits_at_once('tpu', 8) == (32 * 392**2,) * 2
-  dense, with_drops = attention.logits_at_once('cpu')
-  assert dense == 2 * with_drops
+  assert attention.logits_at_once('gpu') is None
+  assert attention.logits_at_once('tpu') == attention.logits_at_once('tpu', 8) == 32 * 392**2
   # Devices of a CPU share its cores.
-  assert attention.logits_at_once('cpu', 2) == (dense // 2, with_drops // 2)
+  assert attention.logits_at_once('cpu') == len(os.sched_getaffinity(0)) * 4 * 392**2
+  assert attention.logits_at_once('cpu', 4) == attention.logits_at_once('cpu') // 4
 
 
 def test_the_search_is_the_same_in_a_loop_and_written_out(monkeypatch):
