@@ -222,6 +222,12 @@ def test_of_what_is_changed_in_place_the_new_part_moves(place, moved):
     ),
     # It only gets another shape.
     ('ROOT %r = f32[8,4]{1,0} bitcast(%a', 256),
+    # It is read behind two other shapes.
+    (
+      '%m = f32[32]{0} bitcast(%a)\n  %k = f32[8,4]{1,0} bitcast(%m)\n'
+      '  ROOT %r = f32[8,4]{1,0} negate(%k',
+      256,
+    ),
   ],
 )
 def test_what_is_not_changed_in_place_moves_whole(body, moved):
