@@ -14,7 +14,6 @@ setup(
     'absl-py',
     'array-record>=0.8.6',
     'av>=14',
-    'dm-pix>=0.4.5',
     'einops>=0.8',
     'flax>=0.12.8',
     'grain>=0.2.18',
@@ -39,6 +38,7 @@ setup(
     'beam': ['apache-beam>=2.77'],
     'dev': [
       'beartype>=0.22',
+      'dm-pix>=0.4.5',
       'hypothesis>=6.100',
       'pytest>=8',
       'pytest-xdist>=3.6',

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from benchmarks import clips, rounds
+from benchmarks import rounds
 from benchmarks.parts import drops, groups_here
 from benchmarks.rounds import Way
 from dropmae_jax import asad, command_line, loader_process
@@ -165,7 +165,7 @@ def parse() -> argparse.Namespace:
     raise BadInput(
       f'--drop_rate={arguments.drop_rate} drops nothing; give more of it, or --tokens.'
     )
-  clips.check_output(arguments.json)
+  rounds.check_output(arguments.json)
   return arguments
 
 

@@ -185,15 +185,3 @@ def prepare(
     data_dir = scratch / f'data-{root.resolve().name}'
     build_dataset(root, data_dir)
   return open_clips(data_dir, dataset, split, root)
-
-
-def check_output(path: pathlib.Path | None) -> None:
-  """Finds out before the measurement whether its numbers can be written.
-
-  Raises:
-    BadInput: they cannot.
-  """
-  if path and not path.absolute().parent.is_dir():
-    raise BadInput(f'the folder of --json={path} does not exist; make it first.')
-  if path and path.is_dir():
-    raise BadInput(f'--json={path} is a folder; give the name of a file.')

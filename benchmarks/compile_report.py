@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import clips, compiled, flops, rounds, targets, variants
+from benchmarks import compiled, flops, rounds, targets, variants
 from benchmarks.targets import TARGETS
 from dropmae_jax import command_line
 from dropmae_jax.command_line import BadInput
@@ -104,7 +104,7 @@ def parse() -> argparse.Namespace:
   arguments.dtype = arguments.dtype or 'bfloat16'
   if arguments.batch_size < 1:
     raise BadInput(f'--batch_size={arguments.batch_size} is too small; give at least 1.')
-  clips.check_output(arguments.json)
+  rounds.check_output(arguments.json)
   return arguments
 
 

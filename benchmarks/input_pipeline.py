@@ -227,7 +227,7 @@ def parse() -> argparse.Namespace:
     raise BadInput('there are no clips; give --videos=FOLDER or --generated=500.')
   if arguments.data_dir and (arguments.generated or arguments.rescale):
     raise BadInput('--data_dir is built already; leave out --generated and --rescale.')
-  clips.check_output(arguments.json)
+  rounds.check_output(arguments.json)
   return arguments
 
 

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from array_record.python import array_record_module
 
-from benchmarks import clips
+from benchmarks import rounds
 from dropmae_jax import command_line, data, videos
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
   for name, least in (('num_videos', 1), ('frames', 1), ('pairs', 0), ('workers', 1)):
     if getattr(arguments, name) < least:
       raise BadInput(f'--{name}={getattr(arguments, name)} is too small; give at least {least}.')
-  clips.check_output(arguments.json)
+  rounds.check_output(arguments.json)
   return arguments
 
 

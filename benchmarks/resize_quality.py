@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 
-from benchmarks import clips
+from benchmarks import clips, rounds
 from dropmae_jax import augment, command_line
 from dropmae_jax.command_line import BadInput
 from tfds_kinetics.video import FrameOptions, stored_size
@@ -135,7 +135,7 @@ def parse() -> argparse.Namespace:
   for name, least in (('crops', 1), ('seed', 0)):
     if getattr(arguments, name) < least:
       raise BadInput(f'--{name}={getattr(arguments, name)} is too small; give at least {least}.')
-  clips.check_output(arguments.json)
+  rounds.check_output(arguments.json)
   return arguments
 
 

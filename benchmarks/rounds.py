@@ -118,6 +118,18 @@ def command() -> str:
   return ' '.join(['python', *sys.orig_argv[1:]])
 
 
+def check_output(path: pathlib.Path | None) -> None:
+  """Finds out before the measurement whether its numbers can be written.
+
+  Raises:
+    BadInput: they cannot.
+  """
+  if path and not path.absolute().parent.is_dir():
+    raise BadInput(f'the folder of --json={path} does not exist; make it first.')
+  if path and path.is_dir():
+    raise BadInput(f'--json={path} is a folder; give the name of a file.')
+
+
 def import_torch() -> Any:
   """Imports PyTorch, which then uses as many threads as there are cores.
 

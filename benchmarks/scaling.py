@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import clips, targets
+from benchmarks import rounds, targets
 from benchmarks.compiled import compile_step
 from benchmarks.targets import TARGETS
 from dropmae_jax import attention, command_line, mae, recipe, vit
@@ -143,7 +143,7 @@ def parse() -> argparse.Namespace:
     raise BadInput(f'{error}; give numbers with commas between them.') from error
   if arguments.pairs[0] < 1:
     raise BadInput(f'--pairs_per_device={arguments.pairs_per_device}: give at least 1.')
-  clips.check_output(arguments.json)
+  rounds.check_output(arguments.json)
   return arguments
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import clips, rounds
+from benchmarks import rounds
 from benchmarks.rounds import Way
 from dropmae_jax import attention, command_line, loader_process, mae, masking, recipe, vit
 from dropmae_jax.command_line import BadInput
@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
   for name in ('batch_size', 'rounds'):
     if getattr(arguments, name) < 1:
       raise BadInput(f'--{name}={getattr(arguments, name)} is too small; give at least 1.')
-  clips.check_output(arguments.json)
+  rounds.check_output(arguments.json)
   return arguments
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import clips, flops, kernel_check, rounds, torch_step, variants
+from benchmarks import flops, kernel_check, rounds, torch_step, variants
 from benchmarks.parts import Part, Workbench
 from dropmae_jax import command_line, loader_process
 from dropmae_jax.command_line import BadInput
@@ -174,7 +174,7 @@ def parse() -> argparse.Namespace:
       raise BadInput(f'--{name}={value} is too small; give at least 1.')
   if arguments.peak_tflops is not None and not arguments.peak_tflops > 0:
     raise BadInput(f'--peak_tflops={arguments.peak_tflops} is not positive; leave it out.')
-  clips.check_output(arguments.json)
+  rounds.check_output(arguments.json)
   return arguments
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks import flops
 from benchmarks.parts import Part
 from benchmarks.rounds import Way, import_torch
-from dropmae_jax import augment, masking
+from dropmae_jax import masking, pixels
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import Architecture
 from dropmae_jax.recipe import Recipe
@@ -66,7 +66,7 @@ class TorchStep:
     self.autocast = torch.autocast(device, torch.bfloat16, enabled=enabled)
     self.mean, self.deviation = (
       torch.tensor(colour, device=device)
-      for colour in (augment.IMAGENET_MEAN, augment.IMAGENET_DEVIATION)
+      for colour in (pixels.IMAGENET_MEAN, pixels.IMAGENET_DEVIATION)
     )
 
   def __call__(self, frames: 'Tensor') -> 'Tensor':

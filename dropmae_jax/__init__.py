@@ -4,7 +4,7 @@ The road that data takes, and the file of each stop:
 
   video files  --tfds_kinetics-->  JPEG frames in array_record files
     --stream.py, data.py, augment.py-->  uint8 frame pairs on the device
-    --patches.py, masking.py-->    visible patches of both frames
+    --pixels.py, patches.py, masking.py-->  visible patches of both frames
     --mae.py (vit.py, asad.py)-->  reconstruction of the masked patches
     --train_step.py-->             loss, gradients, the next parameters
     --checkpoint.py-->             figures.py, or convert.py --torch_files.py--> PyTorch files

@@ -1,7 +1,6 @@
-"""Crops on the host, flips and normalisation on the device: the augmentation of the method.
+"""Crops of single frames, resized to uint8 of one size: the part of the augmentation on the host.
 
-The host crops and resizes single frames to uint8; everything that needs one size only runs on
-the device. Both frames of a pair are augmented independently unless told to share.
+Flips and normalisation need one size only, and run on the device: `pixels`.
 """
 
 import math
@@ -9,15 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import cv2
-import dm_pix
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import UInt8
 from PIL import Image
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 CROP_AREA = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -120,34 +113,3 @@ def crop_and_resize(
   out = np.empty((size, size, frame.shape[2]), np.uint8) if out is None else out
   RESIZES[resize](frame[box.top : box.top + box.height, box.left : box.left + box.width], out)
   return out
-
-
-def normalise(frames: UInt8[Array, '... c']) -> Float[Array, '... c']:
-  """Brings bytes to ImageNet's mean 0 and deviation 1, in float32."""
-  mean, deviation = jnp.array(IMAGENET_MEAN), jnp.array(IMAGENET_DEVIATION)
-  return (frames.astype(jnp.float32) / 255 - mean) / deviation
-
-
-def denormalise(frames: Float[Array, '... c']) -> UInt8[Array, '... c']:
-  """The inverse of `normalise`, rounded and clipped to bytes."""
-  mean, deviation = jnp.array(IMAGENET_MEAN), jnp.array(IMAGENET_DEVIATION)
-  return jnp.clip(jnp.round((frames * deviation + mean) * 255), 0, 255).astype(jnp.uint8)
-
-
-def flip_and_normalise(
-  keys: Key[Array, ' b'], frames: UInt8[Array, 'b f h w c'], *, shared: bool
-) -> Float[Array, 'b f h w c']:
-  """Mirrors each frame left to right with probability one half, and normalises.
-
-  Args:
-    keys: one per sample.
-    frames: uint8 pairs.
-    shared: both frames of a pair are mirrored together, or neither; else each for itself.
-  """
-
-  def flip_pair(key: Array, pair: Array) -> Array:
-    frame_keys = jnp.stack([key, key]) if shared else jax.random.split(key)
-    # dm-pix flips a whole batch or none of it, hence a key per frame.
-    return jax.vmap(dm_pix.random_flip_left_right)(frame_keys, pair)
-
-  return normalise(jax.vmap(flip_pair)(keys, frames))

@@ -5,7 +5,6 @@ the epoch) alone. Workers, hosts and restarts therefore never change what is fed
 on at step s takes the same stream, sliced at s. Of a mixture each dataset has its own epochs.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,53 +15,11 @@ from jaxtyping import UInt8
 from dropmae_jax import augment, blocks, loader_process
 from dropmae_jax.augment import Box, Uniform
 from dropmae_jax.blocks import DAMAGED, FRAMES, Block
+from dropmae_jax.config import DataOptions
 from dropmae_jax.damaged_records import too_many_damaged
 from dropmae_jax.mixture import Mixture, mixture_of
 from dropmae_jax.stream import PAIR_DRAWS, PairKey, pair_keys
 from dropmae_jax.videos import DamagedRecord, VideoSource
-
-
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
-  """How pairs are drawn and fed; the defaults are the published recipe, but for the fast resize.
-
-  Attributes:
-    frame_gap: the frames of a pair are 1 to frame_gap - 1 apart.
-    resize: 'fast' (OpenCV bicubic) or 'exact' (PIL bicubic, as published).
-    shared_augmentation: both frames get the same crop and flip.
-    num_workers: processes that decode and crop; 0 does it in threads of this one.
-    num_threads: threads of a process without workers; 0 works only when a batch is asked for.
-    stall_seconds: a run ends with an error when no batch came for so long.
-    max_damaged_records: a run ends with an error when more records than these cannot be read;
-      other videos take the place of those that they are of.
-  """
-
-  frame_gap: int = 50
-  resize: str = 'fast'
-  shared_augmentation: bool = False
-  num_workers: int = 0
-  num_threads: int = 2
-  stall_seconds: float = 300.0
-  max_damaged_records: int = 10
-
-  def __post_init__(self) -> None:
-    if self.frame_gap < 2:
-      raise ValueError(
-        f'frame_gap={self.frame_gap} leaves no second frame: pairs are 1 to frame_gap - 1 apart;'
-        ' use 2 or more (published: 50).'
-      )
-    if self.resize not in augment.RESIZES:
-      raise ValueError(
-        f'resize={self.resize!r} is unknown; use one of {", ".join(augment.RESIZES)}.'
-      )
-    for name in ('num_workers', 'num_threads', 'max_damaged_records'):
-      if getattr(self, name) < 0:
-        raise ValueError(f'{name}={getattr(self, name)} is negative; use 0 or more.')
-    if not self.stall_seconds > 0:
-      raise ValueError(
-        f'stall_seconds={self.stall_seconds} is not positive; use the longest time that a batch may'
-        ' take to come.'
-      )
 
 
 def sample_pair(uniform: Uniform, num_frames: int, frame_gap: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw
 
-from dropmae_jax import attention, augment, checkpoint, command_line, mae, masking, patches
+from dropmae_jax import attention, augment, checkpoint, command_line, mae, masking, patches, pixels
 from dropmae_jax.augment import Box
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import MaskedAutoencoder, Objective
@@ -137,10 +137,10 @@ def reconstruction_figure(
   graphdef, _ = mae.abstract_model(weights.architecture)
   model = nnx.merge(graphdef, weights.params)
   is_masked, filled = reconstruct(
-    model, augment.normalise(jnp.asarray(pair))[None], seed, weights.objective
+    model, pixels.normalise(jnp.asarray(pair))[None], seed, weights.objective
   )
   masked_input = np.where(np.asarray(is_masked[0]) > 0, GREY, pair).astype(np.uint8)
-  outcome = np.asarray(augment.denormalise(filled[0]))
+  outcome = np.asarray(pixels.denormalise(filled[0]))
   return draw_panels([[pair[f], masked_input[f], outcome[f]] for f in range(2)])
 
 

@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker, shared_memory
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from jaxtyping import UInt8
 
@@ -51,6 +50,8 @@ def start_worker(worker: int, num_workers: int, *, trainer: int) -> None:
   Signals are the trainer's to answer, which needs its loader until it has saved.
   """
   del worker, num_workers
+  import cv2  # What else is here, processes without a loader use too.
+
   cv2.setNumThreads(0)
   for each in STOP_SIGNALS:
     signal.signal(each, signal.SIG_IGN)

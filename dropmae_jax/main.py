@@ -68,7 +68,7 @@ def _misplaced_override(argv: list[str], error: str) -> BadInput:
 def main(_: list[str]) -> int:
   """Reads the config, trains, and returns the exit status."""
   try:
-    checked = recipe.from_config(_CONFIG.value)
+    checked = recipe.from_config(_CONFIG.value.to_dict())
   except OSError as error:
     raise BadInput(
       f'--config cannot be read: {_last_line(error)}; configs/ has examples.'

@@ -1,4 +1,4 @@
-"""A ConfigDict, checked, as typed and immutable options: the only file that opens one.
+"""A config, checked, as typed and immutable options.
 
 The options' dataclasses are the schema: a field that none of them has is refused by name.
 """
@@ -7,14 +7,11 @@ import dataclasses
 import typing
 from typing import Any
 
-import ml_collections
-
 from dropmae_jax import attention, command_line, mae, masking
 from dropmae_jax.command_line import BadInput
-from dropmae_jax.data import DataOptions
+from dropmae_jax.config import CheckpointOptions, DataOptions
 from dropmae_jax.mae import Architecture, Objective
 from dropmae_jax.optimizer import OptimizerOptions
-from dropmae_jax.retention import CheckpointOptions
 from dropmae_jax.sharding import MeshOptions
 
 DTYPES = ('float32', 'bfloat16')
@@ -68,10 +65,10 @@ class Recipe:
       which compiles, and the writing of a checkpoint may take half an hour in any case.
     model: `size` of the size table, `image_size`, and any other field of `Architecture`.
     objective: see `mae.Objective`.
-    data: see `data.DataOptions`.
+    data: see `config.DataOptions`.
     optimizer: see `optimizer.OptimizerOptions`.
     mesh: see `sharding.MeshOptions`.
-    checkpoint: see `retention.CheckpointOptions`.
+    checkpoint: see `config.CheckpointOptions`.
   """
 
   data_dir: str
@@ -154,13 +151,15 @@ def unknown_field(name: str) -> BadInput:
   )
 
 
-def from_config(config: ml_collections.ConfigDict) -> Recipe:
+def from_config(values: dict[str, Any]) -> Recipe:
   """Checks a config and returns it as a recipe.
+
+  Args:
+    values: of its fields, groups of them in dicts of their own: `ConfigDict.to_dict()`.
 
   Raises:
     BadInput: a field is unknown, missing, of a wrong type, or of an impossible value.
   """
-  values = config.to_dict()
   try:
     return _options(Recipe, values, '')
   except BadInput:

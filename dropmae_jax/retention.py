@@ -15,32 +15,6 @@ SCORE, SCORE_STEPS = 'score', 'score_steps'
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointOptions:
-  """When checkpoints are written and which are kept.
-
-  Attributes:
-    every_steps: updates between two of them; one is always written at the end.
-    keep_last: how many of the newest to keep.
-    keep_every: those at multiples of this many steps are kept for good; 0 keeps none of them.
-    keep_best: how many of the lowest score to keep too, be they among the newest or not. The score
-      is the mean loss of the steps since the last multiple of `every_steps`.
-  """
-
-  every_steps: int = 1000
-  keep_last: int = 3
-  keep_every: int = 0
-  keep_best: int = 0
-
-  def __post_init__(self) -> None:
-    for name in ('every_steps', 'keep_last'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'checkpoint.{name}={getattr(self, name)} is not positive; use 1 or more.')
-    for name in ('keep_every', 'keep_best'):
-      if getattr(self, name) < 0:
-        raise ValueError(f'checkpoint.{name}={getattr(self, name)} is negative; 0 keeps none.')
-
-
-@dataclasses.dataclass(frozen=True)
 class MeanLoss:
   """The mean of losses as they come; what it has taken so far goes on after a restart.
 

@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from dropmae_jax import checkpoint, hosts, retention
 from dropmae_jax.command_line import BadInput
-from dropmae_jax.retention import CheckpointOptions
+from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.train_step import TrainState
 
 

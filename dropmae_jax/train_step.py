@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from dropmae_jax import attention, augment, mae
+from dropmae_jax import attention, mae, pixels
 from dropmae_jax.mae import Objective
 
 # What a seed stands for: stream of pairs, crops, masks and drops. To be raised when code draws
@@ -115,7 +115,7 @@ def train_step(
     raw, keys = batch
     return mae.pretraining_loss(
       nnx.merge(graphdef, params),
-      augment.flip_and_normalise(keys.augment, raw, shared=shared_flip),
+      pixels.flip_and_normalise(keys.augment, raw, shared=shared_flip),
       masking_keys=keys.masking,
       asad_keys=keys.asad,
       objective=objective,

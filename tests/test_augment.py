@@ -3,6 +3,7 @@
 import itertools
 
 import cv2
+import dm_pix
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dropmae_jax import augment
+from dropmae_jax import augment, config, pixels
 from dropmae_jax.augment import Box
 
 
@@ -142,6 +143,10 @@ def test_exact_resize_is_pils(box):
   assert 35 < noise < 90
 
 
+def test_the_config_knows_all_resizes():
+  assert tuple(augment.RESIZES) == config.RESIZES
+
+
 @pytest.mark.parametrize('resize', list(augment.RESIZES))
 @pytest.mark.parametrize('box', [Box(0, 0, 256, 340), Box(10, 31, 190, 150), Box(16, 58, 224, 224)])
 def test_a_crop_in_given_memory_is_the_crop_of_a_copy(resize, box):
@@ -186,24 +191,22 @@ def test_exact_resize_is_pils_at_any_box(drawn):
 
 def test_normalise_is_imagenets_and_has_an_inverse():
   frames = np.arange(256 * 3, dtype=np.uint8).reshape(1, 1, 16, 16, 3)
-  normal = augment.normalise(jnp.asarray(frames))
+  normal = pixels.normalise(jnp.asarray(frames))
   expected = (frames / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
   np.testing.assert_allclose(normal, expected, atol=1e-6)
-  np.testing.assert_array_equal(augment.denormalise(normal), frames)
+  np.testing.assert_array_equal(pixels.denormalise(normal), frames)
 
 
 @pytest.mark.parametrize('shared', [True, False])
 def test_flips(shared):
-  batch = 400
-  frame = np.zeros((1, 1, 2, 4, 3), np.uint8)
-  frame[..., 0, :] = 255
-  frames = jnp.asarray(np.broadcast_to(frame, (batch, 2, 2, 4, 3)))
-  keys = jax.random.split(jax.random.key(0), batch)
-  flipped = np.asarray(augment.flip_and_normalise(keys, frames, shared=shared))
-  is_flipped = flipped[:, :, 0, -1, 0] > flipped[:, :, 0, 0, 0]
-  np.testing.assert_array_equal(
-    flipped[0, 0], augment.normalise(frames[0, 0])[:, :: -1 if is_flipped[0, 0] else 1]
-  )
+  """Each frame by a key of its own, or both by the pair's, as dm-pix flips one image."""
+  frames = np.random.default_rng(0).integers(0, 256, (400, 2, 4, 6, 3), np.uint8)
+  keys = jax.random.split(jax.random.key(0), 400)
+  flipped = pixels.flip_and_normalise(keys, jnp.asarray(frames), shared=shared)
+  of_frames = jnp.stack([keys, keys], 1) if shared else jax.vmap(jax.random.split)(keys)
+  flip = jax.vmap(jax.vmap(dm_pix.random_flip_left_right))
+  np.testing.assert_array_equal(flipped, pixels.normalise(flip(of_frames, jnp.asarray(frames))))
+  is_flipped = (np.asarray(flipped) != pixels.normalise(jnp.asarray(frames))).any((2, 3, 4))
   assert 0.4 < is_flipped.mean() < 0.6
   together = (is_flipped[:, 0] == is_flipped[:, 1]).mean()
   assert together == 1 if shared else 0.4 < together < 0.6

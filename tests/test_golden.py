@@ -16,10 +16,10 @@ from conftest import run_python
 
 from dropmae_jax import (
   asad,
-  augment,
   mae,
   optimizer,
   patches,
+  pixels,
   position,
   torch_export,
 )
@@ -291,8 +291,8 @@ def test_training_trace(golden, state, accumulation):
 
   def batch(group):
     def frames(u8):
-      pixels = u8[recorded['batch_index'][group]].transpose(0, 1, 3, 4, 2)
-      normal = np.asarray(augment.normalise(jnp.asarray(pixels))).transpose(0, 1, 4, 2, 3)
+      raw = u8[recorded['batch_index'][group]].transpose(0, 1, 3, 4, 2)
+      normal = np.asarray(pixels.normalise(jnp.asarray(raw))).transpose(0, 1, 4, 2, 3)
       return interleave(normal)
 
     packed = recorded['drop_masks_packed'][group]

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import ROOT
-from ml_collections import ConfigDict
 
 from dropmae_jax import mae, optimizer, recipe, vit
 from dropmae_jax.command_line import BadInput
@@ -16,7 +15,9 @@ NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != '__i
 
 
 def config(name='quickstart'):
-  return importlib.import_module(f'configs.{name}').get_config().copy_and_resolve_references()
+  return (
+    importlib.import_module(f'configs.{name}').get_config().copy_and_resolve_references().to_dict()
+  )
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -84,14 +85,14 @@ def test_the_published_recipe_is_complete():
   ],
 )
 def test_what_is_wrong_is_said_by_name(name, value, message):
-  values = config().to_dict()
+  values = config()
   *groups, leaf = name.split('.')
   part = values
   for group in groups:
     part = part[group]
   part[leaf] = value
   with pytest.raises(BadInput, match=message.replace('?', r'\?')):
-    recipe.from_config(ConfigDict(values))
+    recipe.from_config(values)
 
 
 def test_what_may_change_are_fields_or_groups_of_them():
@@ -102,20 +103,20 @@ def test_what_may_change_are_fields_or_groups_of_them():
 
 
 def test_a_missing_field_is_named():
-  values = config().to_dict()
+  values = config()
   del values['num_steps']
   with pytest.raises(BadInput, match="config lacks the field 'num_steps'"):
-    recipe.from_config(ConfigDict(values))
+    recipe.from_config(values)
 
 
 def test_a_size_brings_its_patch_size():
-  values = config('kinetics400_vit_b16').to_dict()
+  values = config('kinetics400_vit_b16')
   values['model']['size'] = 'H'
-  assert recipe.from_config(ConfigDict(values)).model.patch_size == 14
+  assert recipe.from_config(values).model.patch_size == 14
 
 
 def test_numbers_of_the_backbone_can_be_set():
-  values = config().to_dict()
+  values = config()
   values['model'] |= {'width': 96, 'depth': 1}
-  made = recipe.from_config(ConfigDict(values))
+  made = recipe.from_config(values)
   assert (made.model.width, made.model.depth, made.model.num_heads) == (96, 1, 3)

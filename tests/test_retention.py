@@ -8,7 +8,7 @@ import pytest
 from test_run_checkpoints import DESCRIPTION, description_of, flip_a_bit
 
 from dropmae_jax import checkpoint, sharding
-from dropmae_jax.retention import CheckpointOptions
+from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.run_checkpoints import Checkpoints
 from dropmae_jax.train_step import TrainState
 

@@ -13,10 +13,10 @@ from test_commands import assert_same_weights, losses
 
 from dropmae_jax import checkpoint, mae, optimizer, sharding
 from dropmae_jax.command_line import BadInput
+from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.mae import Objective
 from dropmae_jax.optimizer import OptimizerOptions
 from dropmae_jax.recipe import may_change
-from dropmae_jax.retention import CheckpointOptions
 from dropmae_jax.run_checkpoints import Checkpoints
 from dropmae_jax.train_step import TrainState, init_state
 

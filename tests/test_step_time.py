@@ -121,6 +121,38 @@ def test_every_row_has_its_numbers(measured):
   assert 'python' in result['command']
 
 
+# The smallest step, where nothing is installed but JAX, Flax, Optax, NumPy, einops and jaxtyping.
+BARE = """
+import importlib.abc, sys
+
+class Hidden(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path, target=None):
+    if name.partition('.')[0] in sys.argv[1].split(','):
+      raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+
+sys.meta_path.insert(0, Hidden())
+from benchmarks import step_time, variants
+smallest = variants.mae.Architecture(**eval(sys.argv[2]))
+variants.mae.architecture_of_size = lambda size, **_: smallest
+step_time.LEAST_SECONDS['cpu'] = 0
+sys.argv[1:] = sys.argv[3:]
+step_time.command_line.run(step_time.main)
+"""
+HIDDEN = (
+  'PIL', 'array_record', 'av', 'cv2', 'dm_pix', 'grain', 'ml_collections', 'orbax', 'safetensors',
+  'simplejpeg', 'tensorboard', 'tensorflow_datasets', 'tensorstore', 'tqdm',
+)  # fmt: skip
+
+
+def test_it_starts_where_little_more_than_jax_is_installed(tmp_path):
+  flags = f'--batch_size={BATCH} --drop_rate=0.2 --rounds=1 --steps_only --product_size=32'
+  command = ['-c', BARE, ','.join(HIDDEN), dataclasses.asdict(SMALLEST), *flags.split()]
+  done = run_python(*command, f'--json={tmp_path / "out.json"}')
+  assert done.returncode == 0, done.stderr
+  rows = json.loads((tmp_path / 'out.json').read_text())['rows']
+  assert set(rows) == {'step_dense', 'step_asad', 'matrix_product'}
+
+
 def test_the_rows_with_asad_drop_pairs_and_the_others_none(measured):
   parts, _, _ = measured
   dropped = np.concatenate(parts['sampler'].way.start(), axis=2)

@@ -15,9 +15,11 @@ LAYERS = [
   {
     'asad_gpu_tile',
     'command_line',
+    'config',
     'masking',
     'on_each_device',
     'patches',
+    'pixels',
     'position',
     'sampling',
   },
@@ -135,9 +137,9 @@ def test_files_stay_small():
 
 
 def test_random_functions_do_not_make_keys_optional():
-  from dropmae_jax import asad, attention, augment, mae, masking, train_step
+  from dropmae_jax import asad, attention, mae, masking, pixels, train_step
 
-  for module in (asad, attention, augment, mae, masking, train_step):
+  for module in (asad, attention, pixels, mae, masking, train_step):
     for _, function in inspect.getmembers(module, inspect.isfunction):
       for name, parameter in inspect.signature(function).parameters.items():
         if 'key' in name:
