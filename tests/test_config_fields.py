@@ -1,0 +1,267 @@
+"""Every field of the config changes what it is there to change: the program, what is fed, written.
+
+The program is traced and not compiled. Runs have a step that costs nothing in its place; they are
+observed from the config to their end, and a field may change nothing that it is not for.
+"""
+
+import copy
+import hashlib
+import json
+import multiprocessing
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dropmae_jax import checkpoint, data, mae, masking, program, recipe, run, sharding, train
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.feed import LoaderStalled
+from dropmae_jax.train_step import Metrics
+from dropmae_jax.videos import DamagedRecord, TfdsVideos
+
+DEVICES = jax.devices()[:2]
+STEPS = 6
+BASE = {
+  'data_dir': 'data',
+  'num_steps': STEPS,
+  'batch_size': 4,
+  'dtype': 'float32',
+  'attention': 'xla',
+  'log_every': 2,
+  'model': {
+    'size': 'XXS',
+    'image_size': 16,
+    'depth': 1,
+    'decoder_width': 32,
+    'decoder_depth': 1,
+    'decoder_num_heads': 2,
+  },
+  # 4 tokens a frame, of which each query loses one of its own frame's.
+  'objective': {'attention_dropout': 0.4},
+  'data': {'frame_gap': 4, 'num_threads': 0},
+  'optimizer': {'warmup_steps': 2},
+  'checkpoint': {'every_steps': 2, 'keep_last': 2},
+}
+# Fields that the devices' program is made of, with another value.
+PROGRAM = {
+  'num_steps': STEPS + 1,
+  'batch_size': 8,
+  'accumulation_steps': 2,
+  'dtype': 'bfloat16',
+  'attention': 'auto',
+  'remat': 'full',
+  'model.size': 'XS',
+  'model.image_size': 32,
+  'model.patch_size': 4,
+  'model.width': 32,
+  'model.depth': 2,
+  'model.num_heads': 4,
+  'model.decoder_width': 16,
+  'model.decoder_depth': 2,
+  'model.decoder_num_heads': 4,
+  'model.mlp_ratio': 2.0,
+  'objective.mask_ratio': 0.5,
+  'objective.masking': 'last',
+  'objective.attention_dropout': 0.7,
+  'objective.normalise_targets': False,
+  'data.shared_augmentation': True,
+  'optimizer.base_learning_rate': 1e-3,
+  'optimizer.min_learning_rate': 1e-5,
+  'optimizer.warmup_steps': 3,
+  'optimizer.weight_decay': 0.1,
+  'optimizer.beta1': 0.8,
+  'optimizer.beta2': 0.9,
+  'mesh.fsdp': 2,
+}
+# Fields that other parts of a run read, with another value, and which observations it changes, or a
+# part of the sentence that ends the run. The cheap step's metrics are of the frames, so that other
+# pairs are other lines.
+RUN = {
+  'data_dir': ('nowhere', "in data_dir='nowhere'"),
+  'dataset': ('kinetics_frames/none', 'there is no dataset kinetics_frames/none'),
+  'split': ('val', {'fed', 'written', 'steps_per_epoch'}),
+  'seed': (1, {'fed', 'written', 'initial', 'key'}),
+  'init_from': ('{weights}', {'initial'}),
+  'num_steps': (STEPS + 1, {'fed', 'written', 'kept'}),
+  'batch_size': (4, {'fed', 'written', 'steps_per_epoch'}),
+  'log_every': (3, {'written'}),
+  'step_stall_seconds': (77.0, {'watchdog'}),
+  'model.image_size': (32, {'fed', 'written'}),
+  'data.frame_gap': (2, {'fed', 'written', 'frame_gap'}),
+  'data.resize': ('exact', {'fed', 'written'}),
+  'data.shared_augmentation': (True, {'fed', 'written'}),
+  'data.num_workers': (1, {'processes'}),
+  'data.num_threads': (2, {'threads'}),
+  'data.stall_seconds': (0.2, 'data.stall_seconds=0.2'),
+  'data.max_damaged_records': (0, 'max_damaged_records=0'),
+  'mesh.data': (1, 'do not share out the 2 devices'),
+  'checkpoint.every_steps': (3, {'kept'}),
+  'checkpoint.keep_last': (3, {'kept'}),
+  'checkpoint.keep_every': (2, {'kept'}),
+  'checkpoint.keep_best': (1, {'kept'}),
+}
+
+
+# Of six videos.
+OF_RUNS = {'batch_size': 2}
+
+
+def config_with(name, value, **other):
+  config = copy.deepcopy(BASE) | other
+  *groups, leaf = name.split('.')
+  part = config
+  for group in groups:
+    part = part.setdefault(group, {})
+  part[leaf] = value
+  return config
+
+
+def last_masking(keys, *, num_tokens, mask_ratio):
+  """Masks the last tokens of every sample."""
+  noise = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.float32), (len(keys), num_tokens))
+  return masking.masking_from_noise(noise, masking.num_visible(num_tokens, mask_ratio))
+
+
+def test_every_field_is_among_them():
+  assert {*PROGRAM, *RUN} == set(recipe.known_fields())
+
+
+def traced(config):
+  """The program of a step, and where its arrays lie."""
+  made = recipe.from_config(config)
+  built = program.build_program(made, sharding.make_mesh(DEVICES, made.mesh))
+  frames = (made.batch_size, 2, made.model.image_size, made.model.image_size, 3)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  step = built.step.trace(built.abstract_state, jax.ShapeDtypeStruct(frames, jnp.uint8), key)
+  return str(step.jaxpr), str(built.abstract_state)
+
+
+@pytest.fixture(scope='module')
+def base_program():
+  assert traced(BASE) == traced(BASE)
+  return traced(BASE)
+
+
+@pytest.mark.parametrize('name', PROGRAM)
+def test_a_field_changes_the_program(name, base_program, monkeypatch):
+  monkeypatch.setitem(masking.MASKING_SCHEMES, 'last', last_masking)
+  assert traced(config_with(name, PROGRAM[name])) != base_program
+
+
+def digest(array):
+  return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
+
+
+@jax.jit
+def cheap_step(state, frames, key):
+  """Changes no parameters; its loss falls and rises, and is the lowest at first."""
+  del key
+  loss = frames.astype(jnp.float32).mean() / 255 - jnp.cos(2.0 * state.step)
+  return state.replace(step=state.step + 1), Metrics(loss, loss, loss)
+
+
+def observe(config, workdir, monkeypatch, frame=TfdsVideos.frame):
+  """Trains by a config; returns what there was to see of it."""
+  seen = {'fed': [], 'threads': set(), 'refusal': None}
+  made = recipe.from_config(config)
+  build_program, watchdog, draw = run.build_program, train.Watchdog, data.PairMaker.draw
+
+  def observed_program(options, mesh):
+    assert options == made
+    state = build_program(options, mesh).abstract_state
+
+    def init(key):
+      number = jax.random.key_data(key)[-1]
+      return jax.tree.map(
+        lambda leaf: jax.device_put(np.full(leaf.shape, number, leaf.dtype), leaf.sharding), state
+      ).replace(step=jax.device_put(np.int32(0), state.step.sharding))
+
+    def step(state, frames, key):
+      if not seen['fed']:
+        seen['initial'] = digest(jax.device_get(state.params['mask_token']))
+        seen['processes'] = len(multiprocessing.active_children())
+        seen['key'] = jax.device_get(jax.random.key_data(key)).tolist()
+      seen['fed'].append(digest(jax.device_get(frames)))
+      return cheap_step(state, frames, key)
+
+    return program.Program(init, step, state)
+
+  def observed_watchdog(seconds, **options):
+    seen['watchdog'] = seconds
+    return watchdog(seconds, **options)
+
+  def observed_draw(self, key):
+    seen['threads'].add(threading.get_ident())
+    return draw(self, key)
+
+  monkeypatch.setattr(run, 'build_program', observed_program)
+  monkeypatch.setattr(train, 'Watchdog', observed_watchdog)
+  monkeypatch.setattr(data.PairMaker, 'draw', observed_draw)
+  monkeypatch.setattr(TfdsVideos, 'frame', frame)
+  monkeypatch.setattr(checkpoint, 'checksums', lambda tree: [])
+  monkeypatch.setattr(jax, 'devices', lambda: DEVICES)
+  try:
+    assert train.train(made, workdir)
+  except (BadInput, LoaderStalled) as error:
+    seen['refusal'] = str(error)
+    return seen
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  seen['written'] = [(row['step'], row['loss']) for row in rows]
+  seen['kept'] = sorted(int(each.name) for each in (workdir / checkpoint.FOLDER).iterdir())
+  described = workdir / checkpoint.FOLDER / str(seen['kept'][-1]) / 'description' / 'metadata'
+  for name in ('frame_gap', 'steps_per_epoch'):
+    seen[name] = json.loads(described.read_text())[name]
+  return seen | {'threads': len(seen['threads']) > 1}
+
+
+@pytest.fixture(scope='module')
+def observed(data_dir, tmp_path_factory):
+  """The observations of the base."""
+  with pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp('base') / 'run'
+    return observe(config_with('data_dir', str(data_dir), **OF_RUNS), folder, patch)
+
+
+def test_the_base_run_is_observed_whole(observed):
+  assert observed['refusal'] is None
+  assert len(set(observed['fed'])) == STEPS
+  assert [step for step, _ in observed['written']] == [2, 4, 6]
+  assert (observed['kept'], observed['steps_per_epoch']) == ([4, STEPS], 3)
+
+
+frame = TfdsVideos.frame
+
+
+def slow_frame(self, video, number):
+  time.sleep(0.5)
+  return frame(self, video, number)
+
+
+def damaged_frame(self, video, number):
+  if video == 3:
+    raise DamagedRecord('video 3 is damaged.')
+  return frame(self, video, number)
+
+
+# What it takes to see some of them.
+FRAMES = {'data.stall_seconds': slow_frame, 'data.max_damaged_records': damaged_frame}
+
+
+@pytest.mark.parametrize('name', RUN)
+def test_a_field_changes_of_a_run_what_it_is_for(name, observed, data_dir, tmp_path, monkeypatch):
+  value, expected = RUN[name]
+  if name == 'init_from':
+    value = str(tmp_path / 'weights')
+    architecture = recipe.from_config(BASE).model
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), mae.abstract_model(architecture)[1])
+    described = checkpoint.describe(architecture, mae.Objective())
+    checkpoint.save_weights(tmp_path / 'weights', params, 3, described)
+  config = config_with(name, value, **(OF_RUNS | {'data_dir': str(data_dir)}))
+  found = observe(config, tmp_path / 'run', monkeypatch, FRAMES.get(name, frame))
+  if isinstance(expected, str):
+    assert expected in (found['refusal'] or '')
+  else:
+    assert {key for key in observed if found[key] != observed[key]} == expected
