@@ -1,5 +1,6 @@
 """What the model may and may not see, its size, and how it is born."""
 
+import functools
 import json
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from conftest import GOLDEN
 from flax import nnx, traverse_util
 
-from dropmae_jax import attention, mae, masking, patches
+from dropmae_jax import asad, attention, mae, masking, patches
 
 TINY = mae.architecture_of_size(
   'XXS', image_size=32, decoder_width=32, decoder_depth=2, decoder_num_heads=2
@@ -196,3 +197,55 @@ def test_no_gradient_is_summed_in_whatever_order(setting, attention_dropout):
   found = scatters(traced)
   assert len(found) >= 4
   assert all(found)
+
+
+def equations(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from equations(inner)
+
+
+@pytest.mark.parametrize('attention_dropout', [0.0, 0.2])
+def test_in_mixed_precision_only_products_and_what_is_next_to_them_are_rounded(attention_dropout):
+  """Softmax, norms, loss, residuals and all sums are in float32, forward and backward."""
+  graphdef, params = mae.abstract_model(TINY, dtype=jnp.bfloat16)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(3), 2))
+  objective = mae.Objective(attention_dropout=attention_dropout)
+
+  def loss(params, frames, keys):
+    drawn = {'masking_keys': keys, 'asad_keys': keys, 'objective': objective}
+    return mae.pretraining_loss(nnx.merge(graphdef, params), frames, **drawn)
+
+  frames = jax.ShapeDtypeStruct((2, 2, 32, 32, 3), jnp.float32)
+  traced = jax.make_jaxpr(jax.value_and_grad(loss))(params, frames, keys).jaxpr
+  low = [
+    each for each in equations(traced) if any(v.aval.dtype == jnp.bfloat16 for v in each.invars)
+  ]
+  names = {each.primitive.name for each in low}
+  assert 'dot_general' in names
+  # The gradient of GELU has powers, and is next to a product.
+  assert not names & {'sqrt', 'rsqrt', 'log', 'reduce_max', 'cumsum', 'sort', 'div'}, names
+
+
+@pytest.mark.parametrize('drops', [False, True])
+def test_logits_are_summed_in_float32(drops):
+  """Logits near 100, which bfloat16 would be off by 0.25: weights by a quarter."""
+  shape = (1, 32, 1, 64)
+  query, key, value = (
+    jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16) for seed in range(3)
+  )
+  query, key = 4 * query + 8, 0.5 * key + 1
+  exact = [np.asarray(each, np.float64)[0, :, 0] for each in (query, key, value)]
+  logits = exact[0] @ exact[1].T / 8
+  assert 60 < np.abs(logits).mean() < 200
+  weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+  expected = weights / weights.sum(axis=1, keepdims=True) @ exact[2]
+  none = jnp.zeros((1, 2, 1, 16, 16), bool)
+  attend = (
+    functools.partial(asad.attention_with_drops, is_dropped=none)
+    if drops
+    else attention.dense_attention
+  )
+  found = np.asarray(attend(query, key, value), np.float64)[0, :, 0]
+  assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)

@@ -1,0 +1,141 @@
+"""What is random draws by keys of its own, which differ by seed, step, sample and purpose."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx, traverse_util
+
+from dropmae_jax import attention, mae, masking, optimizer, sampling, train_step
+from dropmae_jax.optimizer import OptimizerOptions
+
+TINY = mae.Architecture(
+  image_size=16, patch_size=4, width=8, depth=1, num_heads=2,
+  decoder_width=8, decoder_depth=3, decoder_num_heads=2,
+)  # fmt: skip
+BATCH = 4
+
+
+def words(keys):
+  """The numbers that keys are made of, a row each."""
+  return [tuple(row) for row in np.asarray(jax.random.key_data(keys)).reshape(-1, 2).tolist()]
+
+
+@pytest.fixture
+def draws_of(monkeypatch):
+  """Makes an update by a cheap loss; returns the keys that a step gives to each purpose."""
+  params = {'weight': jnp.ones(())}
+  tx = optimizer.adamw(lambda _: 1.0, OptimizerOptions())
+
+  def run(seed, step, *, shared=False):
+    found = {}
+
+    def flip_and_normalise(keys, frames, *, shared):
+      found.update(flips=words(keys), shared=shared)
+      return frames.astype(jnp.float32)
+
+    def loss(model, frames, *, masking_keys, asad_keys, **_):
+      found.update(masks=words(masking_keys), drops=words(asad_keys))
+      return model['weight'] * frames.mean()
+
+    monkeypatch.setattr(train_step.pixels, 'flip_and_normalise', flip_and_normalise)
+    monkeypatch.setattr(train_step.mae, 'pretraining_loss', loss)
+    monkeypatch.setattr(train_step.nnx, 'merge', lambda graphdef, params: params)
+    state = train_step.TrainState(jnp.int32(step), params, tx.init(params))
+    new, _ = train_step.train_step(
+      state, jnp.zeros((BATCH, 2, 4, 4, 3), jnp.uint8), train_step.derive_seeds(seed).steps,
+      graphdef=mae.abstract_model(TINY)[0], tx=tx, schedule=lambda _: 1.0, objective=mae.Objective(), shared_flip=shared,
+      accumulation_steps=1, attention_programs=attention.PLAIN,
+    )  # fmt: skip
+    assert int(new.step) == step + 1
+    assert found.pop('shared') == shared
+    return found
+
+  return run
+
+
+def test_a_step_has_keys_for_every_purpose_and_sample_which_no_other_step_or_seed_has(draws_of):
+  found = [draws_of(seed, step, shared=bool(seed)) for seed in (0, 1) for step in (0, 1, 7)]
+  assert draws_of(1, 7, shared=True) == found[-1]
+  keys = [
+    key for purposes in found for kind in ('flips', 'masks', 'drops') for key in purposes[kind]
+  ]
+  assert len(keys) == len(set(keys)) == 6 * 3 * BATCH
+
+
+def test_the_seed_of_a_run_has_parts_that_differ():
+  seeds = [train_step.derive_seeds(seed) for seed in (0, 1, 2**32 - 1)]
+  keys = [key for each in seeds for key in words(jnp.stack([each.init, each.steps]))]
+  assert len(set(keys)) == 6
+  assert len({each.data for each in seeds}) == 3
+
+
+def test_initial_parameters_are_drawn_by_the_key_and_none_like_another():
+  one, other = (
+    traverse_util.flatten_dict(mae.init_params(jax.random.key(seed), TINY)) for seed in (0, 1)
+  )
+  drawn = {path: leaf for path, leaf in one.items() if (leaf != other[path]).any()}
+  # All but position tables, norms, and biases; the patches' bias is drawn.
+  fixed = {path for path in one if path[-1] in ('bias', 'scale', *optimizer.FIXED)}
+  assert set(drawn) == set(one) - fixed | {('patch_embed', 'proj', 'bias')}
+  for shape in {leaf.shape for leaf in drawn.values()}:
+    alike = [np.asarray(leaf).tobytes() for leaf in drawn.values() if leaf.shape == shape]
+    assert len(set(alike)) == len(alike), shape
+
+
+@pytest.fixture
+def used(monkeypatch):
+  """The keys that the pre-training loss masks by and that every attention drops by."""
+  found = {'masks': [], 'drops': [], 'rates': [], 'dense': 0}
+
+  def scheme(keys, *, num_tokens, mask_ratio):
+    found['masks'] += words(keys)
+    return masking.random_masking(keys, num_tokens=num_tokens, mask_ratio=mask_ratio)
+
+  def asad_attention(query, key, value, *, draw_keys, drop_rate):
+    found['drops'].append(words(draw_keys))
+    found['rates'].append(drop_rate)
+    return attention.dense_attention(query, key, value)
+
+  def dense_attention(query, key, value):
+    found['dense'] += 1
+    return attention.dense_attention(query, key, value)
+
+  monkeypatch.setitem(masking.MASKING_SCHEMES, 'random', scheme)
+  model = mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=0))
+  frames = jax.random.normal(jax.random.key(1), (BATCH, 2, 16, 16, 3))
+  masking_keys, asad_keys = jax.random.split(jax.random.key(2), (2, BATCH))
+  mae.pretraining_loss(
+    model, frames, masking_keys=masking_keys, asad_keys=asad_keys,
+    objective=mae.Objective(attention_dropout=0.3),
+    attention_programs=attention.Programs(dense_attention, asad_attention),
+  )  # fmt: skip
+  return found, masking_keys, asad_keys
+
+
+def test_masks_are_drawn_by_theirs_and_every_decoder_block_drops_by_its_own(used):
+  found, masking_keys, asad_keys = used
+  assert found['masks'] == words(masking_keys)
+  assert found['rates'] == [0.3] * TINY.decoder_depth
+  assert found['dense'] == TINY.depth
+  by_block = [
+    words(jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(asad_keys))
+    for n in range(TINY.decoder_depth)
+  ]
+  assert found['drops'] == by_block
+
+
+def test_ties_go_either_way_as_often():
+  """Were all pairs equal, a head would drop the first ones or the last ones."""
+  seeds = sampling.head_seeds(jax.random.split(jax.random.key(0), 100), 4)
+  assert 0.4 < seeds.from_behind.mean() < 0.6
+  by_sample = np.asarray(seeds.from_behind)
+  assert (by_sample[:, :1] != by_sample).any()  # Of the heads of a sample, not all alike.
+  assert (by_sample[:1] != by_sample).any(axis=0).all()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sampling, 'exponential_noise', lambda seeds, shape: jnp.ones((100, 2, 4, 3, 3)))
+    weights = jnp.broadcast_to(jnp.where(jnp.eye(3, dtype=bool), 0.0, 1.0), (100, 2, 4, 3, 3))
+    drops = np.asarray(sampling.sample_drops(seeds, weights, 6))
+  # All of one frame's pairs.
+  np.testing.assert_array_equal(drops[:, 1].any(axis=(2, 3)), by_sample)
+  np.testing.assert_array_equal(drops[:, 0].any(axis=(2, 3)), ~by_sample)
