@@ -1,6 +1,5 @@
 """Apache Beam writes the shards: with a small stand-in for it here, and with Beam where it is."""
 
-import functools
 import importlib
 import pickle
 import sys
@@ -8,6 +7,7 @@ import types
 
 import pytest
 from conftest import run_python
+from test_tfds_frames import build_here, flags, run_here
 from test_tfds_kinetics import DATASET, command, contents, write
 
 import tfds_kinetics
@@ -109,12 +109,23 @@ def planned(clips, tmp_path):
   return build.plan(COLLECTIONS['folder'], clips, tmp_path, FrameOptions())
 
 
-def test_a_runner_writes_what_one_machine_does(data_dir, tmp_path, beam, planned, life):
-  options = beam.runner_options('FlinkRunner', "--parallelism=2 --image='a b'")
-  assert options.all['flags'] == ['--parallelism=2', '--image=a b']
-  assert options.all['runner'] == 'FlinkRunner'
-  build.build(planned, functools.partial(beam.write_shards, options=options))
-  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+def test_a_runner_writes_what_one_machine_does(clips, tmp_path, beam, planned, life, monkeypatch):
+  """From the command line: its options reach the frames, and the runner's reach the runner."""
+  runners, real = [], beam.write_shards
+
+  def write_shards(jobs, folder, options):
+    runners.append(options.all)
+    return real(jobs, folder, options)
+
+  monkeypatch.setattr(beam, 'write_shards', write_shards)
+  options = FrameOptions(short_side=32, jpeg_quality=50, frame_stride=2, max_frames=3)
+  runner = ['--beam_runner=FlinkRunner', "--beam_options=--parallelism=2 --image='a b'"]
+  run_here(monkeypatch, *command(clips, tmp_path, *flags(options), *runner)[2:])
+  (told,) = runners
+  assert told['flags'] == ['--parallelism=2', '--image=a b']
+  assert told['runner'] == 'FlinkRunner'
+  expected = build_here(clips, tmp_path / 'here', options)
+  assert contents(tmp_path / DATASET) == contents(expected)
   assert life == ['setup', *(job.name for job in planned.jobs[::-1]), 'teardown']
 
 
