@@ -56,30 +56,6 @@ def write(job, folder):
   return shards.write_shard(job, folder, verdicts={}, before_video=lambda video: None)
 
 
-def test_every_readable_video_is_in_and_the_broken_one_is_listed(data_dir, clips):
-  report = json.loads((data_dir / DATASET / 'build_report.json').read_text())
-  assert report['totals']['videos'] == 8
-  assert report['totals']['frames'] == 64
-  assert report['totals']['skipped'] == 1
-  skipped = skipped_of(data_dir)
-  assert list(skipped) == ['train/bouncing/broken.mp4']
-  assert 'cannot be opened' in skipped['train/bouncing/broken.mp4']
-  for row in report['videos']:
-    assert (row['frames'] == 8) == (row['outcome'] == 'kept')
-    assert (row['bytes'] > 1000) == (row['outcome'] == 'kept')
-    assert row['seconds'] > 0 or row['outcome'] == 'skipped'
-  table = (data_dir / DATASET / 'build_report.txt').read_text()
-  assert table.startswith('8 videos, 64 frames, ')
-  assert table.count('\nkept') == 8
-  assert 'train/bouncing/broken.mp4: it cannot be opened' in table
-  with np.load(data_dir / DATASET / 'index-train.npz') as index:
-    expected = {p.relative_to(clips).as_posix() for p in clips.glob('train/*/*_*.mp4')}
-    assert set(index['path']) == expected
-    np.testing.assert_array_equal(np.sort(index['first']), np.arange(6) * 8)
-    for path, label in zip(index['path'], index['label'], strict=True):
-      assert index['classes'][label] == path.split('/')[1]
-
-
 def test_it_opens_in_any_project_without_tensorflow(data_dir):
   program = (
     'import sys, tensorflow_datasets as tfds\n'

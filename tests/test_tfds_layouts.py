@@ -1,12 +1,13 @@
 """Where videos are found, and what names and annotations say of them."""
 
-import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 from conftest import run_python
+from test_tfds_frames import run_here
 
 from tfds_kinetics import annotations, build, tree
 from tfds_kinetics.configs import COLLECTIONS
@@ -181,40 +182,6 @@ def test_replacements_of_corrupted_clips_are_taken_for_them(tmp_path, touch):
   assert [video.path for video in listing.outside] == [f'{folder}/{IDS[2]}.mp4']
 
 
-def test_a_broken_copy_does_not_hide_a_good_one(clips, tmp_path):
-  video = sorted(clips.glob('train/*/*_*.mp4'))[0].read_bytes()
-  root = tmp_path / 'videos'
-  contents = {
-    f'train/a/{IDS[0]}.mp4': video[:-500] + bytes(1000),
-    f'train/b/{IDS[0]}.mp4': video,
-    f'train/c/{IDS[0]}.mp4': video[: len(video) // 2],
-    f'train/a/{IDS[1]}.mp4': video[:99],
-    f'train/b/{IDS[1]}.mp4': video[:90],
-    f'elsewhere/{IDS[3]}.mp4': b'x',
-    'elsewhere/line\nend.mp4': b'x',
-  }
-  for name, content in contents.items():
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_bytes(content)
-  done = run_python(
-    '-m', 'tfds_kinetics', '--config=kinetics400', f'--videos={root}', f'--data_dir={tmp_path}'
-  )
-  assert done.returncode == 0, done.stderr
-  assert '1 videos, 8 frames, ' in done.stdout
-  assert '; 4 skipped' in done.stdout
-  assert 'note: 2 videos are in the folder of no split, and left out' in done.stdout
-  folder = tmp_path / 'kinetics_frames' / 'kinetics400' / '2.0.0'
-  rows = json.loads((folder / 'build_report.json').read_text())['videos']
-  assert {row['path'] for row in rows} == set(contents)
-  reasons = {row['path']: row['reason'] for row in rows}
-  assert reasons.pop(f'train/b/{IDS[0]}.mp4') == ''
-  assert reasons.pop(f'train/c/{IDS[0]}.mp4') == f'the same clip as train/b/{IDS[0]}.mp4'
-  outside = [reasons.pop(name) for name in contents if name.startswith('elsewhere')]
-  assert outside == ['it is in the folder of no split'] * 2
-  assert all('cannot be opened' in reason for reason in reasons.values())
-  assert 'elsewhere/line\\nend.mp4: it is' in (folder / 'build_report.txt').read_text()
-
-
 def test_a_clip_that_is_there_twice_is_taken_once(tmp_path, touch):
   name = f'{IDS[0]}_000001_000011'
   touch(f'train/a/{name}.mp4', f'train/b/{name}.mkv', f'train/a/{IDS[0]}_000002_000012.mp4')
@@ -254,37 +221,23 @@ def test_an_annotations_folder_that_is_none(tmp_path, touch, monkeypatch):
       tree.list_videos(KINETICS, tmp_path, tmp_path / place)
 
 
-def test_what_annotations_say_reaches_records_index_and_report(clips, tmp_path):
+def test_the_annotations_of_another_folder_are_taken(clips, tmp_path, monkeypatch, capsys):
   video = sorted(clips.glob('train/*/*_*.mp4'))[0]
   root = tmp_path / 'videos'
   (root / 'train').mkdir(parents=True)
-  name = f'{IDS[0]}_000001_000011'
-  for copy in (f'{name}.mp4', f'{name}.m4v'):
-    (root / 'train' / copy).write_bytes(video.read_bytes())
+  shutil.copy(video, root / 'train' / f'{IDS[0]}_000001_000011.mp4')
+  write_csv(root / 'train.csv', [f'boxing,{IDS[0]},1,11,train'])
   write_csv(
     tmp_path / 'csv' / 'train.csv', [f'archery,{IDS[0]},1,11,train', f'boxing,{IDS[1]},1,11,train']
   )
-  done = run_python(
-    '-m', 'tfds_kinetics', '--config=kinetics700', f'--videos={root}', f'--data_dir={tmp_path}',
-    f'--annotations={tmp_path}/csv',
+  run_here(
+    monkeypatch, '--config=kinetics700', f'--videos={root}', f'--data_dir={tmp_path}',
+    f'--annotations={tmp_path}/csv', '--workers=1',
   )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  assert 'note: 1 clips of the annotations are not there' in done.stdout
-  folder = tmp_path / 'kinetics_frames' / 'kinetics700' / '2.0.0'
-  report = json.loads((folder / 'build_report.json').read_text())
-  assert report['missing'] == {'train': [f'{IDS[1]}_000001_000011']}
-  reasons = {row['path']: row['reason'] for row in report['videos']}
-  assert reasons[f'train/{name}.mp4'] == f'the same clip as train/{name}.m4v'
-  with np.load(folder / 'index-train.npz') as index:
-    assert list(index['youtube_id']) == [IDS[0]]
-    assert list(index['classes']) == ['archery']
-  import tensorflow_datasets as tfds
-
-  frame = tfds.builder_from_directory(folder).as_data_source('train')[5]
-  assert frame['class_name'] == b'archery'
-  assert frame['youtube_id'] == IDS[0].encode()
-  assert frame['video'] == f'train/{name}.m4v'.encode()
-  assert frame['frame'] == 5
+  assert 'note: 1 clips of the annotations are not there' in capsys.readouterr().out
+  index = tmp_path / 'kinetics_frames' / 'kinetics700' / '2.0.0' / 'index-train.npz'
+  with np.load(index) as arrays:
+    assert arrays['classes'].tolist() == ['archery']
 
 
 def test_a_folder_behind_two_names_is_taken_by_the_first(tmp_path, touch, monkeypatch):
