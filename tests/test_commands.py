@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_python, train_arguments
 from flax import traverse_util
-from PIL import Image
 
 from dropmae_jax import augment, checkpoint, data, report
 from dropmae_jax.data import DataOptions
@@ -237,33 +236,6 @@ def test_waiting_for_data_counts_only_while_nothing_is_computed(tmp_path):
   first, second = metrics_of(tmp_path)
   assert first['data_wait'] == 0
   assert 0.5 < second['data_wait'] <= 1
-
-
-def test_the_figure_shows_three_panels_for_both_frames(trained, clips, tmp_path):
-  output = tmp_path / 'figure.png'
-  video = next(clips.glob('val/*/*.mp4'))
-  command = ['-m', 'dropmae_jax.figures', f'--checkpoint={trained}', f'--video={video}']
-  done = run_python(*command, f'--output={output}', '--frames', '1', '5')
-  assert done.returncode == 0, done.stderr
-  assert 'checkpoint of step 8' in done.stdout
-  sheet = np.asarray(Image.open(output).convert('RGB')).astype(int)
-  side, margin, header = 224, 8, 24
-  assert sheet.shape == (header + 2 * (side + margin), margin + 3 * (side + margin), 3)
-
-  def panel(row, column):
-    top, left = header + row * (side + margin), margin + column * (side + margin)
-    return sheet[top : top + side, left : left + side]
-
-  for row in range(2):
-    shown, masked, reconstructed = (panel(row, column) for column in range(3))
-    grey = (masked == 128).all(axis=-1)
-    np.testing.assert_array_equal(masked[~grey], shown[~grey])
-    np.testing.assert_array_equal(reconstructed[~grey], shown[~grey])
-    assert (reconstructed[grey] != shown[grey]).any()
-  assert 0.6 < np.mean([(panel(row, 1) == 128).all(axis=-1).mean() for row in range(2)]) < 0.8
-  before = output.read_bytes()
-  run_python(*command, f'--output={output}', '--frames', '1', '5')
-  assert output.read_bytes() == before
 
 
 def assert_one_sentence(done, message):
