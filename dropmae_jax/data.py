@@ -21,6 +21,9 @@ from dropmae_jax.mixture import Mixture, mixture_of
 from dropmae_jax.stream import PAIR_DRAWS, PairKey, pair_keys
 from dropmae_jax.videos import DamagedRecord, VideoSource
 
+# How many videos are drawn for a pair before it is given up.
+MOST_TRIES = 100
+
 
 def sample_pair(uniform: Uniform, num_frames: int, frame_gap: int) -> tuple[int, int]:
   """Draws an earlier and a later frame, 1 to frame_gap - 1 apart, by the published law.
@@ -73,17 +76,21 @@ class PairMaker:
     Where a record is damaged, another video of the same dataset takes the place of this one.
 
     Raises:
-      DamagedRecord: more records than `max_damaged_records` are damaged, for this pair alone.
+      DamagedRecord: more records than `max_damaged_records` are damaged, for this pair alone; or
+        nothing else is found.
     """
-    damaged = []
-    while True:
+    damaged: dict[str, None] = {}  # Each once, in the order that they were met.
+    for _ in range(MOST_TRIES):
       try:
         return self._draw(key, tuple(damaged))
       except DamagedRecord as error:
-        damaged.append(str(error))
+        damaged[str(error)] = None
         if len(damaged) > self._options.max_damaged_records:
           raise too_many_damaged(damaged, self._options.max_damaged_records) from error
       key = self._replacement(key)
+    raise DamagedRecord(
+      f'{list(damaged)[-1]} So were all of {MOST_TRIES} videos that were drawn for one pair.'
+    )
 
   def frame_numbers(self, key: PairKey) -> tuple[int, int]:
     """Draws two frames; reads nothing."""

@@ -341,6 +341,15 @@ def test_a_pair_is_not_looked_for_for_ever():
     batches(videos, 1, options=options)
 
 
+def test_a_pair_may_meet_the_same_damaged_record_again():
+  """Of three records two are damaged, so many pairs meet one of them several times in a row."""
+  options = DataOptions(num_threads=0, max_damaged_records=2)
+  drawn = batches(DamagedVideos([1] * 3, {(0, 0), (1, 0)}), 20, options=options)
+  assert set(column(drawn, 'video')) == {2}
+  with pytest.raises(DamagedRecord, match=r'^video 0 frame 0 is damaged\. So were all of 100 '):
+    batches(DamagedVideos([1], {(0, 0)}), 1)
+
+
 def test_the_stream_has_no_end_that_a_run_could_reach():
   class Many(NumberedVideos):
     def __len__(self):
