@@ -1,9 +1,11 @@
 """The contact sheet shows the training stream, and its boxes are where they say."""
 
+import itertools
+from typing import NamedTuple
+
 import numpy as np
 import pytest
-from conftest import run_python
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dropmae_jax import augment, data, inspect_data
 from dropmae_jax.data import DataOptions
@@ -15,59 +17,117 @@ from dropmae_jax.videos import open_dataset
 SIZE = 40
 
 
-def sheet_of(data_dir, output, *more):
-  command = ['-m', 'dropmae_jax.inspect_data', f'--data_dir={data_dir}', f'--output={output}']
-  done = run_python(*command, '--seed=5', '--pairs=6', f'--image_size={SIZE}', *more)
-  assert done.returncode == 0, done.stderr
-  return np.asarray(Image.open(output)), done.stdout
+def sheet_of(monkeypatch, capsys, output, *arguments):
+  """Runs the command in this process; returns the sheet and what it printed."""
+  monkeypatch.setattr('sys.argv', ['inspect_data', f'--output={output}', *arguments])
+  inspect_data.main()
+  return np.asarray(Image.open(output)), capsys.readouterr().out
 
 
-@pytest.mark.parametrize('shared', [False, True])
-def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, shared):
-  more = ['--shared_augmentation'] if shared else []
-  sheet, told = sheet_of(data_dir, tmp_path / 'sheet.png', '--frame_gap=4', *more)
-  videos = open_dataset(str(data_dir), 'kinetics_frames/folder')
-  options = DataOptions(frame_gap=4, num_threads=0, shared_augmentation=shared)
+def drawn_text(text, width, height):
+  image = Image.new('RGB', (width, height), 'white')
+  ImageDraw.Draw(image).text((MARGIN, 3), text, fill='black')
+  return np.asarray(image)
+
+
+class Asked(NamedTuple):
+  split: str
+  seed: int
+  pairs: int
+  frame_gap: int
+  resize: str
+  shared_augmentation: bool
+
+
+@pytest.mark.parametrize(
+  'asked', [Asked('train', 5, 6, 4, 'fast', False), Asked('val', 9, 3, 3, 'exact', True)]
+)
+def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, monkeypatch, capsys, asked):
+  flags = [f'--{name}={getattr(asked, name)}' for name in asked._fields[:-1]]
+  flags += ['--shared_augmentation'] * asked.shared_augmentation
+  flags += [f'--data_dir={data_dir}', f'--image_size={SIZE}']
+  sheet, told = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags)
+  videos = open_dataset(str(data_dir), 'kinetics_frames/folder', asked.split)
+  how = asked._asdict()
+  options = DataOptions(
+    num_threads=0, **{name: how[name] for name in ('frame_gap', 'resize', 'shared_augmentation')}
+  )
   stream = data.pair_batches(
-    videos, options, image_size=SIZE, batch_size=6, seed=derive_seeds(5).data
+    videos, options, image_size=SIZE, batch_size=asked.pairs, seed=derive_seeds(asked.seed).data
   )
   batch = next(stream)
   stream.close()
+  with np.load(videos.folder / f'index-{asked.split}.npz') as index:
+    paths, classes = index['path'], index['classes'][index['label']]
   wide, high = 64, 48  # The clips' frames; higher than the crops.
   columns = [MARGIN, 2 * MARGIN + wide, 3 * MARGIN + 2 * wide, 4 * MARGIN + 2 * wide + SIZE]
-  assert sheet.shape == (
-    MARGIN + 6 * (CAPTION + high + MARGIN) + CHART,
-    columns[3] + SIZE + MARGIN,
-    3,
-  )
-  for row in range(6):
+  bottom = MARGIN + asked.pairs * (CAPTION + high + MARGIN)
+  assert sheet.shape == (bottom + CHART, columns[3] + SIZE + MARGIN, 3)
+  for row in range(asked.pairs):
     top, boxes = MARGIN + row * (CAPTION + high + MARGIN) + CAPTION, []
+    video, numbers = int(batch['video'][row]), batch['frame_numbers'][row].tolist()
+    caption = (
+      f'kinetics_frames/folder   {paths[video]}   class {classes[video]}'
+      f'   frames {numbers[0]} and {numbers[1]} of 8   gap {numbers[1] - numbers[0]}'
+    )
+    np.testing.assert_array_equal(
+      sheet[top - CAPTION : top], drawn_text(caption, sheet.shape[1], CAPTION)
+    )
     for frame in range(2):
       crop = sheet[top : top + SIZE, columns[2 + frame] :][:, :SIZE]
       np.testing.assert_array_equal(crop, batch['frames'][row, frame])
-      whole = videos.frame(int(batch['video'][row]), int(batch['frame_numbers'][row, frame]))
+      whole = videos.frame(video, numbers[frame])
       panel = sheet[top : top + high, columns[frame] :][:, :wide]
       changed = np.argwhere((panel != whole).any(axis=-1))
       assert (panel[tuple(changed.T)] == BOX_COLOUR).all()
-      (y, x), (bottom, right) = changed.min(axis=0).tolist(), changed.max(axis=0).tolist()
-      box = augment.Box(y, x, bottom - y + 1, right - x + 1)
+      (y, x), (low, right) = changed.min(axis=0).tolist(), changed.max(axis=0).tolist()
+      box = augment.Box(y, x, low - y + 1, right - x + 1)
       # What the drawn box holds is what was fed.
-      np.testing.assert_array_equal(augment.crop_and_resize(whole, box, SIZE, resize='fast'), crop)
+      np.testing.assert_array_equal(
+        augment.crop_and_resize(whole, box, SIZE, resize=asked.resize), crop
+      )
       assert (panel[y, x : right + 1] == BOX_COLOUR).all()
-      assert (panel[y : bottom + 1, right] == BOX_COLOUR).all()
+      assert (panel[y : low + 1, right] == BOX_COLOUR).all()
       boxes.append(box)
-    assert not shared or boxes[0] == boxes[1]
-  assert 'clips             6\n' in told
-  assert 'frames            48\n' in told
-  assert 'least 8, median 8, most 8' in told
-  assert 'classes           4\n' in told
-  report = (videos.folder / 'build_report.json').read_text()
-  size = sum(p.stat().st_size for p in videos.folder.glob('*train.array_record*'))
-  assert f'bytes on disk     {size} ({size / 48:.0f} per frame)' in told
-  assert '"frames": 64' in report  # The other sixteen are of the split val.
+    assert (boxes[0] == boxes[1]) == asked.shared_augmentation
+  counts = inspect_data.gap_counts(
+    np.full(len(videos), 8), asked.frame_gap, seed=asked.seed, draws=inspect_data.GAP_DRAWS
+  )
+  bars = (sheet[bottom:] == (70, 110, 180)).all(axis=-1).sum(axis=0)
+  ends = np.linspace(MARGIN, sheet.shape[1] - MARGIN, len(counts[1:]) + 1).astype(int)
+  heights = [bars[left:right].max() for left, right in itertools.pairwise(ends)]
+  np.testing.assert_allclose(heights, (CHART - 2 * CAPTION) * counts[1:] / counts.max() + 1, atol=1)
+  size = sum(p.stat().st_size for p in videos.folder.glob(f'*{asked.split}.array_record*'))
+  index = inspect_data.Index(
+    'kinetics_frames/folder', np.full(len(videos), 8), None, None, np.unique(classes), size
+  )
+  assert told == (
+    f'{inspect_data.statistics(index, counts)}\n'
+    f'{tmp_path / "a.png"}: the first {asked.pairs} pairs of seed {asked.seed}\n'
+  )
 
 
-def test_a_mixture_is_shown_as_training_is_fed_it(data_dir, tmp_path, monkeypatch):
+def test_the_statistics_are_of_the_index():
+  index = inspect_data.Index(
+    'a/b', np.array([3, 9, 4]), np.array([1, 0, 1]), np.array(['x', 'y', 'z']),
+    np.array(['', 'a']), 1_600,
+  )  # fmt: skip
+  assert inspect_data.statistics(index, np.array([10, 30, 60])).splitlines() == [
+    'dataset           a/b',
+    'clips             3',
+    'frames            16',
+    'frames per clip   least 3, median 4, most 9',
+    'classes           1',
+    'bytes on disk     1600 (100 per frame)',
+    'frames between the two of a pair, 100 pairs:',
+    f'        0  10.0% {8 * "#"}',
+    f'        1  30.0% {25 * "#"}',
+    f'        2  60.0% {50 * "#"}',
+  ]
+  assert [inspect_data.class_of(index, video) for video in range(3)] == ['a', '-', 'a']
+
+
+def test_a_mixture_is_shown_as_training_is_fed_it(data_dir, tmp_path, monkeypatch, capsys):
   name, twin = 'kinetics_frames/folder', 'kinetics_frames/twin'
   (tmp_path / 'kinetics_frames').mkdir()
   for each in (name, twin):
@@ -75,9 +135,8 @@ def test_a_mixture_is_shown_as_training_is_fed_it(data_dir, tmp_path, monkeypatc
   text, drawn = f'{name}=1,{twin}=2', []
   real = inspect_data.contact_sheet
   monkeypatch.setattr(inspect_data, 'contact_sheet', lambda *a: drawn.append(a) or real(*a))
-  command = f'x --data_dir={tmp_path} --output={tmp_path}/o.png --seed=5 --pairs=6 --image_size=40'
-  monkeypatch.setattr('sys.argv', [*command.split(), f'--dataset={text}'])
-  inspect_data.main()
+  flags = f'--data_dir={tmp_path} --dataset={text} --seed=5 --pairs=6 --image_size={SIZE}'
+  sheet, told = sheet_of(monkeypatch, capsys, tmp_path / 'o.png', *flags.split())
   ((pairs, indices, counts),) = drawn
   stream = data.pair_batches(
     open_mixture(str(tmp_path), text), DataOptions(num_threads=0), image_size=SIZE, batch_size=6,
@@ -89,6 +148,16 @@ def test_a_mixture_is_shown_as_training_is_fed_it(data_dir, tmp_path, monkeypatc
   assert sorted(set(batch['dataset'])) == [0, 1]
   assert [index.dataset for index in indices] == [name, twin]
   assert counts.sum() == inspect_data.GAP_DRAWS
+  # A third and two thirds of the draws, as the weights say.
+  assert [line for line in told.splitlines() if 'frames between' in line] == [
+    f'frames between the two of a pair, {draws} pairs:' for draws in (3333, 6667)
+  ]
+  for row, pair in enumerate(pairs):
+    top = MARGIN + row * (CAPTION + 48 + MARGIN)
+    shown = (name, twin)[pair.dataset]
+    width = MARGIN + int(ImageFont.load_default().getlength(shown))
+    expected = drawn_text(shown, width, CAPTION)
+    np.testing.assert_array_equal(sheet[top : top + CAPTION, :width], expected)
 
 
 def test_gaps_follow_the_law_and_bars_hold_all():
