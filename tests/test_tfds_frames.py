@@ -233,7 +233,7 @@ class CountedProcess:
     self.folder = folder
 
   def write(self, job):
-    type(self).barrier.wait(timeout=30)
+    type(self).barrier.wait(timeout=10)
     return write(job, self.folder)
 
   def close(self):

@@ -205,18 +205,6 @@ def test_two_builders_do_not_meet(clips, tmp_path):
   assert not lock.exists()
 
 
-def test_shards_deal_out_all_videos_and_stay_small():
-  videos = [Video(f'{i}.mp4', '', i) for i in range(1000)]
-  jobs = shards.shard_jobs(pathlib.Path('/x'), 'train', videos, FrameOptions())
-  assert max(len(job.videos) for job in jobs) <= shards.VIDEOS_PER_SHARD
-  dealt = [video.path for job in jobs for video in job.videos]
-  assert sorted(dealt) == sorted(video.path for video in videos)
-  moved = shards.shard_jobs(pathlib.Path('/y'), 'train', videos, FrameOptions())
-  assert [job.fingerprint for job in moved] == [job.fingerprint for job in jobs]
-  other = shards.shard_jobs(pathlib.Path('/x'), 'train', videos, FrameOptions(jpeg_quality=80))
-  assert not {job.fingerprint for job in other} & {job.fingerprint for job in jobs}
-
-
 def test_kinetics_needs_its_layout_and_counts_its_classes(clips, tmp_path):
   with pytest.raises(BadInput, match='has no train folder, which --config=kinetics400 needs'):
     build.plan(COLLECTIONS['kinetics400'], clips / 'train', tmp_path, FrameOptions())

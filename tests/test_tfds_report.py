@@ -1,6 +1,7 @@
 """The report of a build against what lies in the dataset, and what its fingerprints change with."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
@@ -10,22 +11,25 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from test_tfds_frames import OPTIONS, build_here, stored, textured
+from test_tfds_kinetics import job_of, write
 from test_tfds_videos import write_video
 
-from tfds_kinetics import report, shards
+from tfds_kinetics import records, report, shards
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.tree import Video
-from tfds_kinetics.video import FrameOptions
+from tfds_kinetics.video import FrameOptions, read_jpegs
 
 DEFAULTS = FrameOptions()
 A, B, C, D, E = (letter * 11 for letter in 'abcde')
 KEPT, BROKEN = '', 'it cannot be opened: .*'
+AGAIN = f'the same clip as train/archery/{A}_000001_000011.mp4'
 # Of every file of the tree: split, path, class, number of frames, and why it is left out.
 FILES = [
   ('', 'elsewhere/line\nend.mp4', '', 0, 'it is in the folder of no split'),
   ('', f'elsewhere/{E}.mp4', '', 0, 'it is in the folder of no split'),
   ('test', f'test/{A}.mp4', '', 2, KEPT),
   ('train', 'train/a folder.mp4', '', 0, 'it is a folder'),
+  ('train', f'train/archery/{A}_000001_000011.avi', 'archery', 0, AGAIN),
   ('train', f'train/archery/{A}_000001_000011.mkv', 'archery', 0, BROKEN),
   ('train', f'train/archery/{A}_000001_000011.mp4', 'archery', 3, KEPT),
   ('train', f'train/boxing/{B}.mkv', 'boxing', 4, KEPT),
@@ -63,7 +67,11 @@ def built(tmp_path_factory):
     else:
       # The broken copy is larger than the good one, and the other one smaller: largest come first.
       (root / path).write_bytes(b'x' * (99_999 if path.endswith('.mkv') else 999))
-  return build_here(root, root.parent, DEFAULTS, 'kinetics400')
+  with pytest.MonkeyPatch.context() as patch:
+    # So that a shard holds several videos, and a video goes on in another file.
+    patch.setattr(shards, 'LEAST_SHARDS', 2)
+    patch.setattr(records, 'RECORDS_PER_FILE', 4)
+    return build_here(root, root.parent, DEFAULTS, 'kinetics400')
 
 
 def test_every_file_has_one_row_and_what_it_says_is_there(built):
@@ -87,7 +95,7 @@ def test_every_file_has_one_row_and_what_it_says_is_there(built):
   assert made['missing'] == MISSING
   assert made['totals'] == {
     'videos': 5,
-    'skipped': 4,
+    'skipped': 5,
     'missing': 3,
     'outside': 2,
     'frames': 20,
@@ -113,14 +121,14 @@ def test_the_table_says_what_the_report_does(built):
   head, table, *missing = text.split('\n\n')
   size = made['totals']['bytes'] / 1e6
   assert head.splitlines() == [
-    f'5 videos, 20 frames, {size:.1f} MB, 3 classes; 4 skipped;'
+    f'5 videos, 20 frames, {size:.1f} MB, 3 classes; 5 skipped;'
     f' {made["totals"]["seconds"]:.0f} s of work',
     'note: 3 clips of the annotations are not there',
     'note: 2 videos are in the folder of no split, and left out',
     'note: a complete copy has 400 classes',
   ]
   first_kept = next(i for i, row in enumerate(table.splitlines()[2:]) if row.startswith('kept'))
-  assert first_kept == 6  # What was left out stands first.
+  assert first_kept == 7  # What was left out stands first.
   found = sorted(line.split(maxsplit=4) for line in table.splitlines()[2:])
   assert found == sorted(
     [
@@ -277,10 +285,20 @@ def test_a_shard_of_another_job_is_not_taken_for_it(tmp_path, other):
   assert shards.finished_table(other, tmp_path) is None
 
 
-def test_the_order_of_videos_is_the_recorded_one():
-  """It is that of the stream which a seed gives: a change here changes what seeds mean."""
-  videos = [Video(f'{number}.mp4', '', number) for number in range(40)]
+def test_the_plan_of_a_build_is_the_recorded_one():
+  """With the default options: else an unfinished build could not go on after an update.
+
+  The order is that of the stream too, which a seed gives.
+  """
+  videos = [Video(f'{number}.mp4', 'a', number) for number in range(1000)]
   jobs = shards.shard_jobs(pathlib.Path('/x'), 'train', videos, DEFAULTS)
-  assert [job.number for job in jobs] == list(range(16))
-  recorded = [24, 33, 34, 26, 3, 38, 2, 35, 15, 16, 8, 29]
-  assert [video.size for job in jobs[:4] for video in job.videos] == recorded
+  assert [job.number for job in jobs] == list(range(42))
+  recorded = [864, 870, 891, 188, 332, 379, 173, 624, 506, 158, 639, 459]
+  assert [video.size for video in jobs[0].videos[:12]] == recorded
+  assert report.plan_fingerprint(jobs).startswith('7c9150b0019873f73c0268be')
+
+
+def test_the_digest_of_a_video_is_of_all_its_bytes(root, tmp_path):
+  (row,) = write(job_of(root, 'val'), tmp_path)['videos']
+  jpegs = list(read_jpegs(str(root / row['path']), DEFAULTS))
+  assert row['sha256'] == hashlib.sha256(b''.join(jpegs)).hexdigest()

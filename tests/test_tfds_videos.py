@@ -1,5 +1,6 @@
 """Every kind of video that comes along: containers, codecs, odd headers, odd files."""
 
+import errno
 import os
 import socketserver
 import struct
@@ -93,6 +94,21 @@ def test_containers_and_codecs(tmp_path, name, codec, pixels):
 def test_frames_without_a_steady_rate_are_each_taken_once(tmp_path):
   path = write_video(tmp_path / 'a.mkv', times=[0, 1, 2, 40, 41, 90])
   assert numbers(decoded(path)) == list(range(FRAMES))
+
+
+def test_of_two_streams_the_first_is_taken(tmp_path):
+  with av.open(str(tmp_path / 'a.mkv'), 'w') as container:
+    streams = [container.add_stream('ffv1', rate=25) for _ in range(2)]
+    for stream in streams:
+      stream.height, stream.width, stream.pix_fmt = 48, 64, 'bgr0'
+    for number, picture in enumerate(pictures()):
+      for stream, each in zip(streams, (picture, 255 - picture), strict=True):
+        frame = av.VideoFrame.from_ndarray(each, 'rgb24')
+        frame.pts = number
+        container.mux(stream.encode(frame))
+    for stream in streams:
+      container.mux(stream.encode())
+  assert numbers(decoded(tmp_path / 'a.mkv')) == list(range(FRAMES))
 
 
 def test_odd_sizes(tmp_path):
@@ -284,7 +300,13 @@ def test_titles_need_not_be_utf_8(tmp_path, name, codec):
   assert len(decoded(path)) == FRAMES
 
 
-@pytest.mark.parametrize('error', [OSError(24, 'Too many open files'), MemoryError('no memory')])
+@pytest.mark.parametrize(
+  'error',
+  [
+    *(OSError(number, 'not now') for number in (errno.EMFILE, errno.ENFILE, errno.ESTALE)),
+    MemoryError('no memory'),
+  ],
+)
 def test_faults_of_the_machine_are_no_verdict(tmp_path, monkeypatch, error):
   path = write_video(tmp_path / 'a.mp4')
 
