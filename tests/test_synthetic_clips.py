@@ -1,5 +1,8 @@
 """Generated clips: seeded, laid out as Kinetics and DAVIS, masks true."""
 
+import dataclasses
+import io
+
 import av
 import numpy as np
 import pytest
@@ -41,28 +44,56 @@ def test_encoding_has_no_memory(tmp_path):
   assert len(written) == 1
 
 
-def test_layout(clips):
-  names = {p.stem for p in clips.glob('train/*/*_*.mp4')}
-  lists = clips / 'davis' / 'ImageSets' / '2017'
-  assert set((lists / 'train.txt').read_text().split()) == names
-  assert len((lists / 'val.txt').read_text().split()) == 2
-  for name in names:
-    for kind, suffix in (('JPEGImages', 'jpg'), ('Annotations', 'png')):
-      frames = sorted(p.name for p in (clips / 'davis' / kind / '480p' / name).iterdir())
-      assert frames == [f'{i:05d}.{suffix}' for i in range(8)]
-    mask = Image.open(clips / 'davis' / 'Annotations' / '480p' / name / '00000.png')
-    assert mask.mode == 'P'
-    assert set(np.unique(mask)) <= {0, 1, 2, 3}
+def jpeg_of(picture, **options):
+  file = io.BytesIO()
+  Image.fromarray(picture).save(file, 'jpeg', **options)
+  return file.getvalue()
 
 
-def test_videos_are_h264_of_the_drawn_frames(clips):
-  path = next(clips.glob('val/*/*.mp4'))
-  with av.open(str(path)) as container:
-    assert container.streams.video[0].codec_context.name == 'h264'
-    frames = [frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)]
-  assert len(frames) == 8
-  drawn = Image.open(clips / 'davis' / 'JPEGImages' / '480p' / path.stem / '00003.jpg')
-  assert np.abs(frames[3].astype(int) - np.asarray(drawn)).mean() < 12
+def test_every_clip_is_that_of_its_number_everywhere(tmp_path):
+  options = ClipOptions(train=5, val=2, frames=3, height=48, width=64, objects=2, seed=3)
+  output = tmp_path / 'clips'
+  assert synthetic_clips.write_clips(output, options) == 7
+  # Numbers go on from one split to the next, kinds of motion begin anew.
+  clips = {
+    'train': ['bouncing_0000', 'orbiting_0001', 'swaying_0002', 'drifting_0003', 'bouncing_0004'],
+    'val': ['bouncing_0005', 'orbiting_0006'],
+  }
+  expected = {'clips.json', *(f'davis/ImageSets/2017/{split}.txt' for split in clips)}
+  for split, name in ((split, name) for split, names in clips.items() for name in names):
+    motion, number = name.split('_')
+    rng = np.random.default_rng([3, int(number)])
+    frames, labels = synthetic_clips.make_clip(rng, motion, options)
+    expected.add(f'{split}/{motion}/{name}.mp4')
+    with av.open(str(output / split / motion / f'{name}.mp4')) as container:
+      stream = container.streams.video[0]
+      assert (stream.codec_context.name, stream.average_rate) == ('h264', 24)
+      decoded = [frame.to_ndarray(format='rgb24') for frame in container.decode(stream)]
+    assert np.abs(np.stack(decoded).astype(int) - frames).mean() < 6
+    for place in range(3):
+      image = f'davis/JPEGImages/480p/{name}/{place:05d}.jpg'
+      mask = f'davis/Annotations/480p/{name}/{place:05d}.png'
+      expected |= {image, mask}
+      assert (output / image).read_bytes() == jpeg_of(frames[place], quality=95)
+      mask = Image.open(output / mask)
+      np.testing.assert_array_equal(mask, labels[place])
+      assert mask.mode == 'P'
+      assert mask.getpalette()[:9] == [0, 0, 0, 200, 40, 40, 40, 200, 40]
+  assert set(files(output)) == expected
+  for split, names in clips.items():
+    assert (output / f'davis/ImageSets/2017/{split}.txt').read_text().split() == names
+
+
+def test_every_flag_reaches_the_clips(tmp_path, monkeypatch, capsys):
+  asked = ClipOptions(train=5, val=2, frames=3, height=48, width=64, objects=1, seed=7)
+  flags = [f'--{name}={value}' for name, value in dataclasses.asdict(asked).items()]
+  assert not set(dataclasses.asdict(asked).items()) & set(dataclasses.asdict(ClipOptions()).items())
+  written = []
+  monkeypatch.setattr(synthetic_clips, 'write_clips', lambda *a: written.append(a) or 7)
+  monkeypatch.setattr('sys.argv', ['synthetic_clips', f'--output={tmp_path}', *flags])
+  synthetic_clips.main()
+  assert written == [(tmp_path, asked)]
+  assert capsys.readouterr().out == f'{tmp_path}: 7 clips written\n'
 
 
 def test_masks_follow_the_objects():
@@ -74,6 +105,7 @@ def test_masks_follow_the_objects():
       np.random.default_rng(3), motion, ClipOptions(frames=6, height=96, width=128, objects=0)
     )
     assert not none.any()
+    assert set(np.unique(labels)) == {0, 1, 2, 3}
     changed = (frames != bare).any(axis=-1)
     assert not (changed & (labels == 0)).any()
     assert changed[labels > 0].mean() > 0.95
