@@ -134,6 +134,7 @@ def test_the_seed_alone_decides_what_is_masked(trained, clips, tmp_path, monkeyp
     output = tmp_path / f'{name}.png'
     draw(monkeypatch, f'--checkpoint={workdir}', f'--video={video}', f'--output={output}', *more)
   a, b, c = (tmp_path / f'{name}.png' for name in 'abc')
+  np.testing.assert_array_equal(panels_of(a)[:, 0], frames_of(video, (0, 10)))
   assert a.read_bytes() == b.read_bytes()
   (first, second) = ((panels_of(path)[:, 1] == 128).all(axis=-1) for path in (a, c))
   assert (first != second).any()

@@ -1,13 +1,14 @@
 """The contact sheet shows the training stream, and its boxes are where they say."""
 
 import itertools
+import shutil
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from dropmae_jax import augment, data, inspect_data
+from dropmae_jax import augment, data, inspect_data, videos
 from dropmae_jax.data import DataOptions
 from dropmae_jax.inspect_data import BOX_COLOUR, CAPTION, CHART, MARGIN
 from dropmae_jax.mixture import open_mixture
@@ -47,17 +48,17 @@ def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, monkeypatch, ca
   flags += ['--shared_augmentation'] * asked.shared_augmentation
   flags += [f'--data_dir={data_dir}', f'--image_size={SIZE}']
   sheet, told = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags)
-  videos = open_dataset(str(data_dir), 'kinetics_frames/folder', asked.split)
+  dataset = open_dataset(str(data_dir), 'kinetics_frames/folder', asked.split)
   how = asked._asdict()
   options = DataOptions(
     num_threads=0, **{name: how[name] for name in ('frame_gap', 'resize', 'shared_augmentation')}
   )
   stream = data.pair_batches(
-    videos, options, image_size=SIZE, batch_size=asked.pairs, seed=derive_seeds(asked.seed).data
+    dataset, options, image_size=SIZE, batch_size=asked.pairs, seed=derive_seeds(asked.seed).data
   )
   batch = next(stream)
   stream.close()
-  with np.load(videos.folder / f'index-{asked.split}.npz') as index:
+  with np.load(dataset.folder / f'index-{asked.split}.npz') as index:
     paths, classes = index['path'], index['classes'][index['label']]
   wide, high = 64, 48  # The clips' frames; higher than the crops.
   columns = [MARGIN, 2 * MARGIN + wide, 3 * MARGIN + 2 * wide, 4 * MARGIN + 2 * wide + SIZE]
@@ -76,7 +77,7 @@ def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, monkeypatch, ca
     for frame in range(2):
       crop = sheet[top : top + SIZE, columns[2 + frame] :][:, :SIZE]
       np.testing.assert_array_equal(crop, batch['frames'][row, frame])
-      whole = videos.frame(video, numbers[frame])
+      whole = dataset.frame(video, numbers[frame])
       panel = sheet[top : top + high, columns[frame] :][:, :wide]
       changed = np.argwhere((panel != whole).any(axis=-1))
       assert (panel[tuple(changed.T)] == BOX_COLOUR).all()
@@ -91,15 +92,15 @@ def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, monkeypatch, ca
       boxes.append(box)
     assert (boxes[0] == boxes[1]) == asked.shared_augmentation
   counts = inspect_data.gap_counts(
-    np.full(len(videos), 8), asked.frame_gap, seed=asked.seed, draws=inspect_data.GAP_DRAWS
+    np.full(len(dataset), 8), asked.frame_gap, seed=asked.seed, draws=inspect_data.GAP_DRAWS
   )
   bars = (sheet[bottom:] == (70, 110, 180)).all(axis=-1).sum(axis=0)
   ends = np.linspace(MARGIN, sheet.shape[1] - MARGIN, len(counts[1:]) + 1).astype(int)
   heights = [bars[left:right].max() for left, right in itertools.pairwise(ends)]
   np.testing.assert_allclose(heights, (CHART - 2 * CAPTION) * counts[1:] / counts.max() + 1, atol=1)
-  size = sum(p.stat().st_size for p in videos.folder.glob(f'*{asked.split}.array_record*'))
+  size = sum(p.stat().st_size for p in dataset.folder.glob(f'*{asked.split}.array_record*'))
   index = inspect_data.Index(
-    'kinetics_frames/folder', np.full(len(videos), 8), None, None, np.unique(classes), size
+    'kinetics_frames/folder', np.full(len(dataset), 8), None, None, np.unique(classes), size
   )
   assert told == (
     f'{inspect_data.statistics(index, counts)}\n'
@@ -158,6 +159,27 @@ def test_a_mixture_is_shown_as_training_is_fed_it(data_dir, tmp_path, monkeypatc
     width = MARGIN + int(ImageFont.load_default().getlength(shown))
     expected = drawn_text(shown, width, CAPTION)
     np.testing.assert_array_equal(sheet[top : top + CAPTION, :width], expected)
+
+
+def test_damaged_records_are_told_once_each(data_dir, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(videos, 'RETRY_SECONDS', ())
+  shutil.copytree(data_dir, tmp_path / 'data')
+  for shard in (tmp_path / 'data').glob('**/*-train.array_record*'):
+    with shard.open('r+b') as file:  # The first record of the shard.
+      file.seek(500)
+      file.write(b'damage')
+  flags = f'--data_dir={tmp_path}/data --image_size={SIZE} --pairs=30 --seed=5'
+  _, told = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
+  met = []
+  stream = data.pair_batches(
+    open_dataset(f'{tmp_path}/data', 'kinetics_frames/folder'), DataOptions(num_threads=0),
+    image_size=SIZE, batch_size=30, seed=derive_seeds(5).data, tell_damaged=met.append,
+  )  # fmt: skip
+  next(stream)
+  stream.close()
+  assert len(met) > len(set(met)) > 2
+  notes = [line for line in told.splitlines() if line.startswith('note: ')]
+  assert notes == [f'note: {each} Another video is taken instead.' for each in dict.fromkeys(met)]
 
 
 def test_gaps_follow_the_law_and_bars_hold_all():

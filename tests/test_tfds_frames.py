@@ -168,6 +168,17 @@ def build_here(root, data_dir, options, collection='folder', **keywords):
   return build.build(planned, write_all)
 
 
+def run_here(monkeypatch, *arguments):
+  """Runs the command line in this process, which keeps its own signals, limits and log."""
+  monkeypatch.setattr(sys, 'argv', ['tfds_kinetics', *map(str, arguments)])
+  monkeypatch.setattr(command_line.signal, 'signal', lambda *_: None)
+  monkeypatch.setattr(command_line.resource, 'setrlimit', lambda *_: None)
+  for name in ('setLevel', 'addHandler'):
+    monkeypatch.setattr(command_line.log, name, lambda *_: None)
+  monkeypatch.setattr(command_line.log, 'propagate', True)
+  assert command_line.main() == 0
+
+
 def test_frames_are_stored_whole_where_no_option_cuts_them(videos, tmp_path):
   """Each option at its end: all frames, all pixels, the best quality."""
   options = FrameOptions(short_side=4096, jpeg_quality=100, max_damage=0.2)
@@ -248,14 +259,3 @@ def test_as_many_processes_write_as_were_asked_for(clips, tmp_path, monkeypatch,
   monkeypatch.setattr(workers, 'ShardProcess', CountedProcess)
   run_here(monkeypatch, *command(clips, tmp_path, '--workers=3', *way)[2:])
   assert CountedProcess.made == 3
-
-
-def run_here(monkeypatch, *arguments):
-  """Runs the command line in this process, which keeps its own signals, limits and log."""
-  monkeypatch.setattr(sys, 'argv', ['tfds_kinetics', *map(str, arguments)])
-  monkeypatch.setattr(command_line.signal, 'signal', lambda *_: None)
-  monkeypatch.setattr(command_line.resource, 'setrlimit', lambda *_: None)
-  for name in ('setLevel', 'addHandler'):
-    monkeypatch.setattr(command_line.log, name, lambda *_: None)
-  monkeypatch.setattr(command_line.log, 'propagate', True)
-  assert command_line.main() == 0

@@ -10,7 +10,10 @@ from fractions import Fraction
 import cloudpickle
 import numpy as np
 import pytest
+import simplejpeg
 from conftest import run_python
+from sources import NumberedVideos
+from test_tfds_frames import stored
 
 from benchmarks import loader_memory
 from dropmae_jax import data, mixture, videos
@@ -46,8 +49,21 @@ def test_a_dataset_is_found_by_its_root_or_its_own_folder(data_dir):
   by_root = videos.open_dataset(str(data_dir), 'kinetics_frames/folder')
   by_folder = videos.open_dataset(str(folder), 'anything')
   assert len(by_root) == len(by_folder) == 6
-  assert len(videos.open_dataset(str(data_dir), 'kinetics_frames/folder', 'val')) == 2
   np.testing.assert_array_equal(by_root.frame(3, 2), by_folder.frame(3, 2))
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_frames_are_those_of_the_records(data_dir, split):
+  folder = version_folder(data_dir)
+  expected = stored(folder, split)
+  for place in (data_dir, folder):
+    dataset = videos.open_dataset(str(place), DATASET, split)
+    assert dataset.paths().tolist() == list(expected)
+    for video, jpegs in enumerate(expected.values()):
+      assert dataset.num_frames(video) == len(jpegs)
+      for number, jpeg in enumerate(jpegs):
+        image = simplejpeg.decode_jpeg(jpeg, 'RGB')
+        np.testing.assert_array_equal(dataset.frame(video, number), image)
 
 
 def test_only_whole_versions_are_opened(data_dir, tmp_path):
@@ -61,6 +77,9 @@ def test_only_whole_versions_are_opened(data_dir, tmp_path):
     else:
       (folder / 'dataset_info.json').write_text('broken')
   assert len(videos.open_dataset(str(tmp_path), 'kinetics_frames/folder')) == 6
+  for name in ('2.9.0', '2.10.0'):
+    (tmp_path / DATASET / name).symlink_to(real)
+  assert videos.open_dataset(str(tmp_path), DATASET).folder.name == '2.10.0'
 
 
 def test_a_dataset_that_is_not_there_names_its_builder(tmp_path, data_dir):
@@ -233,10 +252,26 @@ def test_a_mixture_opens_its_datasets(data_dir, tmp_path):
   }
   assert prints == {two.fingerprint}
   assert mixture.open_mixture(str(tmp_path), text.replace('0.3', '0.4')).fingerprint not in prints
+  turned = mixture.open_mixture(str(tmp_path), f'kinetics_frames/other=1,{DATASET}=3')
+  assert [each.folder.parent.name for each in turned.datasets] == ['other', 'folder']
+  assert turned.weights == (1, 3)
   with pytest.raises(
     BadInput, match=r'is the folder of one dataset, and .* names 2; give the fold'
   ):
     mixture.open_mixture(str(version_folder(data_dir)), text)
+
+
+def test_the_fingerprint_of_a_mixture_is_of_all_that_is_fed():
+  def fingerprint(names, weights):
+    datasets = []
+    for name in names:
+      datasets.append(NumberedVideos([3]))
+      datasets[-1].fingerprint = name
+    return mixture.Mixture(tuple(datasets), tuple(map(Fraction, weights))).fingerprint
+
+  mixtures = [('ab', (1, 2)), ('ac', (1, 2)), ('cb', (1, 2)), ('ba', (1, 2)), ('ab', (2, 1))]
+  assert len({fingerprint(*each) for each in mixtures}) == len(mixtures)
+  assert fingerprint('ab', (2, 4)) == fingerprint('ab', (1, 2))
 
 
 @pytest.mark.parametrize(
