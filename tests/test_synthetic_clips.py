@@ -2,11 +2,11 @@
 
 import dataclasses
 import io
+import pathlib
 
 import av
 import numpy as np
 import pytest
-from conftest import run_python
 from PIL import Image
 
 from dropmae_jax import synthetic_clips
@@ -84,16 +84,35 @@ def test_every_clip_is_that_of_its_number_everywhere(tmp_path):
     assert (output / f'davis/ImageSets/2017/{split}.txt').read_text().split() == names
 
 
-def test_every_flag_reaches_the_clips(tmp_path, monkeypatch, capsys):
-  asked = ClipOptions(train=5, val=2, frames=3, height=48, width=64, objects=1, seed=7)
-  flags = [f'--{name}={value}' for name, value in dataclasses.asdict(asked).items()]
-  assert not set(dataclasses.asdict(asked).items()) & set(dataclasses.asdict(ClipOptions()).items())
+# No field has its default; and the least of each.
+ASKED = ClipOptions(train=5, val=2, frames=3, height=48, width=64, objects=1, seed=7)
+LEAST = ClipOptions(train=1, val=0, frames=1, height=16, width=16, objects=0, seed=0)
+
+
+def made_by_command(monkeypatch, options):
+  """What the command line asks `write_clips` for."""
   written = []
   monkeypatch.setattr(synthetic_clips, 'write_clips', lambda *a: written.append(a) or 7)
-  monkeypatch.setattr('sys.argv', ['synthetic_clips', f'--output={tmp_path}', *flags])
+  flags = [f'--{name}={value}' for name, value in dataclasses.asdict(options).items()]
+  monkeypatch.setattr('sys.argv', ['synthetic_clips', '--output=clips', *flags])
   synthetic_clips.main()
-  assert written == [(tmp_path, asked)]
-  assert capsys.readouterr().out == f'{tmp_path}: 7 clips written\n'
+  return written
+
+
+@pytest.mark.parametrize('asked', [ASKED, LEAST])
+def test_every_flag_reaches_the_clips(monkeypatch, capsys, asked):
+  assert made_by_command(monkeypatch, asked) == [(pathlib.Path('clips'), asked)]
+  assert capsys.readouterr().out == 'clips: 7 clips written\n'
+
+
+@pytest.mark.parametrize('field', dataclasses.asdict(LEAST))
+def test_impossible_numbers_are_refused(monkeypatch, field):
+  too_small = dataclasses.replace(LEAST, **{field: getattr(LEAST, field) - 1})
+  with pytest.raises(BadInput, match=rf'^--{field}=-?\d+ (is too small; give|must be even, as)'):
+    made_by_command(monkeypatch, too_small)
+  if field in ('height', 'width'):
+    with pytest.raises(BadInput, match=f'--{field}=47 must be even'):
+      made_by_command(monkeypatch, dataclasses.replace(ASKED, **{field: 47}))
 
 
 def test_masks_follow_the_objects():
@@ -131,13 +150,3 @@ def test_existing_clips_are_reused_and_others_not_overwritten(tmp_path):
   with pytest.raises(BadInput, match='holds something other than these clips'):
     synthetic_clips.write_clips(output, ClipOptions(train=4))
   assert files(output) == before
-
-
-@pytest.mark.parametrize(
-  ('field', 'message'), [('--frames=0', 'is too small; give at least 1'), ('--height=47', 'even')]
-)
-def test_impossible_numbers_are_refused(tmp_path, field, message):
-  done = run_python('-m', 'dropmae_jax.synthetic_clips', f'--output={tmp_path}/x', field)
-  assert done.returncode == 2
-  assert field in done.stderr
-  assert message in done.stderr
