@@ -8,18 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, run_python, train_arguments
 from flax import traverse_util
 
-from dropmae_jax import augment, checkpoint, data, report
+from dropmae_jax import augment, checkpoint, data
 from dropmae_jax.data import DataOptions
-from dropmae_jax.train_step import Metrics, derive_seeds
+from dropmae_jax.train_step import derive_seeds
 from dropmae_jax.videos import open_dataset
 
 
@@ -207,35 +205,6 @@ def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_pa
   weights = checkpoint.load_weights(tmp_path)
   leaves = traverse_util.flatten_dict(weights.params).values()
   assert all(np.isfinite(leaf).all() for leaf in leaves)
-
-
-@pytest.mark.parametrize('bad', ['loss', 'gradient_norm'])
-def test_a_bad_gradient_is_seen_before_its_parameters_are_saved(tmp_path, bad):
-  numbers = {'loss': 1.0, 'learning_rate': 0.1, 'gradient_norm': 1.0}
-  told = report.Report(tmp_path, first_step=0, num_steps=9, batch_size=1, log_every=100)
-  for step, value in ((1, 1.0), (2, np.nan), (3, 1.0)):
-    metrics = Metrics(**{k: jnp.float32(v) for k, v in (numbers | {bad: value}).items()})
-    told.after_step(step, metrics)
-    if step == 1:
-      told.check_finite()
-  with pytest.raises(report.NonFiniteLoss, match=f'the {bad} of step 2 is nan'):
-    told.check_finite()
-  told.close()
-
-
-def test_waiting_for_data_counts_only_while_nothing_is_computed(tmp_path):
-  told = report.Report(tmp_path, first_step=0, num_steps=9, batch_size=1, log_every=1)
-  metrics = Metrics(jnp.float32(1), jnp.float32(1), jnp.float32(1))
-  asked = time.perf_counter()
-  told.batch_arrived(asked)  # Nothing was ever queued: the first batch is start-up.
-  told.after_step(1, metrics)
-  time.sleep(0.2)
-  told.batch_arrived(asked)  # Done at once, so the sleep was a wait, but not what came before it.
-  told.after_step(2, metrics)
-  told.close()
-  first, second = metrics_of(tmp_path)
-  assert first['data_wait'] == 0
-  assert 0.5 < second['data_wait'] <= 1
 
 
 def assert_one_sentence(done, message):
