@@ -286,33 +286,6 @@ def test_the_quickstart_has_the_same_losses_on_any_mesh(data_dir, tmp_path):
     np.testing.assert_allclose(values, found['1x1'], rtol=1e-5)
 
 
-def test_a_run_does_not_go_on_as_another_one(begun, data_dir):
-  before = (begun / 'metrics.jsonl').read_text(), (begun / 'log.txt').read_text()
-  arguments = train_arguments(
-    data_dir, begun, '--config.num_steps=9', '--config.batch_size=8', '--config.seed=3',
-    '--config.data.frame_gap=4', '--config.data.resize=exact',
-    '--config.data.shared_augmentation=false', '--config.objective.mask_ratio=0.5',
-    '--config.split=val', '--config.log_every=2',
-  )  # fmt: skip
-  changes = (
-    'batch_size: 4 -> 8', 'seed: 0 -> 3', 'split: train -> val', 'data.frame_gap: 5 -> 4',
-    'data.resize: fast -> exact', 'data.shared_augmentation: True -> False',
-    'objective.mask_ratio: 0.75 -> 0.5',
-  )  # fmt: skip
-  done = run_python(*arguments)
-  assert_one_sentence(done, 'holds another run (')
-  for change in changes:
-    assert change in done.stderr
-  assert 'log_every' not in done.stderr
-  assert 'num_steps' not in done.stderr
-  assert '--allow_changes to go on from it all the same' in done.stderr
-  assert ((begun / 'metrics.jsonl').read_text(), (begun / 'log.txt').read_text()) == before
-  done = run_python(*arguments, '--allow_changes')
-  assert done.returncode == 0, done.stderr
-  for change in (*changes, 'num_steps: 8 -> 9', 'log_every: 1 -> 2'):
-    assert f'changed since that checkpoint: {change}' in done.stdout
-
-
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_dataset_of_the_same_name(begun, clips, tmp_path):
   shutil.copytree(clips, tmp_path / 'clips')
@@ -331,24 +304,6 @@ def test_a_run_does_not_go_on_with_another_dataset_of_the_same_name(begun, clips
   done = run_python(*arguments)
   assert_one_sentence(done, f'holds another run (data_fingerprint: {old} -> {new}); give its datas')
   assert run_python(*arguments, '--allow_changes').returncode == 0
-
-
-@pytest.mark.slow
-def test_what_does_not_make_another_run_may_change(begun, data_dir, tmp_path):
-  shutil.copytree(data_dir, tmp_path / 'moved')
-  fields = {
-    'num_steps': 9, 'accumulation_steps': 2, 'dtype': 'bfloat16', 'log_every': 2,
-    'data.num_workers': 1, 'data.num_threads': 1, 'data.stall_seconds': 99.0,
-    'optimizer.base_learning_rate': 0.01, 'checkpoint.every_steps': 7,
-    'checkpoint.keep_best': 2, 'step_stall_seconds': 999.0,
-  }  # fmt: skip
-  more = [f'--config.{name}={value}' for name, value in fields.items()]
-  done = run_python(*train_arguments(tmp_path / 'moved', begun, *more))
-  assert done.returncode == 0, done.stderr
-  for name, value in fields.items():
-    assert f'changed since that checkpoint: {name}: ' in done.stdout
-    assert f' -> {value}\n' in done.stdout
-  assert f' -> {tmp_path / "moved"}\n' in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,550 @@
+"""The loop with a step that costs nothing: what is fed, saved and told at which step, and its ends.
+
+Every interval, size and limit differs from every other one, and none divides another.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sources import NumberedVideos
+
+from dropmae_jax import (
+  checkpoint,
+  command_line,
+  data,
+  feed,
+  hosts,
+  mae,
+  main,
+  report,
+  run,
+  run_checkpoints,
+  sharding,
+  stalls,
+  train,
+)
+from dropmae_jax.command_line import BadInput
+from dropmae_jax.data import DataOptions
+from dropmae_jax.feed import Feed, LoaderFailed, LoaderStalled
+from dropmae_jax.mixture import mixture_of
+from dropmae_jax.program import Program
+from dropmae_jax.recipe import Recipe
+from dropmae_jax.report import NonFiniteLoss, Report
+from dropmae_jax.retention import CheckpointOptions
+from dropmae_jax.run_checkpoints import Checkpoints, NotSaved
+from dropmae_jax.train_step import SEED_VERSION, Metrics, TrainState, derive_seeds
+
+RECIPE = Recipe(
+  data_dir='/data',
+  num_steps=11,
+  batch_size=8,
+  model=mae.architecture_of_size('XXS', image_size=16, decoder_width=32, decoder_num_heads=2),
+  dataset='kinetics_frames/a',
+  split='val',
+  seed=5,
+  log_every=3,
+  step_stall_seconds=77.0,
+  data=DataOptions(frame_gap=6, num_threads=0, stall_seconds=55.0, shared_augmentation=True),
+  checkpoint=CheckpointOptions(every_steps=4, keep_last=9),
+)
+
+
+class Videos(NumberedVideos):
+  """25 of them: three batches of eight, and one that is left over."""
+
+  fingerprint = 'abc'
+
+  def __init__(self):
+    super().__init__([10] * 25)
+    self.before_frame = lambda: None
+
+  def frame(self, video, number):
+    self.before_frame()
+    return super().frame(video, number)
+
+
+class Number:
+  """A metric on a device that is done when somebody waits for it."""
+
+  def __init__(self, value, on_wait):
+    self.value, self._on_wait = np.float32(value), on_wait
+
+  def block_until_ready(self):
+    if threading.current_thread() is threading.main_thread():
+      self._on_wait()
+    return self
+
+  def __array__(self, *_, **__):
+    return np.asarray(self.value)
+
+
+class Stage:
+  """Instead of what is slow; writes down what the loop does.
+
+  Attributes:
+    events: in their order.
+    fed: frames by step.
+    losses: by step.
+    at: what happens at a step.
+    bad: a step whose loss is not a number.
+  """
+
+  def __init__(self):
+    self.events, self.fed, self.losses, self.at, self.bad = [], {}, {}, {}, None
+    self.videos, self.feeds = Videos(), []
+
+  def open_mixture(self, *arguments):
+    assert arguments == (RECIPE.data_dir, RECIPE.dataset, RECIPE.split)
+    return mixture_of(self.videos)
+
+  def build_program(self, recipe, mesh):
+    state = TrainState(jnp.int32(0), {'a': jnp.zeros(2)}, {'b': jnp.zeros(2)})
+    abstract = sharding.abstract_on(mesh, jax.eval_shape(lambda: state))
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    count = jax.jit(lambda s: TrainState(s.step + 1, {'a': s.params['a'] + 1}, s.opt_state))
+
+    def step(state, frames, key):
+      number = int(jax.device_get(state.step)) + 1
+      self.events.append(f'step {number}')
+      self.fed[number] = jax.device_get(frames)
+      self.losses[number] = np.nan if number == self.bad else float(self.fed[number].mean()) / 64
+      self.at.get(number, lambda: None)()
+      done = lambda: self.events.append(f'waited for {number}')
+      return count(state), Metrics(
+        Number(self.losses[number], done), Number(number, lambda: None), Number(1, lambda: None)
+      )
+
+    return Program(jax.jit(lambda key: state, out_shardings=places), step, abstract)
+
+
+@pytest.fixture
+def stage(monkeypatch):
+  stage = Stage()
+
+  class Watchdog(stalls.Watchdog):
+    def __init__(self, seconds, *, say):
+      assert seconds == RECIPE.step_stall_seconds
+      self.say, stage.watchdog = say, self
+
+    def watch(self, what, *, is_slow=False):
+      stage.events.append(('watch', what, is_slow))
+
+    def pause(self):
+      stage.events.append('pause')
+
+    def close(self):
+      stage.events.append('closed: Watchdog')
+
+  class SpiedFeed(Feed):
+    def __init__(self, make_batches, **options):
+      stage.feeds.append(options)
+      super().__init__(make_batches, **options)
+
+    def __next__(self):
+      stage.asked = time.perf_counter()
+      return super().__next__()
+
+  for kind in (Feed, Report, Checkpoints):
+    real = kind.close
+    monkeypatch.setattr(
+      kind,
+      'close',
+      lambda self, kind=kind, real=real: (
+        stage.events.append(f'closed: {kind.__name__}') or real(self)
+      ),
+    )
+  real_arrived = Report.batch_arrived
+
+  def batch_arrived(self, asked):
+    assert asked <= stage.asked <= time.perf_counter()
+    real_arrived(self, asked)
+
+  monkeypatch.setattr(Report, 'batch_arrived', batch_arrived)
+  monkeypatch.setattr(train, 'Watchdog', Watchdog)
+  monkeypatch.setattr(run, 'Feed', SpiedFeed)
+  monkeypatch.setattr(run, 'open_mixture', stage.open_mixture)
+  monkeypatch.setattr(run, 'build_program', stage.build_program)
+  return stage
+
+
+def batches(steps):
+  """The batches of the first steps, from the stream itself."""
+  stream = data.pair_batches(
+    NumberedVideos([10] * 25),
+    RECIPE.data,
+    image_size=16,
+    batch_size=8,
+    seed=derive_seeds(RECIPE.seed).data,
+  )
+  with contextlib.closing(stream):
+    return [batch['frames'] for batch in itertools.islice(stream, steps)]
+
+
+def assert_fed(stage, steps):
+  """Each step was fed its batch, and none another's."""
+  expected = batches(max(steps))
+  assert list(stage.fed) == list(steps)
+  for step in steps:
+    np.testing.assert_array_equal(stage.fed[step], expected[step - 1])
+
+
+def assert_saved(stage, workdir, means):
+  """The checkpoints are those of these steps; their scores are the means over so many before."""
+  saved = sorted(int(path.name) for path in (workdir / checkpoint.FOLDER).iterdir())
+  assert saved == list(means)
+  for step, num_steps in means.items():
+    metadata = workdir / checkpoint.FOLDER / str(step) / 'description' / 'metadata'
+    told = json.loads(metadata.read_text())
+    losses = [np.float32(stage.losses[each]) for each in range(step - num_steps + 1, step + 1)]
+    assert (told['score'], told['score_steps']) == (pytest.approx(np.mean(losses)), num_steps)
+  return told
+
+
+def log_of(workdir):
+  return (workdir / 'log.txt').read_text()
+
+
+def lines_of(workdir):
+  rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return [(row['step'], row['loss'], row['learning_rate']) for row in rows]
+
+
+def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(stage, tmp_path):
+  def implicit_transfer():
+    with pytest.raises(Exception, match=r'[Dd]isallow'):
+      jax.jit(lambda x: x + x)(np.ones(3))
+
+  stage.at[2] = implicit_transfer
+  stage.at[6] = lambda: stage.watchdog.say('the watchdog has something to say')
+  workdir = tmp_path / 'new' / 'run'
+  assert train.train(RECIPE, workdir) is True
+  assert_fed(stage, range(1, 12))
+  told = assert_saved(stage, workdir, {4: 4, 8: 4, 11: 3})
+  expected = checkpoint.describe(
+    RECIPE.model,
+    RECIPE.objective,
+    frame_gap=6,
+    steps_per_epoch=3,
+    data_fingerprint='abc',
+    seed_version=SEED_VERSION,
+    config=dataclasses.asdict(RECIPE),
+  )
+  assert {name: told[name] for name in expected} == json.loads(json.dumps(expected))
+  rows = [(step, np.float32(stage.losses[step]), step) for step in (3, 6, 9, 11)]
+  assert lines_of(workdir) == rows
+  log = log_of(workdir)
+  for text in (' 25 videos, 3 steps per epoch, 8 x cpu\n', 'the watchdog has something to say\n'):
+    assert text in log
+  (options,) = stage.feeds
+  assert (options['first_step'], options['stall_seconds']) == (0, 55)
+  events = [('watch', 'opening the dataset', True), ('watch', 'restoring the state', True)]
+  for step in range(1, 12):
+    # At most two steps are under way: the one before the last is waited for.
+    events += ['pause', ('watch', f'step {step}', step == 1), f'step {step}']
+    events.append(f'waited for {max(step - 1, 1)}')
+    if step in (4, 8, 11):
+      events.append(('watch', f'the checkpoint of step {step}', True))
+  events.append(('watch', 'closing the run', True))
+  events += [f'closed: {name}' for name in ('Feed', 'Report', 'Checkpoints', 'Watchdog')]
+  assert stage.events == events
+
+
+def stop_by(number):
+  return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_two_checkpoints_costs_nothing(stage, tmp_path, number):
+  """The score goes on from the stored part of it: five losses make that of step 9."""
+  recipe = dataclasses.replace(
+    RECIPE, checkpoint=dataclasses.replace(RECIPE.checkpoint, every_steps=5)
+  )
+  before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+  stage.at[7] = stop_by(number)
+  assert train.train(recipe, tmp_path) is False
+  assert_fed(stage, range(1, 8))
+  assert_saved(stage, tmp_path, {5: 5, 7: 2})
+  name = number.name
+  assert f'{name}: saved at step 7 of 11; the same command goes on from' in log_of(tmp_path)
+  assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+  stage.at = {11: stop_by(number)}  # Comes too late to stop anything.
+  stage.fed.clear()
+  assert train.train(recipe, tmp_path) is True
+  assert_fed(stage, range(8, 12))
+  assert_saved(stage, tmp_path, {5: 5, 7: 2, 10: 5, 11: 1})
+  rows = [(step, np.float32(stage.losses[step]), step) for step in (3, 6, 9, 11)]
+  assert lines_of(tmp_path) == rows
+  assert 'going on after step 7 of 11\n' in log_of(tmp_path)
+  assert stage.feeds[1]['first_step'] == 7
+
+
+@pytest.mark.parametrize('steps', [0, 3])
+def test_a_signal_while_a_batch_is_waited_for_saves_what_there_is(
+  stage, tmp_path, monkeypatch, steps
+):
+  monkeypatch.setattr(feed, 'POLL_SECONDS', 0.05)
+  reads, released = itertools.count(), threading.Event()
+
+  def before_frame():
+    if next(reads) == steps * 2 * RECIPE.batch_size:
+      while f'waited for {steps - 1}' not in stage.events and steps:
+        time.sleep(0.01)
+      time.sleep(0.2)
+      stop_by(signal.SIGTERM)()
+      released.wait(30)
+
+  stage.videos.before_frame = before_frame
+  assert train.train(RECIPE, tmp_path) is False
+  released.set()
+  assert_fed(stage, range(1, steps + 1)) if steps else None
+  saved = [path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()]
+  if steps:
+    assert saved == ['3']
+    assert 'SIGTERM: saved at step 3 of 11' in log_of(tmp_path)
+  else:
+    assert saved == []
+    assert 'SIGTERM: no step was made; the same command begins anew' in log_of(tmp_path)
+
+
+@pytest.mark.parametrize(('bad', 'saved'), [(4, []), (5, ['4']), (11, ['4', '8'])])
+def test_a_step_that_diverges_is_not_saved_and_its_batch_is_listed(stage, tmp_path, bad, saved):
+  """Found at the next line or checkpoint, and named by its own number."""
+  stage.bad = bad
+  with pytest.raises(NonFiniteLoss, match=f'the loss of step {bad} is nan; .* are in ') as caught:
+    train.train(RECIPE, tmp_path)
+  assert caught.value.step == bad
+  assert ('watch', 'listing the bad batch', True) in stage.events
+  assert max(stage.fed) == {4: 4, 5: 6, 11: 11}[bad]
+  assert sorted(path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()) == saved
+  listed = json.loads((tmp_path / f'bad_batch_{bad}.json').read_text())
+  assert (listed['step'], len(listed['pairs'])) == (bad, 8)
+  assert f'the loss of step {bad} is nan' in log_of(tmp_path)
+
+
+@pytest.mark.parametrize('full_at', [4, 11])
+def test_a_checkpoint_that_cannot_be_written_is_told(stage, tmp_path, monkeypatch, full_at):
+  real = run_checkpoints.ocp.CheckpointManager.save
+
+  def save(self, step, **other):
+    if step == full_at:
+      raise OSError('no space left')
+    return real(self, step, **other)
+
+  monkeypatch.setattr(run_checkpoints.ocp.CheckpointManager, 'save', save)
+  expected = pytest.raises(NotSaved, match=r'step 11 could not be saved .* goes on from step 8')
+  with expected if full_at == 11 else contextlib.nullcontext():
+    train.train(RECIPE, tmp_path)
+  assert f'the checkpoint of step {full_at} could not be written (no space' in log_of(tmp_path)
+  saved = sorted(int(path.name) for path in (tmp_path / checkpoint.FOLDER).iterdir())
+  assert saved == [step for step in (4, 8, 11) if step != full_at]
+
+
+CHANGES = {
+  'batch_size': 16, 'seed': 3, 'data.frame_gap': 4, 'data.resize': 'exact',
+  'data.shared_augmentation': False, 'objective.mask_ratio': 0.5,
+}  # fmt: skip
+MAY_CHANGE = {
+  'data_dir': '/elsewhere', 'num_steps': 2, 'accumulation_steps': 2, 'dtype': 'float32',
+  'log_every': 2, 'data.num_threads': 1, 'data.stall_seconds': 99.0,
+  'optimizer.base_learning_rate': 0.01, 'checkpoint.every_steps': 7, 'mesh.fsdp': 2,
+  'data.max_damaged_records': 3, 'remat': 'full', 'attention': 'xla', 'init_from': 'other',
+}  # fmt: skip
+
+
+def changed(recipe, fields):
+  for name, value in fields.items():
+    group, _, leaf = name.rpartition('.')
+    part = dataclasses.replace(getattr(recipe, group) if group else recipe, **{leaf: value})
+    recipe = dataclasses.replace(recipe, **{group: part}) if group else part
+  return recipe
+
+
+def value_of(recipe, name):
+  for part in name.split('.'):
+    recipe = getattr(recipe, part)
+  return recipe
+
+
+def test_a_run_goes_on_as_another_one_only_where_that_is_allowed(stage, tmp_path, monkeypatch):
+  monkeypatch.setattr(stage, 'open_mixture', lambda *_: mixture_of(stage.videos))
+  monkeypatch.setattr(run, 'open_mixture', stage.open_mixture)
+  begun = changed(RECIPE, {'num_steps': 1})
+  assert train.train(begun, tmp_path)
+  before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+  other = changed(begun, CHANGES)
+  stage.videos.fingerprint = 'def'
+  with pytest.raises(BadInput, match='holds another run') as refused:
+    train.train(other, tmp_path)
+  texts = [f'{n}: {value_of(begun, n)} -> {value}' for n, value in CHANGES.items()]
+  texts.append('data_fingerprint: abc -> def')
+  for text in texts:
+    assert text in str(refused.value)
+  assert str(refused.value).count(' -> ') == len(texts)
+  assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+  assert train.train(other, tmp_path, allow_changes=True)
+  for text in texts:
+    assert f'changed since that checkpoint: {text}\n' in log_of(tmp_path)
+
+
+def test_what_does_not_make_another_run_may_change(stage, tmp_path, monkeypatch):
+  monkeypatch.setattr(run, 'open_mixture', lambda *_: mixture_of(stage.videos))
+  begun = changed(RECIPE, {'num_steps': 1})
+  assert train.train(begun, tmp_path)
+  # No step is left, so that nothing of it has to work.
+  assert train.train(changed(begun, MAY_CHANGE | {'num_steps': 1}), tmp_path)
+  for name, value in MAY_CHANGE.items():
+    if name != 'num_steps':
+      text = f'changed since that checkpoint: {name}: {value_of(begun, name)} -> {value}\n'
+      assert text in log_of(tmp_path)
+
+
+def test_what_is_wrong_before_the_first_step_is_one_sentence(stage, tmp_path):
+  (tmp_path / 'file').touch()
+  for recipe, workdir, message in (
+    (
+      changed(RECIPE, {'mesh.fsdp': 3}),
+      tmp_path / 'new',
+      r'config: mesh.data=0 and mesh.fsdp=3 do',
+    ),
+    (RECIPE, tmp_path / 'file' / 'run', r'--workdir=.*/file/run cannot be made: Not a directory\.'),
+  ):
+    with pytest.raises(BadInput, match=message):
+      train.train(recipe, workdir)
+    assert stage.events[-1] == 'closed: Watchdog'
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['file']
+
+
+def test_all_processes_must_mean_the_same_run(stage, tmp_path, monkeypatch):
+  """What is compared, and that the others hear of a dataset that is not there."""
+  told = []
+  monkeypatch.setattr(hosts, 'agree', told.append)
+  monkeypatch.chdir(tmp_path)
+  recipe = changed(RECIPE, {'num_steps': 1})
+  train.train(recipe, tmp_path.relative_to(tmp_path) / 'run', allow_changes=True)
+  facts = {
+    'code version': hosts.code_version(),
+    'config': repr(changed(recipe, {'data_dir': ''})),  # May lie elsewhere on each machine.
+    '--workdir': str(tmp_path / 'run'),
+    '--allow_changes': 'True',
+  }
+  assert told == [facts | {'dataset': 'abc'}, {'newest checkpoint in --workdir': 'None'}]
+  told.clear()
+  train.train(recipe, tmp_path / 'run')
+  same = facts | {'--allow_changes': 'False'}
+  assert told == [same | {'dataset': 'abc'}, {'newest checkpoint in --workdir': '1'}]
+  told.clear()
+
+  def none_there(*_):
+    raise BadInput('there is no such dataset')
+
+  monkeypatch.setattr(run, 'open_mixture', none_there)
+  with pytest.raises(BadInput, match='there is no such dataset'):
+    train.train(recipe, tmp_path / 'run')
+  assert told == [same | {'dataset': 'cannot be opened'}]
+
+
+def test_a_process_reads_its_share_of_every_batch(monkeypatch):
+  monkeypatch.setattr(run.jax, 'process_index', lambda: 2)
+  monkeypatch.setattr(run.jax, 'process_count', lambda: 4)
+  asked, said = [], []
+
+  def pair_batches(*arguments, **options):
+    asked.append((arguments, options))
+    return iter(())
+
+  class Unread(Feed):
+    def __init__(self, make_batches, **options):
+      make_batches(7)
+      self.options = options
+
+  monkeypatch.setattr(run.data, 'pair_batches', pair_batches)
+  monkeypatch.setattr(run, 'Feed', Unread)
+  videos, mesh = mixture_of(Videos()), sharding.make_mesh()
+  is_asked = lambda: False
+  recipe = changed(RECIPE, {'data.max_damaged_records': 1})
+  fed = run._feed(
+    recipe, videos, mesh, seed=13, first_step=6, say=said.append, is_interrupted=is_asked
+  )
+  ((arguments, options),) = asked
+  damaged = options.pop('tell_damaged')
+  assert arguments == (videos, recipe.data)
+  assert options == {
+    'image_size': 16, 'batch_size': 8, 'seed': 13, 'first_step': 7, 'host': 2, 'num_hosts': 4,
+  }  # fmt: skip
+  assert (fed.options['first_step'], fed.options['is_interrupted']) == (6, is_asked)
+  damaged('first')
+  assert 'first' in said[0]
+  with pytest.raises(BadInput, match='max_damaged_records=1'):
+    damaged('second')
+
+
+class Exited(BaseException):
+  """Instead of the end of this process."""
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize(
+  ('outcome', 'status'),
+  [
+    (True, 0),
+    (False, os.EX_TEMPFAIL),
+    (NonFiniteLoss('why', 3), 1),
+    (NotSaved('why'), 1),
+    (LoaderFailed('why'), 1),
+    (LoaderStalled('why'), os.EX_UNAVAILABLE),
+    (BadInput('why'), 2),
+  ],
+)
+def test_the_exit_status_says_how_a_run_ended(
+  tmp_path, monkeypatch, capsys, outcome, status, processes
+):
+  """A process that is alone does not wait for threads, which may hang in the loader."""
+  from configs import quickstart
+
+  given, exited = [], []
+
+  def fake(recipe, workdir, *, allow_changes):
+    given.append((recipe.num_steps, workdir, allow_changes))
+    if isinstance(outcome, Exception):
+      raise outcome
+    return outcome
+
+  def end(number):
+    exited.append(number)
+    raise Exited
+
+  flags = {
+    '_CONFIG': quickstart.get_config(), '_WORKDIR': str(tmp_path), '_ALLOW_CHANGES': 'allowed',
+    '_DISTRIBUTED': 'distributed', '_COORDINATOR': 'a:1', '_NUM_PROCESSES': 4, '_PROCESS_ID': 3,
+  }  # fmt: skip
+  for name, value in flags.items():
+    monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
+  logger = main.logging.get_absl_logger()
+  monkeypatch.setattr(logger, 'filters', list(logger.filters))
+  monkeypatch.setattr(main.logging, 'set_verbosity', lambda _: None)
+  monkeypatch.setattr(hosts, 'join', lambda **options: given.append(options))
+  monkeypatch.setattr(report.jax, 'process_count', lambda: processes)
+  monkeypatch.setattr(train, 'train', fake)
+  monkeypatch.setattr(main.os, '_exit', end)
+  with pytest.raises((SystemExit, Exited)) as ended:
+    command_line.run(lambda: main.main([]))
+  ends_itself = processes == 1 and status not in (0, 2)
+  assert exited == [status] * ends_itself
+  assert ends_itself or ended.value.code == status
+  assert capsys.readouterr().err == ('error: why\n' if isinstance(outcome, Exception) else '')
+  joined = {
+    'distributed': 'distributed', 'coordinator_address': 'a:1', 'num_processes': 4,
+    'process_id': 3,
+  }  # fmt: skip
+  assert given == [joined, (2800, tmp_path, 'allowed')]
