@@ -189,14 +189,18 @@ class Interruption:
   """Turns the first Ctrl-C or SIGTERM into a stop at the next step, which is the same on all hosts.
 
   A second signal ends the process at once. Where there are several processes, JAX's preemption
-  service hears SIGTERM (and of maintenance, on a TPU) and chooses the step.
+  service hears SIGTERM (and of maintenance, on a TPU) and chooses the step. What is ignored when
+  the run begins, as Ctrl-C is in the background of a script, stays so.
   """
 
   signal_name: str | None = None
 
+  def __init__(self) -> None:
+    self._old: dict[signal.Signals, Any] = {}
+
   def _note(self, number: int, _: FrameType | None) -> None:
     self.signal_name = signal.Signals(number).name
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in self._old:
       signal.signal(each, signal.SIG_DFL)
 
   def _pass_on(self, number: int, _: FrameType | None) -> None:
@@ -210,11 +214,14 @@ class Interruption:
       handlers = {signal.SIGINT: self._pass_on}
     else:
       handlers = {signal.SIGINT: self._note, signal.SIGTERM: self._note}
-    old = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+    old = {each: signal.getsignal(each) for each in handlers}
+    self._old = {each: handler for each, handler in old.items() if handler is not signal.SIG_IGN}
     try:
+      for each in self._old:
+        signal.signal(each, handlers[each])
       yield
     finally:
-      for each, handler in old.items():
+      for each, handler in self._old.items():
         signal.signal(each, handler)
 
   def is_asked(self) -> bool:

@@ -139,7 +139,9 @@ def main() -> int:
   if not sys.stderr.isatty():
     log.addHandler(logging.StreamHandler())
   for each in STOP_SIGNALS:
-    signal.signal(each, _interrupt)
+    # Ctrl-C is ignored in the background of a script, and stays so.
+    if each == signal.SIGTERM or signal.getsignal(each) is not signal.SIG_IGN:
+      signal.signal(each, _interrupt)
   # Each process that decodes holds some files open here.
   _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
