@@ -33,6 +33,12 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 # Grain's worker processes read absl flags, which a command line would have parsed.
 flags.FLAGS.mark_as_parsed()
 
+# A process inherits that signals are ignored, and no handlers: where Ctrl-C is ignored here, as
+# under `nohup make test &` in a script, the commands that are tested are those of a terminal still.
+for each in (signal.SIGINT, signal.SIGQUIT):
+  if signal.getsignal(each) is signal.SIG_IGN:
+    signal.signal(each, lambda *_: None)
+
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'
 
@@ -53,11 +59,12 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def _handler_of_sigterm():
+def _handlers_of_signals():
   """Commands that are run in this process keep theirs."""
-  before = signal.getsignal(signal.SIGTERM)
+  before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
   yield
-  signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+  for each, handler in before.items():
+    signal.signal(each, handler or signal.SIG_DFL)
 
 
 @pytest.fixture(scope='session')

@@ -22,9 +22,9 @@ command_line.run(main)
 """
 
 
-def start(program, *arguments, **options):
+def start(program, *arguments, before=(), **options):
   return subprocess.Popen(
-    [sys.executable, '-c', program, *map(str, arguments)],
+    [*before, sys.executable, '-c', program, *map(str, arguments)],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -33,16 +33,53 @@ def start(program, *arguments, **options):
   )
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_nothing_behind(tmp_path, number):
-  process = start(EXPORT, tmp_path / 'out.pth')
+# As what a script starts in the background: deaf to Ctrl-C, without a terminal and without input.
+BACKGROUND = ('setsid', 'sh', '-c', 'trap "" INT QUIT; exec "$@" < /dev/null', 'sh')
+
+
+@pytest.mark.parametrize(
+  ('number', 'before'), [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, BACKGROUND)]
+)
+def test_a_signal_leaves_nothing_behind(tmp_path, number, before):
+  process = start(EXPORT, tmp_path / 'out.pth', before=before)
   assert process.stdout.readline() == 'writing\n'
   assert len(list(tmp_path.iterdir())) == 1
+  if before:
+    process.send_signal(signal.SIGINT)  # Is ignored, as that was asked for.
+    with pytest.raises(subprocess.TimeoutExpired):
+      process.wait(timeout=0.5)
   process.send_signal(number)
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 128 + number
   assert errors == f'stopped by {number.name}\n'
   assert list(tmp_path.iterdir()) == []
+
+
+# What it removes at the end takes it a while.
+CLEANING = """
+import time
+from dropmae_jax import command_line
+
+def main():
+  try:
+    print('working', flush=True)
+    time.sleep(60)
+  finally:
+    print('cleaning', flush=True)
+    time.sleep(0.5)
+    print('clean', flush=True)
+
+command_line.run(main)
+"""
+
+
+def test_a_second_sigterm_does_not_break_off_the_cleaning():
+  process = start(CLEANING)
+  for text in ('working', 'cleaning'):
+    assert process.stdout.readline() == f'{text}\n'
+    process.send_signal(signal.SIGTERM)
+  assert process.communicate(timeout=60) == ('clean\n', 'stopped by SIGTERM\n')
+  assert process.returncode == 128 + signal.SIGTERM
 
 
 PRINT = """

@@ -265,19 +265,28 @@ def stop_by(number):
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_between_two_checkpoints_costs_nothing(stage, tmp_path, number):
-  """The score goes on from the stored part of it: five losses make that of step 9."""
+def test_a_signal_between_two_checkpoints_costs_nothing(stage, tmp_path, monkeypatch, number):
+  """The score goes on from the stored part of it: five losses make that of step 10."""
+  both, handlers = (signal.SIGINT, signal.SIGTERM), {}
+  real = Checkpoints.save
+
+  def save(self, step, *arguments, **options):
+    handlers[step] = [signal.getsignal(each) for each in both]
+    real(self, step, *arguments, **options)
+
+  monkeypatch.setattr(Checkpoints, 'save', save)
   recipe = dataclasses.replace(
     RECIPE, checkpoint=dataclasses.replace(RECIPE.checkpoint, every_steps=5)
   )
-  before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+  before = [signal.getsignal(each) for each in both]
   stage.at[7] = stop_by(number)
   assert train.train(recipe, tmp_path) is False
   assert_fed(stage, range(1, 8))
   assert_saved(stage, tmp_path, {5: 5, 7: 2})
   name = number.name
   assert f'{name}: saved at step 7 of 11; the same command goes on from' in log_of(tmp_path)
-  assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+  assert handlers[7] == [signal.SIG_DFL] * 2  # Where it hangs, a second one ends it.
+  assert [signal.getsignal(each) for each in both] == before
   stage.at = {11: stop_by(number)}  # Comes too late to stop anything.
   stage.fed.clear()
   assert train.train(recipe, tmp_path) is True
@@ -376,7 +385,7 @@ def value_of(recipe, name):
   return recipe
 
 
-def test_a_run_goes_on_as_another_one_only_where_that_is_allowed(stage, tmp_path, monkeypatch):
+def test_a_run_does_not_go_on_as_another_one(stage, tmp_path, monkeypatch):
   monkeypatch.setattr(stage, 'open_mixture', lambda *_: mixture_of(stage.videos))
   monkeypatch.setattr(run, 'open_mixture', stage.open_mixture)
   begun = changed(RECIPE, {'num_steps': 1})
