@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -15,11 +16,17 @@ from dropmae_jax import (
   convert,
   mae,
   position,
+  run,
   sharding,
   warm_start,
 )
 from dropmae_jax.command_line import BadInput
+from dropmae_jax.program import Program
+from dropmae_jax.recipe import Recipe
+from dropmae_jax.retention import CheckpointOptions
+from dropmae_jax.run_checkpoints import Checkpoints
 from dropmae_jax.sharding import MeshOptions
+from dropmae_jax.train_step import TrainState
 
 TINY = mae.architecture_of_size(
   'XXS', image_size=32, decoder_width=32, decoder_depth=2, decoder_num_heads=2
@@ -99,6 +106,42 @@ def test_tables_of_another_grid_are_resampled(workdir, params):
     start.taken['pos_embed',], position.resample_table(params['pos_embed'], other.grid)
   )
   assert 'position tables: resampled from 32 to 48 pixels' in start.report
+
+
+def test_the_seed_draws_what_is_not_taken(workdir, params, tmp_path):
+  """Of a file without a decoder, for a run of another resolution."""
+  path = tmp_path / 'encoder.safetensors'
+  list(convert.export(workdir, path, convert.ExportOptions(layout='encoder', verify=False)))
+  other = dataclasses.replace(TINY, image_size=48)
+  _, shapes = mae.abstract_model(other)
+
+  def init(key):
+    value = np.float32(jax.random.uniform(key))
+    leaves = jax.tree.map(lambda leaf: jax.device_put(np.full(leaf.shape, value)), shapes)
+    return TrainState(jnp.int32(0), leaves, {})
+
+  begun, notes = run._begin(
+    Recipe(data_dir='', num_steps=1, batch_size=1, model=other, init_from=str(path)),
+    tmp_path,
+    Program(init, None, None),
+    Checkpoints(tmp_path / 'run', CheckpointOptions(), {}),
+    key=jax.random.key(3),
+    allow_changes=False,
+  )
+  drawn, found = (
+    traverse_util.flatten_dict(each) for each in (init(jax.random.key(3)).params, begun.params)
+  )
+  taken = traverse_util.flatten_dict(params)
+  is_of_decoder = lambda name: 'decoder' in str(name[0]) or name[0] == 'mask_token'
+  assert {name for name in found if is_of_decoder(name)} == {
+    name for name in taken if is_of_decoder(name)
+  }
+  for name, array in found.items():
+    expected = drawn[name] if is_of_decoder(name) else taken[name]
+    if name == ('pos_embed',):
+      expected = position.resample_table(taken[name], other.grid)
+    np.testing.assert_array_equal(array, expected, err_msg=str(name))
+  assert 'position tables: resampled from 32 to 48 pixels' in notes
 
 
 def test_another_encoder_is_refused(workdir):
