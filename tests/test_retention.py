@@ -1,6 +1,7 @@
 """Which checkpoints are kept for their score, whatever happens to a run between them."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +56,38 @@ def test_the_best_are_kept_beside_the_newest(tmp_path, state, restarts):
 
 
 def test_every_reason_to_keep_counts(tmp_path, state):
-  checkpoints = opened(tmp_path, keep_last=2, keep_every=6, keep_best=1)
-  save(checkpoints, state, LOSSES)
+  """No number of them is another's, and the last step is no multiple; nor is a stop at 13."""
+  means = {3: 4.0, 6: 3.0, 9: 9.0, 12: 5.0, 15: 2.5, 18: 8.0, 21: 7.0, 24: 1.0, 27: 8.5}
+  options = {'every_steps': 3, 'keep_last': 2, 'keep_every': 12, 'keep_best': 4}
+  checkpoints = opened(tmp_path, **options)
+  losses = lambda step: [means[step] - 0.5, means[step], means[step] + 0.5]
+  for step in (3, 6, 9, 12):
+    assert [checkpoints.is_due(each) for each in (step - 1, step, step + 1)] == [False, True, False]
+    checkpoints.save(step, state, losses=losses(step), say=pytest.fail)
+  # A signal comes: one loss of three is no luck, however low, and counts when it goes on.
+  checkpoints.finish(13, state, losses=[0.25], say=pytest.fail)
   checkpoints.close()
-  assert steps_in(tmp_path) == [4, 6, 10, 12]
+  assert score_of(tmp_path, 13) == (0.25, 1)
+  checkpoints = opened(tmp_path, **options)
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  checkpoints.restore(sharding.abstract_on(mesh, jax.eval_shape(lambda: state)))
+  checkpoints.save(15, state, losses=[3.25, 4.0], say=pytest.fail)
+  assert score_of(tmp_path, 15) == (2.5, 3)
+  for step in (18, 21, 24, 27):
+    checkpoints.save(step, state, losses=losses(step), say=pytest.fail)
+  checkpoints.finish(28, state, losses=[0.5], say=pytest.fail)
+  checkpoints.close()
+  # The two newest, the multiples of twelve, and the four of the lowest mean over three steps.
+  assert steps_in(tmp_path) == sorted({27, 28} | {12, 24} | {24, 15, 6, 3})
+
+
+def score_of(folder, step):
+  path = folder / checkpoint.FOLDER / str(step)
+  deadline = time.monotonic() + 30
+  while not path.exists() and time.monotonic() < deadline:
+    time.sleep(0.01)  # It is written in the background.
+  told = description_of(path)[1]
+  return told['score'], told['score_steps']
 
 
 def test_scores_are_there_for_who_wants_them_later(tmp_path, state):
@@ -97,24 +126,6 @@ def test_a_checkpoint_without_a_score_is_none_of_the_best(tmp_path, state, deed)
   save(checkpoints, state, [10])
   checkpoints.close()
   assert steps_in(tmp_path) == [6, 8, 10]
-
-
-def test_few_steps_are_no_luck(tmp_path, state):
-  """What a signal saves is the mean of fewer losses; the steps after it make up for them."""
-  checkpoints = opened(tmp_path)
-  save(checkpoints, state, [2, 4])
-  checkpoints.save(5, state, losses=[0.25], say=pytest.fail)
-  checkpoints.close()
-  assert description_of(tmp_path / checkpoint.FOLDER / '5')[1]['score'] == 0.25
-  checkpoints = opened(tmp_path)
-  mesh = sharding.make_mesh(jax.devices()[:1])
-  checkpoints.restore(sharding.abstract_on(mesh, jax.eval_shape(lambda: state)))
-  checkpoints.save(6, state, losses=[1.0], say=pytest.fail)
-  save(checkpoints, state, [8])
-  checkpoints.close()
-  assert steps_in(tmp_path) == [4, 6, 8]
-  _, told = description_of(tmp_path / checkpoint.FOLDER / '6')
-  assert (told['score'], told['score_steps']) == (0.625, 2)
 
 
 def test_a_save_that_failed_is_none_of_the_best(tmp_path, state, monkeypatch):
