@@ -158,9 +158,11 @@ def test_only_waiting_while_nothing_is_computed_is_a_wait_for_data(tmp_path, clo
   clock.now = 120.0
   told.after_step(10, metrics_at(10))
   told._finished.result(30)
-  eleventh = take(11, asked=119.0, came=121.0)  # Of this second, the line before has the first.
-  finish(eleventh, 122.0)
-  take_steps(told, clock, {12: 122.0, 13: 122.0, 14: 122.0, 15: 124.0})
+  clock.now = 121.0
+  told.compiled(10)
+  eleventh = take(11, asked=119.0, came=122.0)  # Of these seconds, this window has the last.
+  finish(eleventh, 123.0)
+  take_steps(told, clock, {12: 123.0, 13: 123.0, 14: 123.0, 15: 125.0})
   told.close()
   assert [row['data_wait'] for row in metrics_of(tmp_path)] == [2.5 / 20, 1 / 4]
   assert 'data wait 12%' in (tmp_path / 'log.txt').read_text()

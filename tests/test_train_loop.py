@@ -164,13 +164,26 @@ def stage(monkeypatch):
         stage.events.append(f'closed: {kind.__name__}') or real(self)
       ),
     )
-  real_arrived = Report.batch_arrived
+  real_arrived, real_compiled = Report.batch_arrived, Report.compiled
 
   def batch_arrived(self, asked):
     assert asked <= stage.asked <= time.perf_counter()
+    stage.events.append('batch arrived')
     real_arrived(self, asked)
 
+  def compiled(self, step):
+    stage.events.append(f'compiled: {step}')
+    real_compiled(self, step)
+
+  @contextlib.contextmanager
+  def ending_together():
+    stage.events.append('ending together')
+    yield
+    stage.events.append('ending alone')
+
+  monkeypatch.setattr(hosts, 'ending_together', ending_together)
   monkeypatch.setattr(Report, 'batch_arrived', batch_arrived)
+  monkeypatch.setattr(Report, 'compiled', compiled)
   monkeypatch.setattr(train, 'Watchdog', Watchdog)
   monkeypatch.setattr(run, 'Feed', SpiedFeed)
   monkeypatch.setattr(run, 'open_mixture', stage.open_mixture)
@@ -248,14 +261,17 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(stage, tmp_path)
     assert text in log
   (options,) = stage.feeds
   assert (options['first_step'], options['stall_seconds']) == (0, 55)
-  events = [('watch', 'opening the dataset', True), ('watch', 'restoring the state', True)]
+  events = ['ending together']
+  events += [('watch', 'opening the dataset', True), ('watch', 'restoring the state', True)]
   for step in range(1, 12):
     # At most two steps are under way: the one before the last is waited for.
-    events += ['pause', ('watch', f'step {step}', step == 1), f'step {step}']
+    events += ['pause', ('watch', f'step {step}', step == 1), 'batch arrived', f'step {step}']
     events.append(f'waited for {max(step - 1, 1)}')
+    if step == 1:
+      events.append('compiled: 1')
     if step in (4, 8, 11):
       events.append(('watch', f'the checkpoint of step {step}', True))
-  events.append(('watch', 'closing the run', True))
+  events += [('watch', 'closing the run', True), 'ending alone']
   events += [f'closed: {name}' for name in ('Feed', 'Report', 'Checkpoints', 'Watchdog')]
   assert stage.events == events
 
@@ -287,15 +303,19 @@ def test_a_signal_between_two_checkpoints_costs_nothing(stage, tmp_path, monkeyp
   assert f'{name}: saved at step 7 of 11; the same command goes on from' in log_of(tmp_path)
   assert handlers[7] == [signal.SIG_DFL] * 2  # Where it hangs, a second one ends it.
   assert [signal.getsignal(each) for each in both] == before
-  stage.at = {11: stop_by(number)}  # Comes too late to stop anything.
-  stage.fed.clear()
-  assert train.train(recipe, tmp_path) is True
-  assert_fed(stage, range(8, 12))
-  assert_saved(stage, tmp_path, {5: 5, 7: 2, 10: 5, 11: 1})
+  # The next start is stopped at its first step, and the last one too late.
+  for at, fed, finished in ((8, range(8, 9), False), (11, range(9, 12), True)):
+    stage.at = {at: stop_by(number)}
+    stage.fed.clear()
+    stage.events.clear()
+    assert train.train(recipe, tmp_path) is finished
+    assert_fed(stage, fed)
+    assert f'compiled: {fed[0]}' in stage.events
+    assert f'going on after step {fed[0] - 1} of 11\n' in log_of(tmp_path)
+    assert stage.feeds[-1]['first_step'] == fed[0] - 1
+  assert_saved(stage, tmp_path, {5: 5, 7: 2, 8: 3, 10: 5, 11: 1})
   rows = [(step, np.float32(stage.losses[step]), step) for step in (3, 6, 9, 11)]
   assert lines_of(tmp_path) == rows
-  assert 'going on after step 7 of 11\n' in log_of(tmp_path)
-  assert stage.feeds[1]['first_step'] == 7
 
 
 @pytest.mark.parametrize('steps', [0, 3])
@@ -337,8 +357,29 @@ def test_a_step_that_diverges_is_not_saved_and_its_batch_is_listed(stage, tmp_pa
   assert max(stage.fed) == {4: 4, 5: 6, 11: 11}[bad]
   assert sorted(path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()) == saved
   listed = json.loads((tmp_path / f'bad_batch_{bad}.json').read_text())
-  assert (listed['step'], len(listed['pairs'])) == (bad, 8)
+  assert (listed['seed'], listed['step']) == (5, bad)
+  # A frame's pixels all say which one of which video it is.
+  shown = [[40 * pair['video'] + n for n in pair['frame_numbers']] for pair in listed['pairs']]
+  np.testing.assert_array_equal(stage.fed[bad][:, :, 0, 0, 0], np.array(shown) % 256)
+  key = jax.random.fold_in(derive_seeds(5).steps, bad - 1)
+  assert listed['step_key'] == jax.random.key_data(key).tolist()
   assert f'the loss of step {bad} is nan' in log_of(tmp_path)
+
+
+@pytest.mark.parametrize('bad', [None, 2])
+def test_a_loader_that_does_not_end_hides_no_error(stage, tmp_path, monkeypatch, bad):
+  real = Feed.close
+
+  def close(self):
+    real(self)
+    raise LoaderStalled('a thread of the loader did not end')
+
+  monkeypatch.setattr(Feed, 'close', close)
+  stage.bad = bad
+  with pytest.raises(NonFiniteLoss if bad else LoaderStalled):
+    train.train(changed(RECIPE, {'num_steps': 2}), tmp_path)
+  closed = [event for event in stage.events if 'closed' in event]
+  assert closed == [f'closed: {name}' for name in ('Feed', 'Report', 'Checkpoints', 'Watchdog')]
 
 
 @pytest.mark.parametrize('full_at', [4, 11])
