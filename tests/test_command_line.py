@@ -83,21 +83,27 @@ def test_a_second_sigterm_does_not_break_off_the_cleaning():
 
 
 PRINT = """
+import sys
 from dropmae_jax import command_line
 
 def main():
-  for number in range(100_000):
+  print('begun', flush=True)
+  sys.stdin.readline()
+  for number in range({count}):
     print(number, flush={flush})
 
 command_line.run(main)
 """
 
 
-@pytest.mark.parametrize('flush', [True, False])
-def test_output_that_nobody_reads_ends_the_command_quietly(flush):
-  process = start(PRINT.replace('{flush}', str(flush)))
-  assert process.stdout.readline() == '0\n'
+@pytest.mark.parametrize(('count', 'flush'), [(100_000, True), (100_000, False), (1, False)])
+def test_output_that_nobody_reads_ends_the_command_quietly(count, flush):
+  """Also if it is so little that it is written at the very end."""
+  program = PRINT.replace('{flush}', str(flush)).replace('{count}', str(count))
+  process = start(program, stdin=subprocess.PIPE)
+  assert process.stdout.readline() == 'begun\n'
   process.stdout.close()
+  process.stdin.close()
   errors = process.stderr.read()
   assert process.wait(timeout=60) == 128 + signal.SIGPIPE
   assert errors == ''

@@ -55,27 +55,29 @@ def test_the_best_are_kept_beside_the_newest(tmp_path, state, restarts):
   checkpoints.close()
 
 
-def test_every_reason_to_keep_counts(tmp_path, state):
-  """No number of them is another's, and the last step is no multiple; nor is a stop at 13."""
-  means = {3: 4.0, 6: 3.0, 9: 9.0, 12: 5.0, 15: 2.5, 18: 8.0, 21: 7.0, 24: 1.0, 27: 8.5}
+@pytest.mark.parametrize('restarts', [False, True])
+def test_every_reason_to_keep_counts(tmp_path, state, restarts):
+  """No number of them is another's, and the last step is no multiple; nor is a stop at 14."""
+  losses = {
+    3: [3, 4, 5], 6: [2, 3, 4], 9: [8, 9, 10], 12: [4, 5, 6],
+    14: [0.25, 0.75],  # A signal comes. Fewer losses than three are no luck, however low,
+    15: [6.5],  # and count when it goes on: the mean of these three is 2.5.
+    18: [7, 8, 9], 21: [6, 7, 8], 24: [0, 1, 2], 27: [8, 9, 8.5], 28: [0.5],
+  }  # fmt: skip
   options = {'every_steps': 3, 'keep_last': 2, 'keep_every': 12, 'keep_best': 4}
   checkpoints = opened(tmp_path, **options)
-  losses = lambda step: [means[step] - 0.5, means[step], means[step] + 0.5]
-  for step in (3, 6, 9, 12):
-    assert [checkpoints.is_due(each) for each in (step - 1, step, step + 1)] == [False, True, False]
-    checkpoints.save(step, state, losses=losses(step), say=pytest.fail)
-  # A signal comes: one loss of three is no luck, however low, and counts when it goes on.
-  checkpoints.finish(13, state, losses=[0.25], say=pytest.fail)
-  checkpoints.close()
-  assert score_of(tmp_path, 13) == (0.25, 1)
-  checkpoints = opened(tmp_path, **options)
   mesh = sharding.make_mesh(jax.devices()[:1])
-  checkpoints.restore(sharding.abstract_on(mesh, jax.eval_shape(lambda: state)))
-  checkpoints.save(15, state, losses=[3.25, 4.0], say=pytest.fail)
-  assert score_of(tmp_path, 15) == (2.5, 3)
-  for step in (18, 21, 24, 27):
-    checkpoints.save(step, state, losses=losses(step), say=pytest.fail)
-  checkpoints.finish(28, state, losses=[0.5], say=pytest.fail)
+  abstract = sharding.abstract_on(mesh, jax.eval_shape(lambda: state))
+  for step, found in losses.items():
+    assert checkpoints.is_due(step) == (step not in (14, 28))
+    save = checkpoints.save if checkpoints.is_due(step) else checkpoints.finish
+    save(step, state, losses=found, say=pytest.fail)
+    if restarts:
+      checkpoints.close()
+      checkpoints = opened(tmp_path, **options)
+      checkpoints.restore(abstract)
+    if step in (14, 15):
+      assert score_of(tmp_path, step) == {14: (0.5, 2), 15: (2.5, 3)}[step]
   checkpoints.close()
   # The two newest, the multiples of twelve, and the four of the lowest mean over three steps.
   assert steps_in(tmp_path) == sorted({27, 28} | {12, 24} | {24, 15, 6, 3})

@@ -19,6 +19,17 @@ from tfds_kinetics import __main__ as builder
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
+@pytest.fixture(autouse=True)
+def _what_is_not_caught():
+  """Fails a test, instead of ending all tests."""
+
+  def fail(number, _):
+    raise AssertionError(f'signal {number} is not caught')
+
+  for each in BOTH:
+    signal.signal(each, fail)
+
+
 def handlers():
   return [signal.getsignal(each) for each in BOTH]
 
@@ -101,7 +112,7 @@ def child(first, second):
   interruption = hosts.Interruption()
   with interruption.watched():
     os.kill(os.getpid(), first)
-    print('saving' if interruption.is_asked() else 'deaf', flush=True)
+    os.write(1, b'saving\\n' if interruption.is_asked() else b'deaf\\n')
     os.kill(os.getpid(), second)
     time.sleep(30)
     os._exit(9)

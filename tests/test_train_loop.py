@@ -132,6 +132,12 @@ class Stage:
 def stage(monkeypatch):
   stage = Stage()
 
+  def not_caught(number, _):
+    raise AssertionError(f'signal {number} is not caught')
+
+  for each in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(each, not_caught)
+
   class Watchdog(stalls.Watchdog):
     def __init__(self, seconds, *, say):
       assert seconds == RECIPE.step_stall_seconds
