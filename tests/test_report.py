@@ -54,7 +54,7 @@ def clock(monkeypatch):
 def opened(tmp_path, monkeypatch):
   """Opens reports, and closes at the end what a test has not."""
   closed, real = [], Report.close
-  monkeypatch.setattr(Report, 'close', lambda told: closed.append(told) or real(told))
+  monkeypatch.setattr(Report, 'close', lambda reporter: closed.append(reporter) or real(reporter))
   reports = []
 
   def make(**options):
@@ -72,21 +72,21 @@ def metrics_of(folder):
   return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
-def take_steps(told, clock, times):
+def take_steps(reporter, clock, times):
   """Reports steps, each at its time."""
   for step, now in times.items():
     clock.now = now
-    told.after_step(step, metrics_at(step))
+    reporter.after_step(step, metrics_at(step))
 
 
 def test_lines_tell_of_their_window(tmp_path, clock, opened):
-  told = opened(first_step=7)
-  take_steps(told, clock, {8: 129.0})
+  reporter = opened(first_step=7)
+  take_steps(reporter, clock, {8: 129.0})
   clock.now = 130.0
-  told.compiled(8)
-  take_steps(told, clock, {9: 131.0, 10: 134.0, 11: 139.0, 12: 140.0, 13: 142.0, 14: 143.0})
-  take_steps(told, clock, {15: 146.5, 16: 147.0, 17: 147.5, 18: 148.5})
-  told.close()
+  reporter.compiled(8)
+  take_steps(reporter, clock, {9: 131.0, 10: 134.0, 11: 139.0, 12: 140.0, 13: 142.0, 14: 143.0})
+  take_steps(reporter, clock, {15: 146.5, 16: 147.0, 17: 147.5, 18: 148.5})
+  reporter.close()
   rows = metrics_of(tmp_path)
   # Three pairs a step: two steps in 4 s, five in 12.5 s, and three in 2 s.
   assert [(row['step'], row['pairs_per_second']) for row in rows] == [
@@ -122,23 +122,23 @@ def assert_same_in_tensorboard(folder, rows):
 
 
 def test_a_line_of_the_first_step_counts_what_compiling_took(tmp_path, clock, opened):
-  told = opened(first_step=9)
-  take_steps(told, clock, {10: 112.0})
-  told.compiled(10)
-  take_steps(told, clock, dict.fromkeys(range(11, 16), 122.0))
-  told.close()
+  reporter = opened(first_step=9)
+  take_steps(reporter, clock, {10: 112.0})
+  reporter.compiled(10)
+  take_steps(reporter, clock, dict.fromkeys(range(11, 16), 122.0))
+  reporter.close()
   assert [row['pairs_per_second'] for row in metrics_of(tmp_path)] == [3 / 12, 15 / 10]
 
 
 def test_only_waiting_while_nothing_is_computed_is_a_wait_for_data(tmp_path, clock, opened):
-  told = opened(first_step=5)
+  reporter = opened(first_step=5)
 
   def take(step, *, asked, came):
     clock.now = came
-    told.batch_arrived(asked)
+    reporter.batch_arrived(asked)
     metrics = metrics_at(step, is_done=False)
-    told.after_step(step, metrics)
-    return metrics, told._finished
+    reporter.after_step(step, metrics)
+    return metrics, reporter._finished
 
   def finish(step, now):
     clock.now = now
@@ -156,26 +156,26 @@ def test_only_waiting_while_nothing_is_computed_is_a_wait_for_data(tmp_path, clo
   ninth = take(9, asked=111.5, came=113.0)  # Done meanwhile: 0.5 s.
   finish(ninth, 114.0)
   clock.now = 120.0
-  told.after_step(10, metrics_at(10))
-  told._finished.result(30)
+  reporter.after_step(10, metrics_at(10))
+  reporter._finished.result(30)
   clock.now = 121.0
-  told.compiled(10)
+  reporter.compiled(10)
   eleventh = take(11, asked=119.0, came=122.0)  # Of these seconds, this window has the last.
   finish(eleventh, 123.0)
-  take_steps(told, clock, {12: 123.0, 13: 123.0, 14: 123.0, 15: 125.0})
-  told.close()
+  take_steps(reporter, clock, {12: 123.0, 13: 123.0, 14: 123.0, 15: 125.0})
+  reporter.close()
   assert [row['data_wait'] for row in metrics_of(tmp_path)] == [2.5 / 20, 1 / 4]
   assert 'data wait 12%' in (tmp_path / 'log.txt').read_text()
 
 
 def test_every_loss_is_taken_once(opened):
-  told, found = opened(first_step=7, num_steps=19), {}
+  reporter, found = opened(first_step=7, num_steps=19), {}
   for step in range(8, 20):
-    told.after_step(step, metrics_at(step))
+    reporter.after_step(step, metrics_at(step))
     if step in (9, 10, 17, 19):  # Between lines, at a line, after one, and at the end.
-      found[step] = [loss * 4 for loss in told.take_losses()]
+      found[step] = [loss * 4 for loss in reporter.take_losses()]
   assert found == {9: [8, 9], 10: [10], 17: [11, 12, 13, 14, 15, 16, 17], 19: [18, 19]}
-  assert told.take_losses() == []
+  assert reporter.take_losses() == []
 
 
 @pytest.mark.parametrize('bad', ['loss', 'gradient_norm'])
@@ -185,27 +185,27 @@ def test_what_is_not_finite_is_named_by_its_step_on_every_process(
 ):
   """At the next line, or before the losses are taken for a checkpoint."""
   monkeypatch.setattr(report.jax, 'process_index', lambda: number)
-  told = opened(first_step=6)
+  reporter = opened(first_step=6)
   for step in (7, 8, 9):
-    told.after_step(step, metrics_at(step, **{bad: np.nan} if step > 7 else {}))
-  for find in (told.take_losses, lambda: told.after_step(10, metrics_at(10))):
+    reporter.after_step(step, metrics_at(step, **{bad: np.nan} if step > 7 else {}))
+  for find in (reporter.take_losses, lambda: reporter.after_step(10, metrics_at(10))):
     with pytest.raises(NonFiniteLoss, match=f'the {bad} of step 8 is nan; the last') as caught:
       find()
     assert caught.value.step == 8
-  told.close()
+  reporter.close()
   if number == 0:
     assert metrics_of(tmp_path) == []
 
 
 def test_only_the_first_process_writes(tmp_path, opened, monkeypatch, capsys):
   monkeypatch.setattr(report.jax, 'process_index', lambda: 2)
-  told = opened()
-  told.say('a note')
-  told.warn('a fault')
-  told.after_step(5, metrics_at(5))
-  told.compiled(5)
-  assert told.take_losses() == [1.25]
-  told.close()
+  reporter = opened()
+  reporter.say('a note')
+  reporter.warn('a fault')
+  reporter.after_step(5, metrics_at(5))
+  reporter.compiled(5)
+  assert reporter.take_losses() == [1.25]
+  reporter.close()
   assert list(tmp_path.iterdir()) == []
   assert capsys.readouterr() == ('', 'process 2: a fault\n')
 
@@ -214,10 +214,10 @@ def test_a_restart_drops_the_lines_of_steps_that_are_done_anew(tmp_path, opened)
   lines = [json.dumps({'step': step, 'loss': 1.0}) for step in (5, 10, 11, 15)]
   whole = '\n'.join([*lines, 'no json', '{"loss": 3}', '{"step": 1'])  # A kill cut the last short.
   (tmp_path / 'metrics.jsonl').write_text(whole)
-  told = opened(first_step=10)
+  reporter = opened(first_step=10)
   assert (tmp_path / 'metrics.jsonl').read_text() == f'{lines[0]}\n{lines[1]}\n'
-  told.after_step(15, metrics_at(15))
-  told.close()
+  reporter.after_step(15, metrics_at(15))
+  reporter.close()
   assert [row['step'] for row in metrics_of(tmp_path)] == [5, 10, 15]
   assert not list(tmp_path.glob('*.partial'))
 
@@ -235,12 +235,12 @@ def test_lines_are_shown_once_and_a_terminal_has_a_bar(
   monkeypatch.setattr(sys, 'stderr', errors)
   log = logging.getLogger('dropmae_jax')
   handlers = list(log.handlers)
-  told = opened(first_step=8, log_every=2)
+  reporter = opened(first_step=8, log_every=2)
   for name in ('say', 'warn'):
-    getattr(told, name)(f'a line to {name}')
+    getattr(reporter, name)(f'a line to {name}')
   for step in (9, 10):
-    told.after_step(step, metrics_at(step))
-  told.close()
+    reporter.after_step(step, metrics_at(step))
+  reporter.close()
   assert log.handlers == handlers
   shown, kept = capsys.readouterr().out, (tmp_path / 'log.txt').read_text()
   for text in (shown, kept):

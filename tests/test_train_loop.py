@@ -89,7 +89,7 @@ class Number:
     return np.asarray(self.value)
 
 
-class Stage:
+class Fakes:
   """Instead of what is slow; writes down what the loop does.
 
   Attributes:
@@ -129,8 +129,8 @@ class Stage:
 
 
 @pytest.fixture
-def stage(monkeypatch):
-  stage = Stage()
+def fakes(monkeypatch):
+  fakes = Fakes()
 
   def not_caught(number, _):
     raise AssertionError(f'signal {number} is not caught')
@@ -141,24 +141,24 @@ def stage(monkeypatch):
   class Watchdog(stalls.Watchdog):
     def __init__(self, seconds, *, say):
       assert seconds == RECIPE.step_stall_seconds
-      self.say, stage.watchdog = say, self
+      self.say, fakes.watchdog = say, self
 
     def watch(self, what, *, is_slow=False):
-      stage.events.append(('watch', what, is_slow))
+      fakes.events.append(('watch', what, is_slow))
 
     def pause(self):
-      stage.events.append('pause')
+      fakes.events.append('pause')
 
     def close(self):
-      stage.events.append('closed: Watchdog')
+      fakes.events.append('closed: Watchdog')
 
   class SpiedFeed(Feed):
     def __init__(self, make_batches, **options):
-      stage.feeds.append(options)
+      fakes.feeds.append(options)
       super().__init__(make_batches, **options)
 
     def __next__(self):
-      stage.asked = time.perf_counter()
+      fakes.asked = time.perf_counter()
       return super().__next__()
 
   for kind in (Feed, Report, Checkpoints):
@@ -167,34 +167,34 @@ def stage(monkeypatch):
       kind,
       'close',
       lambda self, kind=kind, real=real: (
-        stage.events.append(f'closed: {kind.__name__}') or real(self)
+        fakes.events.append(f'closed: {kind.__name__}') or real(self)
       ),
     )
   real_arrived, real_compiled = Report.batch_arrived, Report.compiled
 
   def batch_arrived(self, asked):
-    assert asked <= stage.asked <= time.perf_counter()
-    stage.events.append('batch arrived')
+    assert asked <= fakes.asked <= time.perf_counter()
+    fakes.events.append('batch arrived')
     real_arrived(self, asked)
 
   def compiled(self, step):
-    stage.events.append(f'compiled: {step}')
+    fakes.events.append(f'compiled: {step}')
     real_compiled(self, step)
 
   @contextlib.contextmanager
   def ending_together():
-    stage.events.append('ending together')
+    fakes.events.append('ending together')
     yield
-    stage.events.append('ending alone')
+    fakes.events.append('ending alone')
 
   monkeypatch.setattr(hosts, 'ending_together', ending_together)
   monkeypatch.setattr(Report, 'batch_arrived', batch_arrived)
   monkeypatch.setattr(Report, 'compiled', compiled)
   monkeypatch.setattr(train, 'Watchdog', Watchdog)
   monkeypatch.setattr(run, 'Feed', SpiedFeed)
-  monkeypatch.setattr(run, 'open_mixture', stage.open_mixture)
-  monkeypatch.setattr(run, 'build_program', stage.build_program)
-  return stage
+  monkeypatch.setattr(run, 'open_mixture', fakes.open_mixture)
+  monkeypatch.setattr(run, 'build_program', fakes.build_program)
+  return fakes
 
 
 def batches(steps):
@@ -210,22 +210,22 @@ def batches(steps):
     return [batch['frames'] for batch in itertools.islice(stream, steps)]
 
 
-def assert_fed(stage, steps):
+def assert_fed(fakes, steps):
   """Each step was fed its batch, and none another's."""
   expected = batches(max(steps))
-  assert list(stage.fed) == list(steps)
+  assert list(fakes.fed) == list(steps)
   for step in steps:
-    np.testing.assert_array_equal(stage.fed[step], expected[step - 1])
+    np.testing.assert_array_equal(fakes.fed[step], expected[step - 1])
 
 
-def assert_saved(stage, workdir, means):
+def assert_saved(fakes, workdir, means):
   """The checkpoints are those of these steps; their scores are the means over so many before."""
   saved = sorted(int(path.name) for path in (workdir / checkpoint.FOLDER).iterdir())
   assert saved == list(means)
   for step, num_steps in means.items():
     metadata = workdir / checkpoint.FOLDER / str(step) / 'description' / 'metadata'
     told = json.loads(metadata.read_text())
-    losses = [np.float32(stage.losses[each]) for each in range(step - num_steps + 1, step + 1)]
+    losses = [np.float32(fakes.losses[each]) for each in range(step - num_steps + 1, step + 1)]
     assert (told['score'], told['score_steps']) == (pytest.approx(np.mean(losses)), num_steps)
   return told
 
@@ -239,17 +239,17 @@ def lines_of(workdir):
   return [(row['step'], row['loss'], row['learning_rate']) for row in rows]
 
 
-def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(stage, tmp_path):
+def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path):
   def implicit_transfer():
     with pytest.raises(Exception, match=r'[Dd]isallow'):
       jax.jit(lambda x: x + x)(np.ones(3))
 
-  stage.at[2] = implicit_transfer
-  stage.at[6] = lambda: stage.watchdog.say('the watchdog has something to say')
+  fakes.at[2] = implicit_transfer
+  fakes.at[6] = lambda: fakes.watchdog.say('the watchdog has something to say')
   workdir = tmp_path / 'new' / 'run'
   assert train.train(RECIPE, workdir) is True
-  assert_fed(stage, range(1, 12))
-  told = assert_saved(stage, workdir, {4: 4, 8: 4, 11: 3})
+  assert_fed(fakes, range(1, 12))
+  told = assert_saved(fakes, workdir, {4: 4, 8: 4, 11: 3})
   expected = checkpoint.describe(
     RECIPE.model,
     RECIPE.objective,
@@ -260,12 +260,12 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(stage, tmp_path)
     config=dataclasses.asdict(RECIPE),
   )
   assert {name: told[name] for name in expected} == json.loads(json.dumps(expected))
-  rows = [(step, np.float32(stage.losses[step]), step) for step in (3, 6, 9, 11)]
+  rows = [(step, np.float32(fakes.losses[step]), step) for step in (3, 6, 9, 11)]
   assert lines_of(workdir) == rows
   log = log_of(workdir)
   for text in (' 25 videos, 3 steps per epoch, 8 x cpu\n', 'the watchdog has something to say\n'):
     assert text in log
-  (options,) = stage.feeds
+  (options,) = fakes.feeds
   assert (options['first_step'], options['stall_seconds']) == (0, 55)
   events = ['ending together']
   events += [('watch', 'opening the dataset', True), ('watch', 'restoring the state', True)]
@@ -279,7 +279,7 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(stage, tmp_path)
       events.append(('watch', f'the checkpoint of step {step}', True))
   events += [('watch', 'closing the run', True), 'ending alone']
   events += [f'closed: {name}' for name in ('Feed', 'Report', 'Checkpoints', 'Watchdog')]
-  assert stage.events == events
+  assert fakes.events == events
 
 
 def stop_by(number):
@@ -287,7 +287,7 @@ def stop_by(number):
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_between_two_checkpoints_costs_nothing(stage, tmp_path, monkeypatch, number):
+def test_a_signal_between_two_checkpoints_costs_nothing(fakes, tmp_path, monkeypatch, number):
   """The score goes on from the stored part of it: five losses make that of step 10."""
   both, handlers = (signal.SIGINT, signal.SIGTERM), {}
   real = Checkpoints.save
@@ -301,48 +301,48 @@ def test_a_signal_between_two_checkpoints_costs_nothing(stage, tmp_path, monkeyp
     RECIPE, checkpoint=dataclasses.replace(RECIPE.checkpoint, every_steps=5)
   )
   before = [signal.getsignal(each) for each in both]
-  stage.at[7] = stop_by(number)
+  fakes.at[7] = stop_by(number)
   assert train.train(recipe, tmp_path) is False
-  assert_fed(stage, range(1, 8))
-  assert_saved(stage, tmp_path, {5: 5, 7: 2})
+  assert_fed(fakes, range(1, 8))
+  assert_saved(fakes, tmp_path, {5: 5, 7: 2})
   name = number.name
   assert f'{name}: saved at step 7 of 11; the same command goes on from' in log_of(tmp_path)
   assert handlers[7] == [signal.SIG_DFL] * 2  # Where it hangs, a second one ends it.
   assert [signal.getsignal(each) for each in both] == before
   # The next start is stopped at its first step, and the last one too late.
   for at, fed, finished in ((8, range(8, 9), False), (11, range(9, 12), True)):
-    stage.at = {at: stop_by(number)}
-    stage.fed.clear()
-    stage.events.clear()
+    fakes.at = {at: stop_by(number)}
+    fakes.fed.clear()
+    fakes.events.clear()
     assert train.train(recipe, tmp_path) is finished
-    assert_fed(stage, fed)
-    assert f'compiled: {fed[0]}' in stage.events
+    assert_fed(fakes, fed)
+    assert f'compiled: {fed[0]}' in fakes.events
     assert f'going on after step {fed[0] - 1} of 11\n' in log_of(tmp_path)
-    assert stage.feeds[-1]['first_step'] == fed[0] - 1
-  assert_saved(stage, tmp_path, {5: 5, 7: 2, 8: 3, 10: 5, 11: 1})
-  rows = [(step, np.float32(stage.losses[step]), step) for step in (3, 6, 9, 11)]
+    assert fakes.feeds[-1]['first_step'] == fed[0] - 1
+  assert_saved(fakes, tmp_path, {5: 5, 7: 2, 8: 3, 10: 5, 11: 1})
+  rows = [(step, np.float32(fakes.losses[step]), step) for step in (3, 6, 9, 11)]
   assert lines_of(tmp_path) == rows
 
 
 @pytest.mark.parametrize('steps', [0, 3])
 def test_a_signal_while_a_batch_is_waited_for_saves_what_there_is(
-  stage, tmp_path, monkeypatch, steps
+  fakes, tmp_path, monkeypatch, steps
 ):
   monkeypatch.setattr(feed, 'POLL_SECONDS', 0.05)
   reads, released = itertools.count(), threading.Event()
 
   def before_frame():
     if next(reads) == steps * 2 * RECIPE.batch_size:
-      while f'waited for {steps - 1}' not in stage.events and steps:
+      while f'waited for {steps - 1}' not in fakes.events and steps:
         time.sleep(0.01)
       time.sleep(0.2)
       stop_by(signal.SIGTERM)()
       released.wait(30)
 
-  stage.videos.before_frame = before_frame
+  fakes.videos.before_frame = before_frame
   assert train.train(RECIPE, tmp_path) is False
   released.set()
-  assert_fed(stage, range(1, steps + 1)) if steps else None
+  assert_fed(fakes, range(1, steps + 1)) if steps else None
   saved = [path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()]
   if steps:
     assert saved == ['3']
@@ -353,27 +353,27 @@ def test_a_signal_while_a_batch_is_waited_for_saves_what_there_is(
 
 
 @pytest.mark.parametrize(('bad', 'saved'), [(4, []), (5, ['4']), (11, ['4', '8'])])
-def test_a_step_that_diverges_is_not_saved_and_its_batch_is_listed(stage, tmp_path, bad, saved):
+def test_a_step_that_diverges_is_not_saved_and_its_batch_is_listed(fakes, tmp_path, bad, saved):
   """Found at the next line or checkpoint, and named by its own number."""
-  stage.bad = bad
+  fakes.bad = bad
   with pytest.raises(NonFiniteLoss, match=f'the loss of step {bad} is nan; .* are in ') as caught:
     train.train(RECIPE, tmp_path)
   assert caught.value.step == bad
-  assert ('watch', 'listing the bad batch', True) in stage.events
-  assert max(stage.fed) == {4: 4, 5: 6, 11: 11}[bad]
+  assert ('watch', 'listing the bad batch', True) in fakes.events
+  assert max(fakes.fed) == {4: 4, 5: 6, 11: 11}[bad]
   assert sorted(path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()) == saved
   listed = json.loads((tmp_path / f'bad_batch_{bad}.json').read_text())
   assert (listed['seed'], listed['step']) == (5, bad)
   # A frame's pixels all say which one of which video it is.
   shown = [[40 * pair['video'] + n for n in pair['frame_numbers']] for pair in listed['pairs']]
-  np.testing.assert_array_equal(stage.fed[bad][:, :, 0, 0, 0], np.array(shown) % 256)
+  np.testing.assert_array_equal(fakes.fed[bad][:, :, 0, 0, 0], np.array(shown) % 256)
   key = jax.random.fold_in(derive_seeds(5).steps, bad - 1)
   assert listed['step_key'] == jax.random.key_data(key).tolist()
   assert f'the loss of step {bad} is nan' in log_of(tmp_path)
 
 
 @pytest.mark.parametrize('bad', [None, 2])
-def test_a_loader_that_does_not_end_hides_no_error(stage, tmp_path, monkeypatch, bad):
+def test_a_loader_that_does_not_end_hides_no_error(fakes, tmp_path, monkeypatch, bad):
   real = Feed.close
 
   def close(self):
@@ -381,15 +381,15 @@ def test_a_loader_that_does_not_end_hides_no_error(stage, tmp_path, monkeypatch,
     raise LoaderStalled('a thread of the loader did not end')
 
   monkeypatch.setattr(Feed, 'close', close)
-  stage.bad = bad
+  fakes.bad = bad
   with pytest.raises(NonFiniteLoss if bad else LoaderStalled):
     train.train(changed(RECIPE, {'num_steps': 2}), tmp_path)
-  closed = [event for event in stage.events if 'closed' in event]
+  closed = [event for event in fakes.events if 'closed' in event]
   assert closed == [f'closed: {name}' for name in ('Feed', 'Report', 'Checkpoints', 'Watchdog')]
 
 
 @pytest.mark.parametrize('full_at', [4, 11])
-def test_a_checkpoint_that_cannot_be_written_is_told(stage, tmp_path, monkeypatch, full_at):
+def test_a_checkpoint_that_cannot_be_written_is_told(fakes, tmp_path, monkeypatch, full_at):
   real = run_checkpoints.ocp.CheckpointManager.save
 
   def save(self, step, **other):
@@ -432,14 +432,14 @@ def value_of(recipe, name):
   return recipe
 
 
-def test_a_run_does_not_go_on_as_another_one(stage, tmp_path, monkeypatch):
-  monkeypatch.setattr(stage, 'open_mixture', lambda *_: mixture_of(stage.videos))
-  monkeypatch.setattr(run, 'open_mixture', stage.open_mixture)
+def test_a_run_does_not_go_on_as_another_one(fakes, tmp_path, monkeypatch):
+  monkeypatch.setattr(fakes, 'open_mixture', lambda *_: mixture_of(fakes.videos))
+  monkeypatch.setattr(run, 'open_mixture', fakes.open_mixture)
   begun = changed(RECIPE, {'num_steps': 1})
   assert train.train(begun, tmp_path)
   before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
   other = changed(begun, CHANGES)
-  stage.videos.fingerprint = 'def'
+  fakes.videos.fingerprint = 'def'
   with pytest.raises(BadInput, match='holds another run') as refused:
     train.train(other, tmp_path)
   texts = [f'{n}: {value_of(begun, n)} -> {value}' for n, value in CHANGES.items()]
@@ -453,8 +453,8 @@ def test_a_run_does_not_go_on_as_another_one(stage, tmp_path, monkeypatch):
     assert f'changed since that checkpoint: {text}\n' in log_of(tmp_path)
 
 
-def test_what_does_not_make_another_run_may_change(stage, tmp_path, monkeypatch):
-  monkeypatch.setattr(run, 'open_mixture', lambda *_: mixture_of(stage.videos))
+def test_what_does_not_make_another_run_may_change(fakes, tmp_path, monkeypatch):
+  monkeypatch.setattr(run, 'open_mixture', lambda *_: mixture_of(fakes.videos))
   begun = changed(RECIPE, {'num_steps': 1})
   assert train.train(begun, tmp_path)
   # No step is left, so that nothing of it has to work.
@@ -465,7 +465,7 @@ def test_what_does_not_make_another_run_may_change(stage, tmp_path, monkeypatch)
       assert text in log_of(tmp_path)
 
 
-def test_what_is_wrong_before_the_first_step_is_one_sentence(stage, tmp_path):
+def test_what_is_wrong_before_the_first_step_is_one_sentence(fakes, tmp_path):
   (tmp_path / 'file').touch()
   for recipe, workdir, message in (
     (
@@ -477,11 +477,11 @@ def test_what_is_wrong_before_the_first_step_is_one_sentence(stage, tmp_path):
   ):
     with pytest.raises(BadInput, match=message):
       train.train(recipe, workdir)
-    assert stage.events[-1] == 'closed: Watchdog'
+    assert fakes.events[-1] == 'closed: Watchdog'
   assert sorted(path.name for path in tmp_path.iterdir()) == ['file']
 
 
-def test_all_processes_must_mean_the_same_run(stage, tmp_path, monkeypatch):
+def test_all_processes_must_mean_the_same_run(fakes, tmp_path, monkeypatch):
   """What is compared, and that the others hear of a dataset that is not there."""
   told = []
   monkeypatch.setattr(hosts, 'agree', told.append)
