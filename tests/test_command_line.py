@@ -1,5 +1,6 @@
 """How commands end: by signals, and when nobody reads on."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def start(program, *arguments, before=(), **options):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    env={**os.environ, 'PYTHONUNBUFFERED': ''},
     **options,
   )
 

@@ -1,8 +1,10 @@
 """Where files may be put, and what stays of what was there."""
 
+import hashlib
 import json
 import os
 import pathlib
+import types
 
 import pytest
 
@@ -75,3 +77,36 @@ def test_the_longest_names_fit(tmp_path):
       destination.check_file(tmp_path / name)
   with pytest.raises(BadInput, match=r'cannot be written \(File name too long\)'):
     destination.check_folder(tmp_path / ('n' * 300))
+
+
+@pytest.mark.parametrize('moved', [0, 1, 2])
+def test_whenever_it_is_cut_off_no_sum_lies_beside_another_file(tmp_path, monkeypatch, moved):
+  path = tmp_path / 'out.pth'
+  write(path, 'first')
+  real, calls = pathlib.Path.replace, iter(range(9))
+
+  def replace(self, target):
+    if next(calls) == moved:
+      raise OSError('cut off')
+    return real(self, target)
+
+  monkeypatch.setattr(pathlib.Path, 'replace', replace)
+  with pytest.raises(BadInput, match='cut off'):
+    write(path, 'second')
+  assert path.read_text() == ('second' if moved else 'first')
+  listed = destination.sha256_path(path)
+  if listed.exists():
+    assert listed.read_text().split()[0] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path, monkeypatch):
+  free = types.SimpleNamespace(free=5_000_000)
+  monkeypatch.setattr(destination.shutil, 'disk_usage', lambda folder: free)
+  with destination.staged(tmp_path / 'out.pth', num_bytes=5_000_000) as partial:
+    # On the same file system, where it can be moved from in one go.
+    assert partial.parent.parent == tmp_path
+    partial.touch()
+  too_much = destination.staged(tmp_path / 'out.pth', num_bytes=6_000_000)
+  with pytest.raises(BadInput, match='needs 6 MB and 5 MB are free there'), too_much:
+    pass
+  assert os.listdir(tmp_path) == ['out.pth']

@@ -155,11 +155,12 @@ def test_only_what_does_not_get_on_is_ended(monkeypatch):
   monkeypatch.setattr(stalls, 'POLL_SECONDS', 0.02)
   monkeypatch.setattr(threading, 'excepthook', lambda _: None)
   watchdog = stalls.Watchdog(0.5, say=said.append)
-  for step in range(10):
-    watchdog.watch(f'step {step}')
+  for _ in range(10):
+    watchdog.watch('a step')
     time.sleep(0.1)
   watchdog.watch('a save', is_slow=True)
   time.sleep(0.8)
+  watchdog.watch('a batch')
   watchdog.pause()
   time.sleep(0.8)
   closed = stalls.Watchdog(0.5, say=pytest.fail)
@@ -170,3 +171,13 @@ def test_only_what_does_not_get_on_is_ended(monkeypatch):
   time.sleep(1.5)
   assert ended == [stalls.STALLED]
   assert [text.partition(';')[0] for text in said] == ['the last hangs']
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'is_slow', 'limit'), [(20, False, 20), (20, True, 1800), (4000, True, 4000)]
+)
+def test_the_longer_limit_counts_for_what_is_slow(seconds, is_slow, limit):
+  watchdog = stalls.Watchdog(seconds, say=pytest.fail)
+  watchdog.watch('a save', is_slow=is_slow)
+  assert watchdog._watched == ('a save', limit)
+  watchdog.close()
