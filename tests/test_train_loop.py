@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -389,15 +390,30 @@ def test_a_loader_that_does_not_end_hides_no_error(fakes, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize('full_at', [4, 11])
-def test_a_checkpoint_that_cannot_be_written_is_told(fakes, tmp_path, monkeypatch, full_at):
-  real = run_checkpoints.ocp.CheckpointManager.save
+@pytest.mark.parametrize('is_late', [False, True])
+def test_a_checkpoint_that_cannot_be_written_is_told(
+  fakes, tmp_path, monkeypatch, full_at, is_late
+):
+  """Whether it is known at once, or after it has been written in the background."""
+  manager = run_checkpoints.ocp.CheckpointManager
+  real, real_wait, written = manager.save, manager.wait_until_finished, []
 
   def save(self, step, **other):
-    if step == full_at:
+    if step == full_at and not is_late:
       raise OSError('no space left')
-    return real(self, step, **other)
+    saved = real(self, step, **other)
+    written.append(step)
+    return saved
 
-  monkeypatch.setattr(run_checkpoints.ocp.CheckpointManager, 'save', save)
+  def wait_until_finished(self):
+    real_wait(self)
+    if is_late and full_at in written:
+      written.remove(full_at)
+      shutil.rmtree(tmp_path / checkpoint.FOLDER / str(full_at))
+      raise OSError('no space left')
+
+  monkeypatch.setattr(manager, 'save', save)
+  monkeypatch.setattr(manager, 'wait_until_finished', wait_until_finished)
   expected = pytest.raises(NotSaved, match=r'step 11 could not be saved .* goes on from step 8')
   with expected if full_at == 11 else contextlib.nullcontext():
     train.train(RECIPE, tmp_path)
