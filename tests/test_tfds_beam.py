@@ -166,6 +166,22 @@ def test_what_stops_a_runner_is_one_sentence(
   assert life == ['setup', 'teardown']
 
 
+@pytest.mark.parametrize(
+  'error',
+  [
+    workers.ProgramError('TypeError: planted'),
+    RuntimeError('Traceback ...\ntfds_kinetics.workers.ProgramError: TypeError: planted'),
+  ],
+)
+def test_a_mistake_in_a_program_is_no_bad_input(tmp_path, beam, planned, monkeypatch, error):
+  def failing(*_):
+    raise error
+
+  monkeypatch.setattr(beam.ShardProcess, 'write', failing)
+  with pytest.raises(type(error), match='TypeError: planted'):
+    beam.write_shards(list(planned.jobs), tmp_path, beam.runner_options('DirectRunner', ''))
+
+
 def test_workers_that_write_elsewhere_are_noticed(tmp_path, beam, planned, monkeypatch):
   monkeypatch.setattr(beam.ShardProcess, 'write', lambda *_: None)
   with pytest.raises(BadInput, match=r'9 shards are not in .* must see the same paths'):

@@ -129,6 +129,31 @@ def test_a_process_that_is_killed_once_costs_nothing(data_dir, clips, tmp_path):
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
+@pytest.mark.parametrize(
+  'deed',
+  [
+    "raise TypeError('planted')",
+    "raise type('OfNoModule', (Exception,), {})('planted')",
+  ],
+  ids=['TypeError', 'an error that cannot be pickled'],
+)
+def test_a_mistake_in_a_program_ends_the_build_and_is_no_verdict(data_dir, clips, tmp_path, deed):
+  script = tmp_path / 'build.py'
+  script.write_text(SCRIPT.format(name='swaying', deed=deed))
+  done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2')
+  assert done.returncode == 1, done.stderr
+  assert ': planted (met at ' in done.stderr.splitlines()[-1]
+  assert '/swaying/' in done.stderr.splitlines()[-1]
+  tables = [json.loads(path.read_text()) for path in (tmp_path / PARTIAL).glob('*-0*.json')]
+  assert not [row for table in tables for row in table['skipped'] if 'swaying' in row['path']]
+  assert not (tmp_path / DATASET).exists()
+  # What is finished is kept, and the video is taken once the mistake is mended.
+  done = run_python(*command(clips, tmp_path, '--workers=2'))
+  assert done.returncode == 0, done.stderr
+  assert not tables or f'going on: {len(tables)} of 9 shards are there' in done.stderr
+  assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
+
+
 def other_containers(folder):
   """A small video in each of the containers that mutations are called after."""
   folder.mkdir()

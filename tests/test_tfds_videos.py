@@ -183,6 +183,11 @@ def refusal(path, **options):
   return str(caught.value)
 
 
+def test_frames_that_no_jpeg_can_hold_are_told(tmp_path):
+  path = write_video(tmp_path / 'a.mkv', 'ffv1', 'gray', pictures(16, 65504, count=1))
+  assert refusal(path) == 'its frames are 65504 x 16 pixels; JPEG has 65500 at most'
+
+
 def test_what_is_no_video_is_told_apart(tmp_path):
   write_sound(tmp_path / 'sound.mp4')
   assert refusal(tmp_path / 'sound.mp4') == 'it has no video stream'
@@ -300,6 +305,13 @@ def test_titles_need_not_be_utf_8(tmp_path, name, codec):
   assert len(decoded(path)) == FRAMES
 
 
+def failing_with(error):
+  def failing(*_, **__):
+    raise error
+
+  return failing
+
+
 @pytest.mark.parametrize(
   'error',
   [
@@ -309,10 +321,40 @@ def test_titles_need_not_be_utf_8(tmp_path, name, codec):
 )
 def test_faults_of_the_machine_are_no_verdict(tmp_path, monkeypatch, error):
   path = write_video(tmp_path / 'a.mp4')
-
-  def failing(*_, **__):
-    raise error
-
-  monkeypatch.setattr(video.av, 'open', failing)
+  monkeypatch.setattr(video.av, 'open', failing_with(error))
   with pytest.raises(MachineFault, match=r'a\.mp4: '):
+    list(read_jpegs(path, FrameOptions()))
+
+
+def test_what_pyav_cannot_represent_is_a_verdict(tmp_path, monkeypatch):
+  path = write_video(tmp_path / 'a.mp4')
+  error = UnicodeDecodeError('utf-8', b'\xe9', 0, 1, 'invalid start byte')
+  monkeypatch.setattr(video.av, 'open', failing_with(error))
+  assert refusal(path).startswith("UnicodeDecodeError: 'utf-8' codec")
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    TypeError("open() got an unexpected keyword argument 'metadata_errors'"),
+    AttributeError("module 'av' has no attribute 'open'"),
+    NameError("name 'av' is not defined"),
+    ImportError("cannot import name 'VideoStream'"),
+  ],
+  ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize('place', ['av.open', 'simplejpeg.encode_jpeg', 'np.rot90'])
+def test_mistakes_in_a_program_are_no_verdict(tmp_path, monkeypatch, error, place):
+  path = write_video(tmp_path / 'a.mp4')
+  module, name = place.split('.')
+  monkeypatch.setattr(getattr(video, module), name, failing_with(error))
+  with pytest.raises(type(error)) as caught:
+    list(read_jpegs(path, FrameOptions()))
+  assert caught.value is error
+
+
+def test_an_option_that_is_no_more_is_no_verdict(tmp_path, monkeypatch):
+  path = write_video(tmp_path / 'a.mp4')
+  monkeypatch.setattr(video, '_ANY_TITLE', {'of_another_version': 'replace'})
+  with pytest.raises(TypeError, match='of_another_version'):
     list(read_jpegs(path, FrameOptions()))

@@ -13,7 +13,7 @@ from tfds_kinetics import shards
 from tfds_kinetics.messages import BadInput
 from tfds_kinetics.shards import ShardJob
 from tfds_kinetics.video import MachineFault
-from tfds_kinetics.workers import KilledAgain, ShardProcess
+from tfds_kinetics.workers import KilledAgain, ProgramError, ShardProcess
 
 try:
   import apache_beam as beam
@@ -75,6 +75,8 @@ def write_shards(
 
   Raises:
     BadInput: Beam does not know the runner, or a shard could not be written.
+    ProgramError: see there; runners that give the errors of workers on as text raise a
+      RuntimeError that names it.
   """
   shards.remove_leftovers(jobs, folder)
   left = [job for job in jobs if shards.finished_table(job, folder) is None]
@@ -88,6 +90,8 @@ def write_shards(
         | beam.ParDo(WriteShard(str(folder.absolute())))
       )
   except (KilledAgain, MachineFault, OSError, RuntimeError, ValueError) as error:
+    if ProgramError.__name__ in str(error):
+      raise
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     raise BadInput(
       f'--beam_runner={runner} ended early ({reason}); what is finished is kept, and the same'

@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,15 @@ def frame_serializer() -> Callable[[bytes, Video, int], bytes]:
   return serialize
 
 
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+  """Makes an OSError of what array_record raises where the disk is full or gone."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(str(error)) from error
+
+
 class FrameFiles:
   """Writes records to files of a limited length, under temporary names until `close`."""
 
@@ -66,19 +75,27 @@ class FrameFiles:
     self._writer = None
 
   def write(self, jpeg: bytes, video: Video, number: int) -> None:
-    """Appends one frame."""
+    """Appends one frame.
+
+    Raises:
+      OSError: the disk does not take it.
+    """
     if self._writer is None or self._records[-1] == RECORDS_PER_FILE:
       self._finish_file()
       path = self.folder / f'{self._name}-{len(self._records)}.{secrets.token_hex(8)}.partial'
-      self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+      with _writing():
+        self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
       self._temporary.append(path)
       self._records.append(0)
-    self._writer.write(self._serialize(jpeg, video, number))
+    record = self._serialize(jpeg, video, number)
+    with _writing():
+      self._writer.write(record)
     self._records[-1] += 1
 
   def _finish_file(self) -> None:
     if self._writer is not None:
-      self._writer.close()
+      with _writing():
+        self._writer.close()
       self._writer = None
 
   def close(self) -> list[dict[str, Any]]:
@@ -94,7 +111,7 @@ class FrameFiles:
 
   def discard(self) -> None:
     """Removes what was written, on a disk that is full too."""
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError):
       self._finish_file()
     for path in self._temporary:
       path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Second stop: a video file to the JPEG bytes of its frames."""
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import math
@@ -15,6 +16,11 @@ import simplejpeg
 from av.stream import Disposition
 
 av.logging.set_level(av.logging.PANIC)
+
+# Titles need not be UTF-8: PyAV 19 takes them as they are, and has no argument for it any more.
+_ANY_TITLE = {'metadata_errors': 'replace'} if int(av.__version__.split('.')[0]) < 19 else {}
+# Along a side of a JPEG, by libjpeg.
+MOST_PIXELS = 65500
 
 
 class UnusableVideo(Exception):
@@ -60,6 +66,8 @@ def stored_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 def _encode(frame: av.VideoFrame, options: FrameOptions) -> bytes:
   width, height = stored_size(frame.width, frame.height, options.short_side)
+  if max(width, height) > MOST_PIXELS:
+    raise UnusableVideo(f'its frames are {width} x {height} pixels; JPEG has {MOST_PIXELS} at most')
   pixels = frame.reformat(width, height, 'rgb24', interpolation='BICUBIC').to_ndarray()
   # Phones store what the sensor saw and how to turn it; players turn it, the decoder does not.
   upright = np.rot90(pixels, round(frame.rotation / 90))
@@ -81,14 +89,13 @@ def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
     UnusableVideo: it cannot be opened, has no video stream or no frame, takes too long, or too
       much of it is damaged. Nothing else is raised for what the file holds.
     MachineFault: see there.
+    Exception: any other is a mistake in a program, such as a TypeError, and no verdict.
   """
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
       raise UnusableVideo('it is not a file')  # A pipe would be waited on for ever.
     yield from _read_jpegs(path, options)
-  except UnusableVideo:
-    raise
-  except (MemoryError, ImportError) as error:
+  except MemoryError as error:
     # FFmpeg's own is that of a header which asks for more than there is.
     if isinstance(error, av.error.FFmpegError):
       raise UnusableVideo(f'it cannot be opened: {error.strerror}') from error
@@ -97,7 +104,20 @@ def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
     if error.errno in MACHINE_ERRORS:
       raise MachineFault(f'{path}: {error.strerror}') from error
     raise UnusableVideo(f'it cannot be opened: {error.strerror}') from error
-  except Exception as error:
+
+
+@contextlib.contextmanager
+def _demuxing() -> Iterator[None]:
+  """Makes a verdict of a ValueError, as PyAV opens and decodes.
+
+  FFmpeg has errors of its own for nearly everything; PyAV adds this one for text that is not UTF-8,
+  times without a unit and codecs without a decoder.
+  """
+  try:
+    yield
+  except av.error.FFmpegError:  # Some are ValueErrors too.
+    raise
+  except ValueError as error:
     raise UnusableVideo(f'{type(error).__name__}: {error}') from error
 
 
@@ -119,11 +139,12 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
     demuxer = container.demux(stream)
     while stored < (options.max_frames or math.inf):
       try:
-        packet = next(demuxer, None)
-        if packet is None:
-          break
-        packets += packet.size > 0  # The last one only asks for what is held back.
-        frames = packet.decode()
+        with _demuxing():
+          packet = next(demuxer, None)
+          if packet is None:
+            break
+          packets += packet.size > 0  # The last one only asks for what is held back.
+          frames = packet.decode()
       except av.error.FFmpegError as error:
         # A failed demuxer is at its end, so the next round stops.
         failures[error.strerror] += 1
@@ -157,13 +178,14 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
 
 def _open(path: str, **options: str) -> av.container.InputContainer:
   # As `file:`, whatever the name looks like; FFmpeg lets what it opened so open files only, so a
-  # playlist under a video's name fetches nothing. Titles need not be UTF-8.
-  return av.open(f'file:{path}', options=options, metadata_errors='replace')
+  # playlist under a video's name fetches nothing.
+  with _demuxing():
+    return av.open(f'file:{path}', options=options, **_ANY_TITLE)
 
 
 def _count_packets(path: str, stream: int) -> int:
   """Counts the packets that are there, those too that an edit list takes out of what plays."""
-  with _open(path, ignore_editlist='1') as container:
+  with _open(path, ignore_editlist='1') as container, _demuxing():
     return sum(packet.size > 0 for packet in container.demux(container.streams[stream]))
 
 

@@ -19,7 +19,7 @@ import tqdm
 from tfds_kinetics import shards
 from tfds_kinetics.messages import BadInput, Stopped, log, say
 from tfds_kinetics.shards import ShardJob
-from tfds_kinetics.tree import Video
+from tfds_kinetics.tree import Video, printable
 from tfds_kinetics.video import MachineFault
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -32,6 +32,14 @@ MOST_UNEXPLAINED = 3
 
 class KilledAgain(RuntimeError):
   """Processes are killed again and again, by no video."""
+
+
+class ProgramError(Exception):
+  """A mistake in a program, met in a process: it ends the build, and is no verdict on a video.
+
+  It is made of text alone. An error that this process could not read would be taken for a process
+  that was killed.
+  """
 
 
 class ShardProcess:
@@ -54,7 +62,9 @@ class ShardProcess:
 
     Raises:
       KilledAgain: the process does not live long enough to read a video.
-      OSError, RuntimeError: the folder cannot be written, or a video changed meanwhile.
+      MachineFault: a video cannot be read now.
+      ProgramError: see there; the shard can be written once that is mended.
+      OSError: the folder cannot be written, or a video changed meanwhile.
     """
     verdicts: dict[str, str] = {}
     kills: Counter[str | None] = Counter()
@@ -106,6 +116,7 @@ def write_shards(
   Raises:
     Stopped: Ctrl-C.
     BadInput: the folder cannot be written, or processes are killed for no video's sake.
+    ProgramError: see there; what is finished is kept.
   """
   shards.remove_leftovers(jobs, folder)
   tables = {job: table for job in jobs if (table := shards.finished_table(job, folder))}
@@ -272,13 +283,22 @@ def _start(stop: Any, builder: int) -> None:
 
 
 def _write(job: ShardJob, folder: pathlib.Path, verdicts: dict[str, str]) -> dict[str, Any]:
-  marker = _marker(job, folder)
+  marker, reading = _marker(job, folder), ''
 
   def before_video(video: Video) -> None:
+    nonlocal reading
+    reading = video.path
     _watch.read(job.options.time_limit * GRACE[0] + GRACE[1], marker, video.path)
 
   try:
     return shards.write_shard(job, folder, verdicts=verdicts, before_video=before_video)
+  except (MachineFault, OSError):
+    raise
+  except Exception as error:
+    raise ProgramError(
+      f'{type(error).__name__}: {error} (met at {printable(reading)}, which is not at fault: no'
+      ' video is skipped for it; what is finished is kept)'
+    ) from error
   finally:
     _watch.rest()
     marker.unlink(missing_ok=True)
