@@ -9,9 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
 from dropmae_jax import asad, asad_tpu_search, sampling
+
+# From JAX 0.12 on it is among what is TPUs' alone.
+_reciprocal = getattr(pltpu, 'reciprocal', None) or pl.reciprocal
 
 LANES, SUBLANES, WORD = 128, 8, 32
 # The last key drawn is about here, times the count and over the sum of the weights.
@@ -65,7 +69,7 @@ def _race(
     noise = sampling.noise_at(place, *words)
     weights = candidates[part] * share
     # A step of Newton's: exact division minds zeros and infinities, which costs time.
-    inverse = pl.reciprocal(weights, approx=True)
+    inverse = _reciprocal(weights, approx=True)
     inverse = inverse * (2 - inverse * weights)
     keys[part, :n] = jnp.where(is_self[part], jnp.inf, noise * inverse)
   return best.sum(axis=1, keepdims=True)

@@ -13,8 +13,14 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
-import torch
 from absl import flags
+
+try:
+  import torch
+except ModuleNotFoundError:
+  torch = None
+
+needs_torch = pytest.mark.skipif(torch is None, reason='PyTorch is not installed')
 
 # Shapes in signatures are checked in tests only, and several devices are there to shard over.
 jaxtyping.install_import_hook('dropmae_jax', 'typecheck.check')
@@ -81,6 +87,7 @@ def golden():
 @pytest.fixture(scope='session')
 def timm() -> types.ModuleType:
   """The library; it imports torchvision, whose operators fail to load beside a CPU torch."""
+  pytest.importorskip('torch', reason='PyTorch is not installed')
   library = None
   try:
     importlib.import_module('torchvision')

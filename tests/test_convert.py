@@ -11,8 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, run_python, train_arguments
+from conftest import ROOT, needs_torch, run_python, torch, train_arguments
 from test_commands import losses
 from test_torch_export import random_state
 
@@ -76,6 +75,7 @@ SMALL = dataclasses.replace(
 )
 
 
+@needs_torch
 def test_out_and_in_and_out_again(run, tmp_path):
   path = tmp_path / 'dropmae.pth'
   done = run_python('convert_to_torch.py', f'--checkpoint={run}', f'--output={path}')
@@ -100,6 +100,7 @@ def test_out_and_in_and_out_again(run, tmp_path):
     assert torch.equal(tensor, second['model'][name])
 
 
+@needs_torch
 def test_the_card_says_what_the_file_is(run, data_dir, tmp_path, command):
   path = tmp_path / 'dropmae.pth'
   status, _, _ = command(f'--checkpoint={run}', f'--output={path}', '--step=4')
@@ -120,6 +121,7 @@ def test_the_card_says_what_the_file_is(run, data_dir, tmp_path, command):
   assert card['versions']['torch'] == torch.__version__
 
 
+@needs_torch
 def test_training_goes_on_from_what_came_through_pytorch(run, data_dir, tmp_path, command):
   path, back = tmp_path / 'four.pth', tmp_path / 'back'
   assert command(f'--checkpoint={run}', '--step=4', '--with_optimizer', f'--output={path}')[0] == 0
@@ -146,6 +148,7 @@ def test_training_goes_on_from_what_came_through_pytorch(run, data_dir, tmp_path
   assert_same_weights(back, run)
 
 
+@needs_torch
 @pytest.mark.parametrize('file_format', file_checks.FORMATS)
 @pytest.mark.parametrize('layout', torch_export.LAYOUTS)
 def test_every_layout_and_format_is_written_verified_and_read_in(
@@ -180,6 +183,7 @@ def test_every_layout_and_format_is_written_verified_and_read_in(
     assert 'of them are fresh: what was read in had none' in out
 
 
+@needs_torch
 def test_published_files_keep_their_epoch_and_objective(tmp_path, command):
   tensors = {name: torch.from_numpy(array) for name, array in random_state(SMALL).items()}
   import argparse
@@ -197,6 +201,7 @@ def test_published_files_keep_their_epoch_and_objective(tmp_path, command):
     assert torch.equal(tensor, content['model'][name])
 
 
+@needs_torch
 def test_tables_of_another_grid_are_resampled_where_asked(tmp_path, command):
   tensors = {name: torch.from_numpy(array) for name, array in random_state(SMALL).items()}
   torch.save({'model': tensors}, tmp_path / 'in.pth')
@@ -226,6 +231,7 @@ def test_tables_of_another_grid_are_resampled_where_asked(tmp_path, command):
   assert content['model']['pos_embed'].shape == (1, 197, 64)
 
 
+@needs_torch
 def test_list_shows_every_tensor(run, tmp_path, command):
   path = tmp_path / 'out.pth'
   command(f'--checkpoint={run}', f'--output={path}')
@@ -289,7 +295,9 @@ def test_without_torch_a_file_is_not_verified_and_says_so(tmp_path, monkeypatch,
 
 def test_verification_can_be_left_out(tmp_path, command):
   source = save(tmp_path / 'source', SMALL)
-  status, out, _ = command(f'--checkpoint={source}', f'--output={tmp_path}/o.pth', '--no-verify')
+  status, out, _ = command(
+    f'--checkpoint={source}', f'--output={tmp_path}/o.safetensors', '--no-verify'
+  )
   assert status == 0
   assert 'not verified: --no-verify' in out
 
@@ -297,6 +305,7 @@ def test_verification_can_be_left_out(tmp_path, command):
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):
   """Files and folders to be refused."""
+  pytest.importorskip('torch', reason='PyTorch is not installed')
   folder = tmp_path_factory.mktemp('inputs')
   save(folder / 'run', SMALL)
   torch.save({'model': {}, 'args': sys.exit}, folder / 'code.pth')
@@ -437,6 +446,7 @@ def test_the_destination_comes_first(inputs, tmp_path, command, monkeypatch):
   assert 'is not empty' in command('--from_torch=none', f'--output={inputs}')[2]
 
 
+@needs_torch
 def test_what_a_file_did_not_tell_is_null(tmp_path, command):
   """Also after another way through a file; and the model is used with the usual values."""
   run, path = tmp_path / 'run', tmp_path / 'silent.safetensors'
@@ -461,6 +471,7 @@ def test_a_format_goes_with_any_name_that_has_no_known_ending(tmp_path, command)
   assert (status, 'do not go together' in err) == (2, True)
 
 
+@needs_torch
 def test_compare_names_types_and_knows_nan(tmp_path, command):
   tensors = {
     'nan': np.array([np.nan, 1, np.inf], np.float32), 'hole': np.array([np.nan, 2], np.float32),
@@ -481,6 +492,7 @@ def test_compare_names_types_and_knows_nan(tmp_path, command):
   ]
 
 
+@needs_torch
 def test_list_takes_every_type_without_a_warning(tmp_path, command, recwarn):
   tensors = {'turn': np.array([3 + 4j]), 'flag': np.array([True]), 'byte': np.array([-3], np.int8)}
   torch_files.write(tmp_path / 'in.pth', tensors, file_format='pth')
@@ -493,7 +505,7 @@ def test_list_takes_every_type_without_a_warning(tmp_path, command, recwarn):
 def test_a_pytorch_that_does_not_load_is_named(tmp_path, monkeypatch, command):
   source = save(tmp_path / 'source', SMALL)
   (tmp_path / 'torch.py').write_text('raise OSError("libcudart.so: cannot open shared object")')
-  monkeypatch.delitem(sys.modules, 'torch')
+  monkeypatch.delitem(sys.modules, 'torch', raising=False)
   monkeypatch.syspath_prepend(tmp_path)
   fault = 'PyTorch is installed but does not load (libcudart.so: cannot open shared object)'
   status, out, _ = command(f'--checkpoint={source}', f'--output={tmp_path}/out.safetensors')
@@ -509,10 +521,10 @@ def test_a_run_that_diverged_is_not_exported(tmp_path, command):
   params = weights.params | {'mask_token': np.full_like(weights.params['mask_token'], np.inf)}
   shutil.rmtree(source)
   checkpoint.save_weights(source, params, 6, weights.description)
-  status, _, err = command(f'--checkpoint={source}', f'--output={tmp_path}/out.pth')
+  status, _, err = command(f'--checkpoint={source}', f'--output={tmp_path}/out.safetensors')
   assert status == 2
   assert "params['mask_token'] has values that are not finite" in err
-  assert not (tmp_path / 'out.pth').exists()
+  assert not (tmp_path / 'out.safetensors').exists()
 
 
 def test_a_checkpoint_can_be_named_by_its_folder(run):
@@ -524,12 +536,13 @@ def test_a_checkpoint_can_be_named_by_its_folder(run):
 
 
 def test_an_import_that_fails_leaves_no_folder(tmp_path, monkeypatch):
-  torch_files.write(tmp_path / 'in.pth', random_state(SMALL), file_format='pth')
+  path = tmp_path / 'in.safetensors'
+  torch_files.write(path, random_state(SMALL), file_format='safetensors')
 
   def fail(*_, **__):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(checkpoint.ocp.CheckpointManager, 'save', fail)
   with pytest.raises(command_line.BadInput, match=r'cannot be written .No space left'):
-    list(convert.import_(tmp_path / 'in.pth', tmp_path / 'new', verify=False))
-  assert [p.name for p in tmp_path.iterdir()] == ['in.pth']
+    list(convert.import_(path, tmp_path / 'new', verify=False))
+  assert list(tmp_path.iterdir()) == [path]

@@ -11,7 +11,6 @@ import numpy as np
 import parity
 import pytest
 import scipy.stats
-import torch
 from conftest import run_python
 
 from dropmae_jax import (
@@ -58,6 +57,7 @@ def relative(actual, expected):
 @pytest.fixture(scope='module')
 def imported(state, tmp_path_factory):
   """The recorded state dict as a .pth, read in by the command line: a checkpoint of ours."""
+  torch = pytest.importorskip('torch', reason='PyTorch is not installed')
   folder = tmp_path_factory.mktemp('imported')
   tensors = {name: torch.from_numpy(array) for name, array in state.items()}
   args = {'architecture': dataclasses.asdict(ARCHITECTURE)}
@@ -72,10 +72,12 @@ def imported(state, tmp_path_factory):
 
 @pytest.mark.parametrize('through_checkpoint', [False, True])
 @pytest.mark.parametrize('name', ['fwd_p02_normpix', 'fwd_p04_raw'])
-def test_forward_and_gradients(golden, state, imported, tmp_path, name, through_checkpoint):
+def test_forward_and_gradients(golden, state, request, tmp_path, name, through_checkpoint):
   recorded = golden(name)
   config = CONFIG | {'P': float(recorded['P']), 'norm_pix_loss': bool(recorded['norm_pix'])}
-  source = [f'--checkpoint={imported}'] if through_checkpoint else []
+  source = []
+  if through_checkpoint:
+    source = [f'--checkpoint={request.getfixturevalue("imported")}']
   case = {
     **({} if source else {f'state/{k}': v for k, v in state.items()}),
     'frames_x': recorded['frames_x'],

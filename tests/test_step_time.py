@@ -14,11 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, run_python
+from conftest import ROOT, needs_torch, run_python, torch
 from einops import rearrange
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
   asad_sampler,
@@ -71,6 +68,7 @@ def recipes(monkeypatch, *flags):
 @pytest.fixture(scope='module')
 def measured(tmp_path_factory):
   """One dry run of everything: what was timed, the numbers, and what was printed."""
+  pytest.importorskip('torch', reason='PyTorch is not installed')
   output, parts, printed = tmp_path_factory.mktemp('step_time') / 'out.json', {}, []
   make, show = step_time.make_parts, step_time.show
   with pytest.MonkeyPatch.context() as patch:
@@ -199,7 +197,11 @@ def traced(recipe):
   return jax.make_jaxpr(program.step)(program.abstract_state, frames, jax.random.key(0)).jaxpr
 
 
+@needs_torch
 def test_flops_are_those_of_the_step_and_of_pytorch(monkeypatch, small):
+  from torch.nn.attention import SDPBackend, sdpa_kernel
+  from torch.utils.flop_counter import FlopCounterMode
+
   dense, with_asad = (
     dataclasses.replace(recipe, attention='xla') for recipe in recipes(monkeypatch).values()
   )
@@ -219,6 +221,7 @@ def test_flops_are_those_of_the_step_and_of_pytorch(monkeypatch, small):
   assert counter.get_total_flops() == BATCH * flops.step(SMALLEST, 0.75, whole=True)
 
 
+@needs_torch
 def test_the_step_of_pytorch_is_of_the_same_model(monkeypatch, small):
   recipe = recipes(monkeypatch)['dense']
   step = torch_step.TorchStep(recipe, 'cpu')
@@ -273,6 +276,7 @@ def test_rounds_go_back_and_forth():
   assert calls == ['start', 'start', 'wait']
 
 
+@needs_torch
 def test_both_samplers_draw_the_same_number_by_the_same_weights():
   groups = Groups(3, 2)
   logits, matrix = asad_sampler.make_logits(3, 2, 32, groups)
@@ -288,6 +292,7 @@ def test_both_samplers_draw_the_same_number_by_the_same_weights():
   assert (weights[dropped] > 0).all()
 
 
+@needs_torch
 def test_the_samplers_are_compared(monkeypatch, capsys, tmp_path):
   output = tmp_path / 'out.json'
   flags = f'--batch_sizes=1,2 --heads=2 --tokens=32 --drop_rate=0.2 --rounds=2 --json={output}'

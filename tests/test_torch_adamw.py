@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
+from conftest import GOLDEN, torch
 from test_torch_export import PUBLISHED, TINY, random_state
 
 from dropmae_jax import mae, optimizer, torch_adamw, torch_export
@@ -42,6 +42,7 @@ def torch_update(parameters, adamw, gradients):
 @pytest.fixture(scope='module')
 def runs():
   """Three updates with the same gradients here and there, and a fourth for what follows."""
+  pytest.importorskip('torch', reason='PyTorch is not installed')
   state = random_state(TINY)
   fixed = {name: np.zeros_like(array) for name, array in state.items() if name not in TRAINED}
   gradients = [random_state(TINY, seed) | fixed for seed in range(1, 5)]
@@ -74,8 +75,6 @@ def as_tensors(value):
 
 def test_vit_b_has_the_published_ids():
   import json
-
-  from conftest import GOLDEN
 
   recorded = json.loads((GOLDEN / 'vit_b_state_dict.json').read_text())
   assert len(PUBLISHED) == len(recorded)

@@ -5,10 +5,9 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-import torch
-from torch import nn
+from conftest import torch
 
-from dropmae_jax import mae, torch_clients, torch_export, torch_files, torch_reference
+from dropmae_jax import mae, torch_clients, torch_export, torch_files
 
 BASE = mae.architecture_of_size('B')
 CLIENTS = {client.name: client for client in torch_clients.CLIENTS}
@@ -20,9 +19,9 @@ def network(timm, client, **options):
     net = timm.create_model('vit_base_patch16_224', **({'num_classes': 0} | options))
     if client in ('DropTrack', 'DropSeg'):
       for name in torch_export.FRAME_IDENTITIES:
-        net.register_parameter(name, nn.Parameter(torch.zeros(1, 1, 768)))
+        net.register_parameter(name, torch.nn.Parameter(torch.zeros(1, 1, 768)))
     if client == 'DropSeg':
-      net.new_heads = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(36))
+      net.new_heads = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(1)) for _ in range(36))
   return net
 
 
@@ -108,6 +107,8 @@ def test_timm_loads_tables_of_other_pixels_as_it_is_told(timm, tmp_path):
   'file_format', ['pth', pytest.param('safetensors', marks=pytest.mark.slow)]
 )
 def test_timm_loads_our_file_strictly_and_computes_our_features(timm, tmp_path, file_format):
+  from dropmae_jax import torch_reference
+
   params = jax.jit(mae.init_params, static_argnums=1)(jax.random.key(0), BASE)
   params = jax.tree.map(np.asarray, params)
   tensors = torch_export.in_layout(torch_export.to_torch(params, BASE), 'timm')
