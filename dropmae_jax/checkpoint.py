@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dropmae_jax import destination, mae, optimizer
-from dropmae_jax.command_line import BadInput, refusing
+from dropmae_jax.command_line import PROGRAM_ERRORS, BadInput, refusing
 from dropmae_jax.mae import Architecture, Objective
 from dropmae_jax.optimizer import Moments
 
@@ -86,6 +86,8 @@ def unseal(stored: dict[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: it is not what was saved.
   """
+  if not isinstance(stored, dict):
+    raise ValueError('the description is not what was saved')
   description = {name: value for name, value in stored.items() if name != 'sha256'}
   is_old = 'sha256' not in stored and 'checksums' not in stored
   if not is_old and stored.get('sha256') != _sha256(description):
@@ -150,9 +152,9 @@ def load_weights(
   try:
     with ocp.CheckpointManager(root) as manager:
       return _restore_weights(manager, step, with_moments)
-  except (
-    Exception
-  ) as error:  # Orbax answers damage with whatever its parts have, Exception itself too.
+  except PROGRAM_ERRORS:
+    raise
+  except Exception as error:  # Orbax answers damage with whatever its parts have, with this too.
     reason = first_line(error)
     remedy = f'give another step: {others}' if others else 'it is the only one; give another run'
     raise BadInput(f'step {step} of {folder} cannot be read ({reason}); {remedy}.') from error
@@ -167,9 +169,18 @@ def _stored_steps(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
   return root, [int(x) for x in names if x.isdecimal() and (root / x / 'params').is_dir()]
 
 
+def _check_known(options: type, stored: dict[str, Any]) -> None:
+  """Raises a ValueError where a description has options that other code than this has written."""
+  unknown = stored.keys() - {field.name for field in dataclasses.fields(options)}
+  if unknown:
+    raise ValueError(f'it has {", ".join(sorted(unknown))}, which this code does not know')
+
+
 def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bool) -> Weights:
   stored = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
   description = unseal(stored.description)
+  _check_known(Architecture, description['architecture'])
+  _check_known(Objective, description['objective'])
   architecture = Architecture(**description['architecture'])
   # None is what a file that was read in did not tell.
   objective = description['objective']

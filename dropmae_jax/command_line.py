@@ -18,6 +18,10 @@ class BadInput(ValueError):
   exit_status = 2
 
 
+# Mistakes in a program, this one or a library's: whatever a file holds, these say nothing about it.
+PROGRAM_ERRORS = (TypeError, AttributeError, NameError, ImportError)
+
+
 class Terminated(KeyboardInterrupt):
   """SIGTERM, which unwinds the program as Ctrl-C does, so that temporary folders go."""
 

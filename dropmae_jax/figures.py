@@ -21,6 +21,7 @@ from dropmae_jax import attention, augment, checkpoint, command_line, mae, maski
 from dropmae_jax.augment import Box
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.mae import MaskedAutoencoder, Objective
+from tfds_kinetics.video import UnusableVideo, open_video
 
 TITLES = ('input', 'masked input', 'reconstruction')
 PANEL = 224  # Pixels along a side of a panel, at least.
@@ -37,14 +38,14 @@ def read_frames(video: pathlib.Path, numbers: tuple[int, ...]) -> list[UInt8[np.
     raise BadInput(f'--video={video} is not a file; give a video.')
   wanted = dict.fromkeys(numbers)
   try:
-    with av.open(str(video)) as container:
+    with open_video(str(video)) as container:
       frame = None
       for number, frame in enumerate(container.decode(video=0)):
         if number in wanted:
           wanted[number] = frame.to_ndarray(format='rgb24')
         if number >= max(numbers):
           break
-  except (av.error.FFmpegError, IndexError) as error:
+  except (av.error.FFmpegError, UnusableVideo, IndexError) as error:
     raise BadInput(f'--video={video} cannot be decoded ({error}); give another video.') from error
   if frame is None:
     raise BadInput(f'--video={video} has no frames; give another video.')

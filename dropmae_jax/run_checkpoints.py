@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from dropmae_jax import checkpoint, hosts, retention
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.command_line import PROGRAM_ERRORS, BadInput
 from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.train_step import TrainState
 
@@ -55,8 +55,12 @@ class Checkpoints:
     self._pending: int | None = None
     self._given_up: set[int] = set()
     for step in self._manager.all_steps() if options.keep_best else []:
-      with contextlib.suppress(Exception):  # A damaged one is told when it is to be restored.
+      try:
         self._scores[step] = self._stored_score(step)
+      except PROGRAM_ERRORS:
+        raise
+      except Exception:
+        self._scores[step] = None  # A damaged one is told when it is to be restored.
 
   @property
   def latest_step(self) -> int | None:
@@ -100,6 +104,8 @@ class Checkpoints:
       self._pending = step
       try:
         self._manager.save(step, args=ocp.args.Composite(**items))
+      except PROGRAM_ERRORS:
+        raise
       except Exception as error:  # Orbax answers a full disk with whatever its parts have.
         self._give_up(error, say)
 
@@ -108,6 +114,8 @@ class Checkpoints:
     try:
       self._manager.wait_until_finished()
       self._pending = None
+    except PROGRAM_ERRORS:
+      raise
     except Exception as error:  # As in `save`.
       self._give_up(error, say)
 
@@ -270,12 +278,13 @@ def _together(stage: Callable[[], Any]) -> tuple[Any, str]:
   """Runs a stage on all processes; returns its result, or why it failed on this one or another.
 
   Raises:
-    BadInput: of the stage, once the others have heard that it failed here.
+    BadInput: of the stage, once the others have heard that it failed here. So are mistakes in a
+      program, which say nothing about what is read.
   """
   result, refused, reason = None, None, ''
   try:
     result = stage()
-  except BadInput as error:
+  except (BadInput, *PROGRAM_ERRORS) as error:
     refused = error
   except Exception as error:  # Orbax answers damage with whatever its parts have.
     reason = checkpoint.first_line(error)

@@ -84,6 +84,7 @@ def _read_safetensors(path: pathlib.Path) -> WeightFile:
     with safetensors.safe_open(path, framework='numpy') as file:
       tensors = {name: file.get_tensor(name) for name in list(file.keys())}
       metadata = file.metadata() or {}
+  # The last two are for types of numbers that numpy does not have.
   except (safetensors.SafetensorError, OSError, AttributeError, TypeError) as error:
     raise BadInput(f'{path} cannot be read as safetensors ({error}); give a whole file.') from error
   if not tensors:
@@ -107,6 +108,8 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
         path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path) or None
       )
   except Exception as error:  # A damaged file fails in as many ways as there are bytes.
+    if error.__traceback__.tb_next is None:
+      raise  # It was met here, and not inside of PyTorch: the call is wrong, and not the file.
     if code := re.search(r'(?:GLOBAL|unrecognized function) (\S+)', str(error)):
       raise BadInput(
         f'{path} holds the Python object {code[1]}, which is code and is not run; where you trust'

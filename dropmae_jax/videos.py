@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.command_line import PROGRAM_ERRORS, BadInput
 
 # Major versions of the dataset that are read: its other numbers change nothing for a reader.
 SUPPORTED_VERSIONS = frozenset({2})
@@ -71,6 +71,9 @@ class TfdsVideos:
     try:
       builder = tfds.builder_from_directory(folder)
       info = builder.info.splits.get(split)
+      names = sorted(os.path.basename(path) for path in info.filenames) if info else []
+    except PROGRAM_ERRORS:
+      raise
     except Exception as error:  # TFDS answers damaged metadata with whatever its parsers raise.
       raise _damaged(folder, f'dataset_info.json or features.json: {error}') from error
     if builder.version.major not in SUPPORTED_VERSIONS:
@@ -80,22 +83,21 @@ class TfdsVideos:
         f'{folder} has no split {split!r} that tfds_kinetics wrote; there are:'
         f' {", ".join(builder.info.splits)}.'
       )
-    self._check_shards(info)
+    self._check_shards(names, int(info.num_bytes))
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     self._records = builder.as_data_source(split, deserialize_method=raw)
     self._first, self._frames, self.fingerprint = self._read_index()
 
-  def _check_shards(self, info: tfds.core.SplitInfo) -> None:
-    """Compares the shard files with what the metadata say; reads none of them."""
+  def _check_shards(self, names: list[str], recorded: int) -> None:
+    """Compares the shard files with the names and bytes of the metadata; reads none of them."""
     with os.scandir(self.folder) as entries:
       sizes = {entry.name: entry.stat().st_size for entry in entries}
-    names = sorted(os.path.basename(path) for path in info.filenames)
     lacking = [name for name in names if not sizes.get(name)]
     if lacking:
       raise _damaged(
         self.folder, f'{len(lacking)} of {len(names)} shards missing or empty: {lacking[0]}'
       )
-    there, recorded = sum(sizes[name] for name in names), int(info.num_bytes)
+    there = sum(sizes[name] for name in names)
     if there != recorded:
       raise _damaged(
         self.folder,
@@ -108,6 +110,8 @@ class TfdsVideos:
     try:
       with np.load(self.folder / name) as index:
         first, frames, fingerprint = (index[key] for key in ('first', 'frames', 'fingerprint'))
+    except PROGRAM_ERRORS:
+      raise
     except Exception as error:  # Zip, zlib, pickle and numpy each have their own for a bad file.
       raise _damaged(self.folder, f'{name}: {_reason(error)}') from error
     whole = first.dtype.kind == frames.dtype.kind == 'i' and first.shape == frames.shape
@@ -143,6 +147,8 @@ class TfdsVideos:
       try:
         features = tf_example_pb2.Example.FromString(self._records[record]).features.feature
         return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
+      except PROGRAM_ERRORS:
+        raise
       except Exception as error:  # Whatever array_record, protobuf and simplejpeg have.
         if pause is None:
           raise self._unreadable(video, record, error) from error

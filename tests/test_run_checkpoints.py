@@ -7,6 +7,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import run_python, train_arguments
 from test_commands import assert_same_weights, losses
@@ -222,6 +223,40 @@ def test_a_description_that_was_changed_is_damaged_and_no_other_model(saved, old
   step, _, (note,) = restored(saved)
   assert step == 10
   assert 'step 12 is damaged (the description is not what was saved)' in note
+
+
+def planted(*_, **__):
+  raise TypeError('planted')
+
+
+def test_a_mistake_in_a_program_is_no_damage(saved, monkeypatch):
+  """Neither of what is read nor of the disk that is written to; all checkpoints stay in place."""
+  before = sorted(path.name for path in (saved / checkpoint.FOLDER).iterdir())
+  for module, name in ((ocp.CheckpointManager, 'restore'), (checkpoint, 'check')):
+    with monkeypatch.context() as patch:
+      patch.setattr(module, name, planted)
+      with pytest.raises(TypeError, match='planted'):
+        restored(saved)
+      with pytest.raises(TypeError, match='planted'):
+        checkpoint.load_weights(saved)
+  assert sorted(path.name for path in (saved / checkpoint.FOLDER).iterdir()) == before
+  checkpoints = Checkpoints(saved, CheckpointOptions(), DESCRIPTION)
+  for name in ('save', 'wait_until_finished'):
+    with monkeypatch.context() as patch, pytest.raises(TypeError, match='planted'):
+      patch.setattr(ocp.CheckpointManager, name, planted)
+      checkpoints.save(14, state_at(14), say=pytest.fail)
+  checkpoints.close()
+
+
+@pytest.mark.parametrize('part', ['architecture', 'objective'])
+def test_options_of_other_code_are_named(saved, part):
+  path, stored = description_of(saved / checkpoint.FOLDER / '12')
+  stored[part]['of_later'] = 1
+  path.write_text(json.dumps(checkpoint.seal(stored)))
+  with pytest.raises(
+    BadInput, match=r'step 12 .* \(it has of_later, which this code does not know\); give another'
+  ):
+    checkpoint.load_weights(saved)
 
 
 def test_what_broken_saves_left_goes_with_the_next_start(saved):

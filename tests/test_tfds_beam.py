@@ -13,7 +13,7 @@ from test_tfds_kinetics import DATASET, command, contents, write
 import tfds_kinetics
 from tfds_kinetics import build, shards, workers
 from tfds_kinetics.configs import COLLECTIONS
-from tfds_kinetics.messages import BadInput
+from tfds_kinetics.messages import BadInput, ProgramError
 from tfds_kinetics.video import FrameOptions, MachineFault
 
 
@@ -169,8 +169,8 @@ def test_what_stops_a_runner_is_one_sentence(
 @pytest.mark.parametrize(
   'error',
   [
-    workers.ProgramError('TypeError: planted'),
-    RuntimeError('Traceback ...\ntfds_kinetics.workers.ProgramError: TypeError: planted'),
+    ProgramError('TypeError: planted'),
+    RuntimeError('Traceback ...\ntfds_kinetics.messages.ProgramError: TypeError: planted'),
   ],
 )
 def test_a_mistake_in_a_program_is_no_bad_input(tmp_path, beam, planned, monkeypatch, error):

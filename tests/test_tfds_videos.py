@@ -12,6 +12,7 @@ import pytest
 import simplejpeg
 from av.stream import Disposition
 
+from dropmae_jax import figures
 from tfds_kinetics import video
 from tfds_kinetics.video import (
   FrameOptions,
@@ -303,6 +304,7 @@ def test_titles_need_not_be_utf_8(tmp_path, name, codec):
   assert content.count(b'CAFE') == 1
   (tmp_path / name).write_bytes(content.replace(b'CAFE', b'CAF\xe9'))
   assert len(decoded(path)) == FRAMES
+  assert len(figures.read_frames(tmp_path / name, (0, 1))) == 2
 
 
 def failing_with(error):

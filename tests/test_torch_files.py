@@ -298,6 +298,14 @@ def test_files_of_other_things_are_refused(tmp_path, content, message):
     torch_files.read(tmp_path / 'none.pth')
 
 
+@needs_torch
+def test_a_call_that_pytorch_does_not_take_is_no_fault_of_the_file(tmp_path, monkeypatch):
+  torch_files.write(tmp_path / 'in.pth', TENSORS, file_format='pth')
+  monkeypatch.setattr(torch, 'load', lambda path: {})
+  with pytest.raises(TypeError, match='unexpected keyword argument'):
+    torch_files.read(tmp_path / 'in.pth')
+
+
 FILE_LIMIT = """
 import pathlib, resource, signal, sys
 import numpy as np

@@ -16,7 +16,7 @@ from sources import NumberedVideos
 from test_tfds_frames import stored
 
 from benchmarks import loader_memory
-from dropmae_jax import data, mixture, videos
+from dropmae_jax import command_line, data, mixture, videos
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.data import DataOptions
 
@@ -111,6 +111,7 @@ def test_a_version_folder_that_is_given_itself_tells_its_format(damaged):
   [
     ('dataset_info.json', b'{"na', 'dataset_info.json'),
     ('dataset_info.json', b'{}', 'dataset_info.json'),
+    ('dataset_info.json', (b'{SPLIT}', b'{SPLIP}'), 'dataset_info.json'),
     ('features.json', None, 'features.json'),
     ('index-train.npz', None, 'index-train.npz: FileNotFoundError'),
     ('index-train.npz', b'', 'index-train.npz: EOFError'),
@@ -121,6 +122,10 @@ def test_damaged_metadata_are_refused(damaged, name, content, message):
   data_dir, folder = damaged
   if content is None:
     (folder / name).unlink()
+  elif isinstance(content, tuple):
+    before = (folder / name).read_bytes()
+    assert content[0] in before
+    (folder / name).write_bytes(before.replace(*content))
   else:
     (folder / name).write_bytes(content)
   assert_refused(data_dir, message, 'build it again with python -m tfds_kinetics')
@@ -234,6 +239,27 @@ def test_storage_that_fails_is_not_damage(data_dir, monkeypatch):
   faults += 3 * [RuntimeError('DATA_LOSS')]
   with pytest.raises(videos.DamagedRecord, match=r'video 2 .* is damaged'):
     dataset.frame(2, 1)
+
+
+def planted(error):
+  def failing(*_, **__):
+    raise error
+
+  return failing
+
+
+@pytest.mark.parametrize('error', command_line.PROGRAM_ERRORS)
+def test_mistakes_in_a_program_are_no_damage(data_dir, monkeypatch, error):
+  """They are told as what they are, at once: nothing is to be copied, built or read anew."""
+  dataset = videos.open_dataset(str(data_dir), DATASET)
+  monkeypatch.setattr(videos, 'RETRY_SECONDS', (1e6,))
+  with monkeypatch.context() as patch, pytest.raises(error, match='planted'):
+    patch.setattr(videos.simplejpeg, 'decode_jpeg', planted(error('planted')))
+    dataset.frame(2, 1)
+  for module, name in ((videos.tfds, 'builder_from_directory'), (videos.np, 'load')):
+    with monkeypatch.context() as patch, pytest.raises(error, match='planted'):
+      patch.setattr(module, name, planted(error('planted')))
+      videos.open_dataset(str(data_dir), DATASET)
 
 
 def test_a_mixture_opens_its_datasets(data_dir, tmp_path):

@@ -10,10 +10,10 @@ import shlex
 from typing import Any
 
 from tfds_kinetics import shards
-from tfds_kinetics.messages import BadInput
+from tfds_kinetics.messages import BadInput, ProgramError
 from tfds_kinetics.shards import ShardJob
 from tfds_kinetics.video import MachineFault
-from tfds_kinetics.workers import KilledAgain, ProgramError, ShardProcess
+from tfds_kinetics.workers import KilledAgain, ShardProcess
 
 try:
   import apache_beam as beam

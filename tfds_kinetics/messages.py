@@ -17,6 +17,14 @@ class Stopped(Exception):
   """The build was interrupted; what is finished is kept."""
 
 
+class ProgramError(Exception):
+  """A mistake in a program, met in a process: it ends the build, and is no verdict on a video.
+
+  It is made of text alone. An error that the builder could not read would be taken for a process
+  that was killed.
+  """
+
+
 def one_line(text: str) -> str:
   """Shows line ends and other control characters, which file names may have, by their codes."""
   return re.sub(

@@ -126,7 +126,7 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
   packets = number = stored = 0
   # Of the core, not of the clock: neither a loaded nor a suspended machine is the video's fault.
   deadline = time.process_time() + options.time_limit
-  with _open(path) as container:
+  with open_video(path) as container:
     if container.format.name in ('concat', 'hls'):
       raise UnusableVideo('it is a playlist')
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -176,7 +176,16 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
     )
 
 
-def _open(path: str, **options: str) -> av.container.InputContainer:
+def open_video(path: str, **options: str) -> av.container.InputContainer:
+  """Opens a video whatever its name and its titles look like.
+
+  Args:
+    path: of the file.
+    **options: of FFmpeg's demuxer.
+
+  Raises:
+    FFmpegError, UnusableVideo: it is no video.
+  """
   # As `file:`, whatever the name looks like; FFmpeg lets what it opened so open files only, so a
   # playlist under a video's name fetches nothing.
   with _demuxing():
@@ -185,7 +194,7 @@ def _open(path: str, **options: str) -> av.container.InputContainer:
 
 def _count_packets(path: str, stream: int) -> int:
   """Counts the packets that are there, those too that an edit list takes out of what plays."""
-  with _open(path, ignore_editlist='1') as container, _demuxing():
+  with open_video(path, ignore_editlist='1') as container, _demuxing():
     return sum(packet.size > 0 for packet in container.demux(container.streams[stream]))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import tqdm
 
 from tfds_kinetics import shards
-from tfds_kinetics.messages import BadInput, Stopped, log, say
+from tfds_kinetics.messages import BadInput, ProgramError, Stopped, log, say
 from tfds_kinetics.shards import ShardJob
 from tfds_kinetics.tree import Video, printable
 from tfds_kinetics.video import MachineFault
@@ -32,14 +32,6 @@ MOST_UNEXPLAINED = 3
 
 class KilledAgain(RuntimeError):
   """Processes are killed again and again, by no video."""
-
-
-class ProgramError(Exception):
-  """A mistake in a program, met in a process: it ends the build, and is no verdict on a video.
-
-  It is made of text alone. An error that this process could not read would be taken for a process
-  that was killed.
-  """
 
 
 class ShardProcess:
