@@ -149,14 +149,15 @@ def load_weights(
     raise BadInput(
       f'step {step} of {folder} holds weights without optimizer state; leave --with_optimizer out.'
     )
+  remedy = f'give another step: {others}' if others else 'it is the only one; give another run'
   try:
     with ocp.CheckpointManager(root) as manager:
       return _restore_weights(manager, step, with_moments)
-  except PROGRAM_ERRORS:
+  except PROGRAM_ERRORS as error:  # Mostly; damage of its json makes orbax raise them too.
+    error.add_note(f'If step {step} of {folder} is damaged: {remedy}.')
     raise
   except Exception as error:  # Orbax answers damage with whatever its parts have, with this too.
     reason = first_line(error)
-    remedy = f'give another step: {others}' if others else 'it is the only one; give another run'
     raise BadInput(f'step {step} of {folder} cannot be read ({reason}); {remedy}.') from error
 
 

@@ -53,14 +53,11 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self._folder, options=self._options)
     self._every_steps = options.every_steps
     self._pending: int | None = None
+    self._has_saved = False
     self._given_up: set[int] = set()
     for step in self._manager.all_steps() if options.keep_best else []:
-      try:
+      with contextlib.suppress(Exception):  # It is told when the run is to go on from one.
         self._scores[step] = self._stored_score(step)
-      except PROGRAM_ERRORS:
-        raise
-      except Exception:
-        self._scores[step] = None  # A damaged one is told when it is to be restored.
 
   @property
   def latest_step(self) -> int | None:
@@ -104,8 +101,6 @@ class Checkpoints:
       self._pending = step
       try:
         self._manager.save(step, args=ocp.args.Composite(**items))
-      except PROGRAM_ERRORS:
-        raise
       except Exception as error:  # Orbax answers a full disk with whatever its parts have.
         self._give_up(error, say)
 
@@ -113,17 +108,21 @@ class Checkpoints:
     """Waits for what is being written."""
     try:
       self._manager.wait_until_finished()
+      self._has_saved |= self._pending is not None
       self._pending = None
-    except PROGRAM_ERRORS:
-      raise
     except Exception as error:  # As in `save`.
       self._give_up(error, say)
 
   def _give_up(self, error: Exception, say: Callable[[str], None]) -> None:
-    """Frees the room of a checkpoint that could not be written; those before it are kept."""
+    """Frees the room of a checkpoint that could not be written; those before it are kept.
+
+    A mistake in a program, by which this process has saved nothing yet, is raised.
+    """
     step, self._pending = self._pending, None
     if step is None:
       return  # It was told already.
+    if isinstance(error, PROGRAM_ERRORS) and not self._has_saved:
+      raise error
     self._given_up.add(step)
     self._remove_given_up()
     self._manager.reload()
@@ -165,29 +164,34 @@ class Checkpoints:
   def restore(self, abstract: TrainState) -> tuple[TrainState, list[str]]:
     """Reads the newest state that is whole, onto the shapes and places of `abstract`.
 
-    Damaged ones are set aside under another name.
+    Damaged ones are set aside under another name. Damage of its json makes orbax raise what a
+    mistake in a program does, but such a mistake meets all of them.
 
     Returns:
       The state, and a sentence on each that was damaged.
 
     Raises:
       BadInput: it is of another architecture, holds weights alone, or none is whole.
+      TypeError and the like: none can be read, by a mistake in a program.
     """
-    damaged: dict[int, str] = {}
+    damaged: dict[int, Exception] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      state, reason = self._restore_step(step, abstract)
-      if not reason:
+      state, error = self._restore_step(step, abstract)
+      if not error:
         return state, [self._set_aside(each, why) for each, why in damaged.items()]
-      damaged[step] = reason
-    found = '; '.join(f'step {step}: {reason}' for step, reason in damaged.items())
+      damaged[step] = error
+    for error in damaged.values():
+      if isinstance(error, PROGRAM_ERRORS):
+        raise error
+    found = '; '.join(f'step {k}: {checkpoint.first_line(v)}' for k, v in damaged.items())
     raise BadInput(
       f'no checkpoint in {self._folder} can be read ({found}); see to its storage, or give another'
       ' --workdir to begin anew.'
     )
 
-  def _set_aside(self, step: int, reason: str) -> str:
+  def _set_aside(self, step: int, error: Exception) -> str:
     """Renames a damaged checkpoint, so that it is neither read nor in the way of a new one."""
-    name = f'{step}.damaged'
+    name, reason = f'{step}.damaged', checkpoint.first_line(error)
     if jax.process_index() == 0:
       shutil.rmtree(self._folder / name, ignore_errors=True)
       (self._folder / str(step)).rename(self._folder / name)
@@ -195,7 +199,9 @@ class Checkpoints:
     self._manager.reload()
     return f'the checkpoint of step {step} is damaged ({reason}); it is set aside as {name}'
 
-  def _restore_step(self, step: int, abstract: TrainState) -> tuple[TrainState | None, str]:
+  def _restore_step(
+    self, step: int, abstract: TrainState
+  ) -> tuple[TrainState | None, Exception | None]:
     """Returns the state of a step, or None and what is wrong with it.
 
     All processes come to the same end: in each stage, what one finds, all hear of before the next.
@@ -215,16 +221,16 @@ class Checkpoints:
       for name in arrays:
         checkpoint.check(name, restored[name], stored)
 
-    stored, reason = _together(describe)
-    if not reason:
-      restored, reason = _together(read)
-    if not reason:
-      _, reason = _together(examine)
-    if reason:
-      return None, reason
+    stored, error = _together(describe)
+    if not error:
+      restored, error = _together(read)
+    if not error:
+      _, error = _together(examine)
+    if error:
+      return None, error
     self._mean_loss = retention.MeanLoss() if self.is_due(step) else retention.mean_in(stored)
     count = jax.device_put(np.int32(step), abstract.step.sharding)
-    return TrainState(step=count, params=restored.params, opt_state=restored.opt_state), ''
+    return TrainState(step=count, params=restored.params, opt_state=restored.opt_state), None
 
   def _refuse_another_model(self, step: int, stored: dict[str, Any]) -> None:
     mine, its = self._description['architecture'], stored['architecture']
@@ -274,21 +280,20 @@ class Checkpoints:
     self._remove_given_up()
 
 
-def _together(stage: Callable[[], Any]) -> tuple[Any, str]:
+def _together(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
   """Runs a stage on all processes; returns its result, or why it failed on this one or another.
 
   Raises:
-    BadInput: of the stage, once the others have heard that it failed here. So are mistakes in a
-      program, which say nothing about what is read.
+    BadInput: of the stage, once the others have heard that it failed here.
   """
-  result, refused, reason = None, None, ''
+  result = failure = None
   try:
     result = stage()
-  except (BadInput, *PROGRAM_ERRORS) as error:
-    refused = error
   except Exception as error:  # Orbax answers damage with whatever its parts have.
-    reason = checkpoint.first_line(error)
-  failed_somewhere = hosts.any_of(bool(refused or reason))
-  if refused:
-    raise refused
-  return result, reason or ('another process cannot read it' if failed_somewhere else '')
+    failure = error
+  failed_somewhere = hosts.any_of(failure is not None)
+  if isinstance(failure, BadInput):
+    raise failure
+  if failed_somewhere and not failure:
+    failure = OSError('another process cannot read it')
+  return result, failure

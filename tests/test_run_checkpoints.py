@@ -230,7 +230,7 @@ def planted(*_, **__):
 
 
 def test_a_mistake_in_a_program_is_no_damage(saved, monkeypatch):
-  """Neither of what is read nor of the disk that is written to; all checkpoints stay in place."""
+  """Neither of what is read nor of the disk that is written to; it meets all checkpoints."""
   before = sorted(path.name for path in (saved / checkpoint.FOLDER).iterdir())
   for module, name in ((ocp.CheckpointManager, 'restore'), (checkpoint, 'check')):
     with monkeypatch.context() as patch:
@@ -241,11 +241,23 @@ def test_a_mistake_in_a_program_is_no_damage(saved, monkeypatch):
         checkpoint.load_weights(saved)
   assert sorted(path.name for path in (saved / checkpoint.FOLDER).iterdir()) == before
   checkpoints = Checkpoints(saved, CheckpointOptions(), DESCRIPTION)
-  for name in ('save', 'wait_until_finished'):
-    with monkeypatch.context() as patch, pytest.raises(TypeError, match='planted'):
-      patch.setattr(ocp.CheckpointManager, name, planted)
-      checkpoints.save(14, state_at(14), say=pytest.fail)
+  with monkeypatch.context() as patch, pytest.raises(TypeError, match='planted'):
+    patch.setattr(ocp.CheckpointManager, 'save', planted)
+    checkpoints.save(14, state_at(14), say=pytest.fail)
+  checkpoints.finish(14, state_at(14), say=pytest.fail)
   checkpoints.close()
+
+
+def test_damage_that_looks_like_a_mistake_in_a_program_is_damage(saved):
+  """Orbax meets it as an AttributeError, at one checkpoint and not at those before."""
+  path = saved / checkpoint.FOLDER / '12' / 'params' / 'array_metadatas' / 'process_0'
+  path.write_text(path.read_text().replace('"array_metadata"', '"array_metadatb"'))
+  with pytest.raises(AttributeError) as caught:
+    checkpoint.load_weights(saved)
+  assert caught.value.__notes__[0].endswith(' is damaged: give another step: 4, 8, 10.')
+  step, _, (note,) = restored(saved)
+  assert step == 10
+  assert note.endswith('it is set aside as 12.damaged')
 
 
 @pytest.mark.parametrize('part', ['architecture', 'objective'])
