@@ -246,7 +246,7 @@ def test_a_cover_is_not_a_video(tmp_path):
     sound = container.add_stream('aac', rate=8000)
     cover = container.add_stream('mjpeg', rate=1)
     cover.width, cover.height, cover.pix_fmt = 64, 48, 'yuvj420p'
-    cover.disposition = Disposition.attached_pic
+    cover.disposition = Disposition.attached_pic.value
     picture = av.VideoFrame.from_ndarray(pictures(count=1)[0], 'rgb24')
     for packet in [*cover.encode(picture), *cover.encode()]:
       container.mux(packet)
