@@ -7,7 +7,7 @@
 # make test PYTHON=python3.12   the same on another Python, in an environment of its own, .venv-3.12.
 # Each Python that is tested has a file of pinned versions: requirements-test.txt is that of 3.11.
 
-# The Python that is tested first of all, or what there is; one that is found need not run.
+# python3.11 if it runs, else python3.
 DEFAULT := $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PYTHON ?= $(DEFAULT)
 version_of = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)

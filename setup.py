@@ -13,7 +13,7 @@ setup(
   python_requires='>=3.11',
   packages=['dropmae_jax', 'tfds_kinetics', 'configs'],
   py_modules=['convert_to_torch'],
-  # Each ends below the release that may break us: the next major one, and of 0.x the next minor.
+  # Each ends below the first major release, of 0.x the first minor one, that was not tested.
   install_requires=[
     'absl-py>=2,<3',
     'array-record>=0.8.6,<0.9',
@@ -39,6 +39,8 @@ setup(
     'cuda': [f'jax[cuda]{JAX}'],
     'tpu': [f'jax[tpu]{JAX}'],
     'torch': ['torch>=2.6,<3'],
+    # Of the tests, where there is PyTorch.
+    'timm': ['timm>=1.0,<2'],
     'beam': ['apache-beam>=2.77,<3'],
     'dev': [
       'beartype>=0.22.1,<0.24',
@@ -48,7 +50,6 @@ setup(
       'pytest-xdist>=3.6,<4',
       'ruff>=0.9,<0.18',
       'scipy>=1.14,<2',
-      'timm>=1.0,<2',
     ],
   },
 )

@@ -6,6 +6,7 @@ whole `config`, and the `checksums` of the arrays. Orbax writes to a temporary n
 what is listed was whole once. Training writes them by `run_checkpoints`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -153,12 +154,21 @@ def load_weights(
   try:
     with ocp.CheckpointManager(root) as manager:
       return _restore_weights(manager, step, with_moments)
-  except PROGRAM_ERRORS as error:  # Mostly; damage of its json makes orbax raise them too.
-    error.add_note(f'If step {step} of {folder} is damaged: {remedy}.')
-    raise
   except Exception as error:  # Orbax answers damage with whatever its parts have, with this too.
+    # Usually these are a bug, but damaged json makes orbax raise them too, and a bug meets all.
+    if isinstance(error, PROGRAM_ERRORS) and not _any_is_whole(root, steps, with_moments):
+      error.add_note(f'If step {step} of {folder} is damaged, {remedy}.')
+      raise
     reason = first_line(error)
     raise BadInput(f'step {step} of {folder} cannot be read ({reason}); {remedy}.') from error
+
+
+def _any_is_whole(root: pathlib.Path, steps: list[int], with_moments: bool) -> bool:
+  for step in steps:
+    with contextlib.suppress(Exception), ocp.CheckpointManager(root) as manager:
+      _restore_weights(manager, step, with_moments)
+      return True
+  return False
 
 
 def _stored_steps(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:

@@ -1,6 +1,6 @@
 """Options of what feeds a run and of what it keeps, checked when they are made.
 
-Nothing heavy is imported: who computes a step needs neither the loader's libraries nor orbax.
+Nothing heavy is imported: a training step needs neither the loader's libraries nor orbax.
 """
 
 import dataclasses
@@ -20,8 +20,9 @@ class DataOptions:
     num_workers: processes that decode and crop; 0 does it in threads of this one.
     num_threads: threads of a process without workers; 0 works only when a batch is asked for.
     stall_seconds: a run ends with an error when no batch came for so long.
-    max_damaged_records: a run ends with an error when more records than these cannot be read;
-      other videos take the place of those that they are of.
+    max_damaged_records: a run ends with an error when more records than these cannot be read, or
+      when no readable video is found for a pair in a hundred tries; until then other videos take
+      the place of those that they are of.
   """
 
   frame_gap: int = 50

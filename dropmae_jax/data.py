@@ -89,7 +89,8 @@ class PairMaker:
           raise too_many_damaged(damaged, self._options.max_damaged_records) from error
       key = self._replacement(key)
     raise DamagedRecord(
-      f'{list(damaged)[-1]} So were all of {MOST_TRIES} videos that were drawn for one pair.'
+      f'{list(damaged)[-1]} All of the {MOST_TRIES} videos that were drawn for this pair are'
+      ' damaged.'
     )
 
   def frame_numbers(self, key: PairKey) -> tuple[int, int]:

@@ -97,7 +97,7 @@ def build_program(recipe: Recipe, mesh: Mesh) -> Program:
       donate_argnames='state',
       in_shardings=(places, sharding.batch_sharding(mesh), everywhere),
       out_shardings=(places, everywhere),
-      compiler_options=_SAME_NUMBERS if mesh.devices.flat[0].platform == 'gpu' else None,
+      compiler_options=_SAME_NUMBERS if sharding.platform_of(mesh) == 'gpu' else None,
     ),
     abstract_state=state,
   )

@@ -180,10 +180,11 @@ class Checkpoints:
       if not error:
         return state, [self._set_aside(each, why) for each, why in damaged.items()]
       damaged[step] = error
-    for error in damaged.values():
-      if isinstance(error, PROGRAM_ERRORS):
-        raise error
     found = '; '.join(f'step {k}: {checkpoint.first_line(v)}' for k, v in damaged.items())
+    if all(isinstance(each, PROGRAM_ERRORS) for each in damaged.values()):
+      error = next(iter(damaged.values()))
+      error.add_note(f'No checkpoint in {self._folder} could be read ({found}).')
+      raise error
     raise BadInput(
       f'no checkpoint in {self._folder} can be read ({found}); see to its storage, or give another'
       ' --workdir to begin anew.'

@@ -58,6 +58,11 @@ def _by_neighbourhood(device: jax.Device) -> tuple[int, int, int]:
   return getattr(device, 'slice_index', 0) or 0, device.process_index, device.id
 
 
+def platform_of(mesh: Mesh) -> str:
+  """Returns the kind of a mesh's devices, such as 'cpu' or 'gpu'."""
+  return mesh.devices.flat[0].platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Where small things lie: whole on every device."""
   return NamedSharding(mesh, PartitionSpec())

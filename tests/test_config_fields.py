@@ -12,9 +12,11 @@ import threading
 import time
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dropmae_jax import checkpoint, data, mae, masking, program, recipe, run, sharding, train
 from dropmae_jax.command_line import BadInput
@@ -86,7 +88,7 @@ RUN = {
   'seed': (1, {'fed', 'written', 'initial', 'key'}),
   'init_from': ('{weights}', {'initial'}),
   'num_steps': (STEPS + 1, {'fed', 'written', 'kept'}),
-  'batch_size': (4, {'fed', 'written', 'steps_per_epoch'}),
+  'batch_size': (4, {'fed', 'written', 'steps_per_epoch', 'batch_of_report'}),
   'log_every': (3, {'written'}),
   'step_stall_seconds': (77.0, {'watchdog'}),
   'model.image_size': (32, {'fed', 'written'}),
@@ -94,7 +96,7 @@ RUN = {
   'data.resize': ('exact', {'fed', 'written'}),
   'data.shared_augmentation': (True, {'fed', 'written'}),
   'data.num_workers': (1, {'processes'}),
-  'data.num_threads': (2, {'threads'}),
+  'data.num_threads': (3, {'threads'}),
   'data.stall_seconds': (0.2, 'data.stall_seconds=0.2'),
   'data.max_damaged_records': (0, 'max_damaged_records=0'),
   'mesh.data': (1, 'do not share out the 2 devices'),
@@ -151,6 +153,78 @@ def test_a_field_changes_the_program(name, base_program, monkeypatch):
   assert traced(config_with(name, PROGRAM[name])) != base_program
 
 
+def equations(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from equations(inner)
+
+
+def loss_of(config):
+  """The equations of the pre-training loss of a config's model."""
+  made = recipe.from_config(config)
+  graphdef, params = mae.abstract_model(made.model, dtype=made.dtype, remat=made.remat)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+
+  def loss(params, frames, keys):
+    drawn = {'masking_keys': keys, 'asad_keys': keys, 'objective': made.objective}
+    return mae.pretraining_loss(nnx.merge(graphdef, params), frames, **drawn)
+
+  frames = jax.ShapeDtypeStruct((2, 2, 16, 16, 3), jnp.float32)
+  return list(equations(jax.make_jaxpr(loss)(params, frames, keys).jaxpr))
+
+
+@pytest.mark.parametrize(
+  ('remat', 'policy'),
+  [('none', None), ('full', 'nothing_saveable'), ('dots', 'dot_with_no_batch_dims_saveable')],
+)
+def test_every_block_is_rematerialised_by_the_policy(remat, policy):
+  found = [each for each in loss_of(config_with('remat', remat)) if 'policy' in each.params]
+  # One block of the encoder and one of the decoder.
+  assert [each.params['policy'].__name__ for each in found] == [policy] * (2 if policy else 0)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_every_product_of_parameters_is_in_the_dtype(dtype):
+  products = [
+    each for each in loss_of(config_with('dtype', dtype)) if each.primitive.name == 'dot_general'
+  ]
+  of_parameters = [each for each in products if each.invars[1].aval.ndim == 2]
+  # Two embeddings, a prediction, and four of each block.
+  assert len(of_parameters) == 3 + 2 * 4
+  assert {v.aval.dtype.name for each in of_parameters for v in each.invars} == {dtype}
+
+
+def test_attention_is_chosen_by_the_decoders_sizes(monkeypatch):
+  told = []
+  real = program.attention.programs_for
+
+  def programs_for(kind, mesh, **sizes):
+    told.append((kind, sizes))
+    return real(kind, mesh, **sizes)
+
+  monkeypatch.setattr(program.attention, 'programs_for', programs_for)
+  config = config_with('model.decoder_num_heads', 4, dtype='bfloat16')
+  program.build_program(recipe.from_config(config), sharding.make_mesh(DEVICES))
+  sizes = {'tokens_per_frame': 4, 'num_heads': 4, 'head_width': 8, 'dtype': 'bfloat16'}
+  assert told == [('xla', sizes)]
+
+
+@pytest.mark.parametrize('platform', ['gpu', 'cpu'])
+def test_gpus_are_asked_for_the_same_numbers(monkeypatch, platform):
+  asked, jit = [], jax.jit
+
+  def observed_jit(function, **options):
+    asked.append(options.pop('compiler_options', None))
+    return jit(function, **options)
+
+  monkeypatch.setattr(sharding, 'platform_of', lambda mesh: platform)
+  monkeypatch.setattr(jax, 'jit', observed_jit)
+  program.build_program(recipe.from_config(BASE), sharding.make_mesh(DEVICES))
+  expected = {'xla_gpu_exclude_nondeterministic_ops': True} if platform == 'gpu' else None
+  assert asked[-1] == expected
+
+
 def digest(array):
   return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
 
@@ -168,6 +242,7 @@ def observe(config, workdir, monkeypatch, frame=TfdsVideos.frame):
   seen = {'fed': [], 'threads': set(), 'refusal': None}
   made = recipe.from_config(config)
   build_program, watchdog, draw = run.build_program, train.Watchdog, data.PairMaker.draw
+  report = run.Report
 
   def observed_program(options, mesh):
     assert options == made
@@ -193,12 +268,17 @@ def observe(config, workdir, monkeypatch, frame=TfdsVideos.frame):
     seen['watchdog'] = seconds
     return watchdog(seconds, **options)
 
+  def observed_report(workdir, *, batch_size, **options):
+    seen['batch_of_report'] = batch_size
+    return report(workdir, batch_size=batch_size, **options)
+
   def observed_draw(self, key):
     seen['threads'].add(threading.get_ident())
     return draw(self, key)
 
   monkeypatch.setattr(run, 'build_program', observed_program)
   monkeypatch.setattr(train, 'Watchdog', observed_watchdog)
+  monkeypatch.setattr(run, 'Report', observed_report)
   monkeypatch.setattr(data.PairMaker, 'draw', observed_draw)
   monkeypatch.setattr(TfdsVideos, 'frame', frame)
   monkeypatch.setattr(checkpoint, 'checksums', lambda tree: [])
@@ -214,7 +294,7 @@ def observe(config, workdir, monkeypatch, frame=TfdsVideos.frame):
   described = workdir / checkpoint.FOLDER / str(seen['kept'][-1]) / 'description' / 'metadata'
   for name in ('frame_gap', 'steps_per_epoch'):
     seen[name] = json.loads(described.read_text())[name]
-  return seen | {'threads': len(seen['threads']) > 1}
+  return seen | {'threads': len(seen['threads']) > 2}
 
 
 @pytest.fixture(scope='module')
@@ -235,6 +315,11 @@ def test_the_base_run_is_observed_whole(observed):
 frame = TfdsVideos.frame
 
 
+def unhurried_frame(self, video, number):
+  time.sleep(0.02)
+  return frame(self, video, number)
+
+
 def slow_frame(self, video, number):
   time.sleep(0.5)
   return frame(self, video, number)
@@ -247,7 +332,11 @@ def damaged_frame(self, video, number):
 
 
 # What it takes to see some of them.
-FRAMES = {'data.stall_seconds': slow_frame, 'data.max_damaged_records': damaged_frame}
+FRAMES = {
+  'data.num_threads': unhurried_frame,
+  'data.stall_seconds': slow_frame,
+  'data.max_damaged_records': damaged_frame,
+}
 
 
 @pytest.mark.parametrize('name', RUN)

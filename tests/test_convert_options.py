@@ -14,7 +14,15 @@ from test_torch_export import TINY as ARCHITECTURE
 from test_torch_export import random_state
 
 import convert_to_torch
-from dropmae_jax import checkpoint, mae, optimizer, position, torch_export, torch_files
+from dropmae_jax import (
+  checkpoint,
+  mae,
+  optimizer,
+  position,
+  torch_clients,
+  torch_export,
+  torch_files,
+)
 from dropmae_jax.command_line import BadInput
 from dropmae_jax.optimizer import Moments
 
@@ -174,6 +182,26 @@ EXPORTS = [
   (['--no-verify'], lambda file, card, out: 'not verified: --no-verify' in out, True),
   (['--image_size=48'], lambda file, *_: file.tensors['pos_embed'].shape, (1, 37, 64)),
 ]
+
+
+def test_the_closing_lines_are_on_what_was_written(run, tmp_path, convert, monkeypatch):
+  told = []
+
+  def closing_lines(*arguments, **options):
+    told.append((arguments, options))
+    return []
+
+  monkeypatch.setattr(torch_clients, 'closing_lines', closing_lines)
+  path = tmp_path / 'out.safetensors'
+  convert(f'--checkpoint={run}', f'--output={path}', '--layout=mae', '--no-verify')
+  assert told == [((path, ARCHITECTURE), {'layout': 'mae', 'file_format': 'safetensors'})]
+  entries, card = (
+    torch_files.read(path).entries,
+    json.loads(path.with_name(f'{path.name}.json').read_text()),
+  )
+  assert {name: entries[name] for name in ('layout', 'epoch', 'args', 'versions')} == {
+    name: card[name] for name in ('layout', 'epoch', 'args', 'versions')
+  }
 
 
 @pytest.mark.parametrize(('options', 'of', 'expected'), EXPORTS)

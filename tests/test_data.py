@@ -346,7 +346,7 @@ def test_a_pair_may_meet_the_same_damaged_record_again():
   options = DataOptions(num_threads=0, max_damaged_records=2)
   drawn = batches(DamagedVideos([1] * 3, {(0, 0), (1, 0)}), 20, options=options)
   assert set(column(drawn, 'video')) == {2}
-  with pytest.raises(DamagedRecord, match=r'^video 0 frame 0 is damaged\. So were all of 100 '):
+  with pytest.raises(DamagedRecord, match=r'^video 0 frame 0 is damaged\. All of the 100 '):
     batches(DamagedVideos([1], {(0, 0)}), 1)
 
 
@@ -446,3 +446,11 @@ def test_real_clips_where_they_exist():
     'test.mp4': 300,
     'bag.avi': 196,
   }
+
+
+def test_opencv_adds_no_threads_to_the_loaders():
+  before = cv2.getNumThreads()
+  cv2.setNumThreads(2)
+  batches(NumberedVideos([10] * 4), 1)
+  assert cv2.getNumThreads() == 1
+  cv2.setNumThreads(before)

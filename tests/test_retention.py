@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from test_run_checkpoints import DESCRIPTION, description_of, flip_a_bit
 
-from dropmae_jax import checkpoint, sharding
+from dropmae_jax import checkpoint, retention, sharding
 from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.run_checkpoints import Checkpoints
 from dropmae_jax.train_step import TrainState
@@ -146,3 +146,12 @@ def test_a_save_that_failed_is_none_of_the_best(tmp_path, state, monkeypatch):
   checkpoints.close()
   assert steps_in(tmp_path) == [6, 8, 10]
   assert 'the checkpoint of step 4 could not be written (no space left)' in told[0]
+
+
+def test_a_mean_of_fewer_steps_than_its_own_config_has_is_no_score():
+  described = {'score': 1.5, 'score_steps': 3, 'config': {'checkpoint': {'every_steps': 4}}}
+  assert retention.score_in(described, 2) is None
+  assert retention.score_in(described | {'score_steps': 4}, 5) == 1.5
+  del described['config']
+  assert retention.score_in(described, 3) == 1.5
+  assert retention.score_in(described, 4) is None

@@ -252,12 +252,24 @@ def test_damage_that_looks_like_a_mistake_in_a_program_is_damage(saved):
   """Orbax meets it as an AttributeError, at one checkpoint and not at those before."""
   path = saved / checkpoint.FOLDER / '12' / 'params' / 'array_metadatas' / 'process_0'
   path.write_text(path.read_text().replace('"array_metadata"', '"array_metadatb"'))
-  with pytest.raises(AttributeError) as caught:
+  with pytest.raises(BadInput, match=r'step 12 .* cannot be read \(.*give another step: 4, 8, 10'):
     checkpoint.load_weights(saved)
-  assert caught.value.__notes__[0].endswith(' is damaged: give another step: 4, 8, 10.')
   step, _, (note,) = restored(saved)
   assert step == 10
   assert note.endswith('it is set aside as 12.damaged')
+  # The only one that is left: nothing tells a mistake from damage. A second kind does.
+  for step in (4, 8):
+    shutil.rmtree(saved / checkpoint.FOLDER / str(step))
+  path = saved / checkpoint.FOLDER / '10' / 'params' / 'array_metadatas' / 'process_0'
+  path.write_text(path.read_text().replace('"array_metadata"', '"array_metadatb"'))
+  for read in (checkpoint.load_weights, restored):
+    with pytest.raises(AttributeError) as caught:
+      read(saved)
+    assert 'step 10' in caught.value.__notes__[0]
+  shutil.copytree(saved / checkpoint.FOLDER / '10', saved / checkpoint.FOLDER / '9')
+  (saved / checkpoint.FOLDER / '9' / 'description' / 'metadata').write_text('{')
+  with pytest.raises(BadInput, match=r'no checkpoint in .* can be read \(step 10: .*; step 9: '):
+    restored(saved)
 
 
 @pytest.mark.parametrize('part', ['architecture', 'objective'])

@@ -138,7 +138,7 @@ step_time.command_line.run(step_time.main)
 """
 HIDDEN = (
   'PIL', 'array_record', 'av', 'cv2', 'dm_pix', 'grain', 'ml_collections', 'orbax', 'safetensors',
-  'simplejpeg', 'tensorboard', 'tensorflow_datasets', 'tensorstore', 'tqdm',
+  'simplejpeg', 'tensorboard', 'tensorflow_datasets', 'tensorstore', 'torch', 'tqdm',
 )  # fmt: skip
 
 

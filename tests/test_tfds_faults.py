@@ -142,7 +142,7 @@ def test_a_mistake_in_a_program_ends_the_build_and_is_no_verdict(data_dir, clips
   script.write_text(SCRIPT.format(name='swaying', deed=deed))
   done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2')
   assert done.returncode == 1, done.stderr
-  assert ': planted (met at ' in done.stderr.splitlines()[-1]
+  assert ': planted (while reading ' in done.stderr.splitlines()[-1]
   assert '/swaying/' in done.stderr.splitlines()[-1]
   tables = [json.loads(path.read_text()) for path in (tmp_path / PARTIAL).glob('*-0*.json')]
   assert not [row for table in tables for row in table['skipped'] if 'swaying' in row['path']]

@@ -1,6 +1,7 @@
 """Every kind of video that comes along: containers, codecs, odd headers, odd files."""
 
 import errno
+import itertools
 import os
 import socketserver
 import struct
@@ -360,3 +361,17 @@ def test_an_option_that_is_no_more_is_no_verdict(tmp_path, monkeypatch):
   monkeypatch.setattr(video, '_ANY_TITLE', {'of_another_version': 'replace'})
   with pytest.raises(TypeError, match='of_another_version'):
     list(read_jpegs(path, FrameOptions()))
+
+
+@pytest.mark.parametrize(('clock', 'is_refused'), [('process_time', True), ('monotonic', False)])
+def test_time_of_the_core_counts_and_not_that_of_the_clock(
+  tmp_path, monkeypatch, clock, is_refused
+):
+  """A suspended machine is no fault of a video; each look at the clock finds it an hour later."""
+  path = write_video(tmp_path / 'a.mp4')
+  hours = itertools.count(0, 3600)
+  monkeypatch.setattr(video.time, clock, lambda: next(hours))
+  if is_refused:
+    assert 'it takes longer than --time_limit=600 seconds' in refusal(path)
+  else:
+    assert len(decoded(path)) == FRAMES

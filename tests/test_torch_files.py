@@ -212,6 +212,7 @@ def test_a_damaged_pth_is_seen_without_a_sum_too(tmp_path):
     torch_files.read(path)
 
 
+@needs_torch
 @pytest.mark.parametrize('kind', ['no_checksums', 'legacy', 'safetensors'])
 def test_where_damage_cannot_be_seen_this_is_said(tmp_path, kind):
   import safetensors.torch

@@ -36,13 +36,13 @@ from dropmae_jax import (
   train,
 )
 from dropmae_jax.command_line import BadInput
+from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.data import DataOptions
 from dropmae_jax.feed import Feed, LoaderFailed, LoaderStalled
 from dropmae_jax.mixture import mixture_of
 from dropmae_jax.program import Program
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.report import NonFiniteLoss, Report
-from dropmae_jax.retention import CheckpointOptions
 from dropmae_jax.run_checkpoints import Checkpoints, NotSaved
 from dropmae_jax.train_step import SEED_VERSION, Metrics, TrainState, derive_seeds
 

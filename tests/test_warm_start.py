@@ -21,9 +21,9 @@ from dropmae_jax import (
   warm_start,
 )
 from dropmae_jax.command_line import BadInput
+from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.program import Program
 from dropmae_jax.recipe import Recipe
-from dropmae_jax.retention import CheckpointOptions
 from dropmae_jax.run_checkpoints import Checkpoints
 from dropmae_jax.sharding import MeshOptions
 from dropmae_jax.train_step import TrainState

@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 class ProgramError(Exception):
-  """A mistake in a program, met in a process: it ends the build, and is no verdict on a video.
+  """A bug in the builder or a library: it ends the build, and no video is skipped for it.
 
   It is made of text alone. An error that the builder could not read would be taken for a process
   that was killed.

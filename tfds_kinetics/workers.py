@@ -288,8 +288,8 @@ def _write(job: ShardJob, folder: pathlib.Path, verdicts: dict[str, str]) -> dic
     raise
   except Exception as error:
     raise ProgramError(
-      f'{type(error).__name__}: {error} (met at {printable(reading)}, which is not at fault: no'
-      ' video is skipped for it; what is finished is kept)'
+      f'{type(error).__name__}: {error} (while reading {printable(reading)}; no video is skipped'
+      ' for it, and what is finished is kept)'
     ) from error
   finally:
     _watch.rest()

@@ -1,4 +1,4 @@
-"""What the run in golden/run.tar.gz was trained by: no field has its default value."""
+"""The config of the run in run.tar.xz; few fields have their default values."""
 
 from ml_collections import ConfigDict
 
