@@ -176,22 +176,29 @@ def loss_of(config):
 
 @pytest.mark.parametrize(
   ('remat', 'policy'),
-  [('none', None), ('full', 'nothing_saveable'), ('dots', 'dot_with_no_batch_dims_saveable')],
+  [
+    ('none', None),
+    ('full', jax.checkpoint_policies.nothing_saveable),
+    ('dots', jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+  ],
 )
 def test_every_block_is_rematerialised_by_the_policy(remat, policy):
   found = [each for each in loss_of(config_with('remat', remat)) if 'policy' in each.params]
   # One block of the encoder and one of the decoder.
-  assert [each.params['policy'].__name__ for each in found] == [policy] * (2 if policy else 0)
+  assert [each.params['policy'] for each in found] == [policy] * (2 if policy else 0)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_every_product_of_parameters_is_in_the_dtype(dtype):
+  dense = {'attention_dropout': 0.0}  # What ASAD sums by products is float32 always.
   products = [
-    each for each in loss_of(config_with('dtype', dtype)) if each.primitive.name == 'dot_general'
+    each
+    for each in loss_of(config_with('dtype', dtype, objective=dense))
+    if each.primitive.name == 'dot_general'
   ]
   of_parameters = [each for each in products if each.invars[1].aval.ndim == 2]
-  # Two embeddings, a prediction, and four of each block.
-  assert len(of_parameters) == 3 + 2 * 4
+  # Two embeddings, a prediction, and at least four of each block.
+  assert len(of_parameters) >= 3 + 2 * 4
   assert {v.aval.dtype.name for each in of_parameters for v in each.invars} == {dtype}
 
 
