@@ -195,10 +195,13 @@ def write(
   entries = entries or {}
   if file_format == 'safetensors':
     metadata = {'format': 'pt'} | {name: json.dumps(value) for name, value in entries.items()}
+    path.touch()
+    mode = path.stat().st_mode
     try:
       safetensors.numpy.save_file(dict(tensors), path, metadata=metadata)
     except safetensors.SafetensorError as error:
       raise OSError(str(error)) from error
+    path.chmod(mode)  # From 0.8 on it is a file for its owner alone.
     return
   torch = torch_or_refuse()
 

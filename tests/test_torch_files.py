@@ -88,6 +88,7 @@ def test_card_and_checksum_lie_beside_the_file(tmp_path, name):
   card = json.loads((tmp_path / f'{name}.json').read_text())
   assert card == {'file': name, 'sha256': digest, 'step': 3}
   assert {p.name for p in tmp_path.iterdir()} == {name, f'{name}.sha256', f'{name}.json'}
+  assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1
 
 
 @needs_torch
