@@ -8,6 +8,7 @@ Pallas' interpreter of Mosaic GPU knows no layouts, no loads with one, and no pr
 transposed references; it gets what is the same without.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,9 @@ from jaxtyping import Array, Float, Int
 TILE = 64
 # Bytes.
 SWIZZLE = 32
+
+# What `load` is told to read all; up to JAX 0.11 it asks for an index.
+_WHOLE = ((),) if 'idx' in inspect.signature(plgpu.load).parameters else ()
 
 # A logit of what is no pair; finite, so that differences are numbers.
 LOWEST = -1e30
@@ -67,19 +71,19 @@ class Tiles(NamedTuple):
     """Reads a whole tile from shared memory, laid out as products are."""
     if self.interpret:
       return source[...]
-    return plgpu.load(source, (), layout=plgpu.Layout.WGMMA, optimized=False)
+    return plgpu.load(source, *_WHOLE, layout=plgpu.Layout.WGMMA, optimized=False)
 
   def load_rows(self, source: Ref) -> Float[Array, ' i']:
     """Reads a number for each row of a tile from shared memory."""
     if self.interpret:
       return source[...]
-    return plgpu.load(source, (), layout=plgpu.Layout.WGMMA.reduce(1))
+    return plgpu.load(source, *_WHOLE, layout=plgpu.Layout.WGMMA.reduce(1))
 
   def rows_by_rows(self, left: Ref, right: Ref) -> Float[Array, 'i j']:
     """Multiplies every row of the one with every row of the other: left right^T."""
     if self.interpret:
       return _dot(left[...], right[...].T)
-    return _wgmma(left, plgpu.transpose_ref(right, (1, 0)))
+    return _wgmma(left, right.transpose((1, 0)))
 
   def product(self, left: Float[Array, 'i j'], right: Ref) -> Float[Array, 'i e']:
     """Multiplies registers with a matrix in shared memory."""
@@ -89,7 +93,7 @@ class Tiles(NamedTuple):
     """Multiplies every column of the one with every column of the other: left^T right."""
     if self.interpret:
       return _dot(left[...].T, right[...])
-    return _wgmma(plgpu.transpose_ref(left, (1, 0)), right)
+    return _wgmma(left.transpose((1, 0)), right)
 
 
 def _dot(left: Array, right: Array) -> Array:

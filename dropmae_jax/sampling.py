@@ -69,7 +69,7 @@ def noise_at(place: UInt32[Array, '...'], first: Array, second: Array) -> Float[
 def to_uniform(bits: UInt32[Array, '...']) -> Float[Array, '...']:
   """Returns numbers strictly between 0 and 1; 23 bits and a half are what float32 holds exactly."""
   # 23 bits after the one of a float make it lie between 1 and 2.
-  one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.uint32)
+  one = np.float32(1).view(np.uint32)
   return jax.lax.bitcast_convert_type((bits >> 9) | one, jnp.float32) - (1 - 2.0**-24)
 
 
