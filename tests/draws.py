@@ -16,13 +16,9 @@ HEADS = 4
 SAMPLES = 50
 # Those of GPUs, for so many heads of a sample; they are slow.
 GPU_HEADS = 128
-# Pallas has no public name for it. What is copied from past an array's end is 0, as by hardware. One
-# thread copies: two tiles write the same numbers to rows that they share, which is no race.
+# Pallas has no public name for it. What is copied from past an array's end is 0, as by hardware.
 INTERPRET_GPU = InterpretGPUParams(
-  detect_races=True,
-  out_of_bounds_reads='uninitialized',
-  uninitialized_memory='zero',
-  num_tma_threads_per_device=1,
+  detect_races=True, out_of_bounds_reads='uninitialized', uninitialized_memory='zero'
 )
 
 
