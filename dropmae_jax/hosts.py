@@ -188,9 +188,10 @@ def _end(sentence: str, status: int) -> NoReturn:
 class Interruption:
   """Turns the first Ctrl-C or SIGTERM into a stop at the next step, which is the same on all hosts.
 
-  A second signal ends the process at once. Where there are several processes, JAX's preemption
-  service hears SIGTERM (and of maintenance, on a TPU) and chooses the step. What is ignored when
-  the run begins, as Ctrl-C is in the background of a script, stays so.
+  In a run of one process a second signal ends it at once. Where there are several, JAX's preemption
+  service hears SIGTERM (and of maintenance, on a TPU) and chooses the step; only a second Ctrl-C
+  ends a process at once. A signal that is ignored when the run begins, as Ctrl-C is in the
+  background of a script, stays ignored.
   """
 
   signal_name: str | None = None

@@ -358,7 +358,7 @@ def test_mistakes_in_a_program_are_no_verdict(tmp_path, monkeypatch, error, plac
 
 def test_an_option_that_is_no_more_is_no_verdict(tmp_path, monkeypatch):
   path = write_video(tmp_path / 'a.mp4')
-  monkeypatch.setattr(video, '_ANY_TITLE', {'of_another_version': 'replace'})
+  monkeypatch.setattr(video, '_LENIENT_METADATA', {'of_another_version': 'replace'})
   with pytest.raises(TypeError, match='of_another_version'):
     list(read_jpegs(path, FrameOptions()))
 

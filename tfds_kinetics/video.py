@@ -17,8 +17,9 @@ from av.stream import Disposition
 
 av.logging.set_level(av.logging.PANIC)
 
-# Titles need not be UTF-8: PyAV 19 takes them as they are, and has no argument for it any more.
-_ANY_TITLE = {'metadata_errors': 'replace'} if int(av.__version__.split('.')[0]) < 19 else {}
+# A title that is not UTF-8 is no reason to skip a video. PyAV before 19 raises unless told so;
+# PyAV 19 never does, and no longer has the argument.
+_LENIENT_METADATA = {'metadata_errors': 'replace'} if int(av.__version__.split('.')[0]) < 19 else {}
 # Along a side of a JPEG, by libjpeg.
 MOST_PIXELS = 65500
 
@@ -89,7 +90,7 @@ def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
     UnusableVideo: it cannot be opened, has no video stream or no frame, takes too long, or too
       much of it is damaged. Nothing else is raised for what the file holds.
     MachineFault: see there.
-    Exception: any other is a mistake in a program, such as a TypeError, and no verdict.
+    Exception: any other, such as a TypeError, is a bug in a program and says nothing of the video.
   """
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
@@ -108,7 +109,7 @@ def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _demuxing() -> Iterator[None]:
-  """Makes a verdict of a ValueError, as PyAV opens and decodes.
+  """Skips the video for a ValueError that PyAV raises as it opens or decodes.
 
   FFmpeg has errors of its own for nearly everything; PyAV adds this one for text that is not UTF-8,
   times without a unit and codecs without a decoder.
@@ -189,7 +190,7 @@ def open_video(path: str, **options: str) -> av.container.InputContainer:
   # As `file:`, whatever the name looks like; FFmpeg lets what it opened so open files only, so a
   # playlist under a video's name fetches nothing.
   with _demuxing():
-    return av.open(f'file:{path}', options=options, **_ANY_TITLE)
+    return av.open(f'file:{path}', options=options, **_LENIENT_METADATA)
 
 
 def _count_packets(path: str, stream: int) -> int:
