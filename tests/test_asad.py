@@ -194,8 +194,15 @@ def test_draws_of_heads_samples_and_blocks_differ():
   assert not np.allclose(first, second)
 
 
-@pytest.mark.parametrize('mesh', [None, 'two devices'])
-@pytest.mark.parametrize('heads', [2 * 4, 2], ids=['of all samples', 'of two samples'])
+@pytest.mark.parametrize(
+  ('heads', 'mesh'),
+  [
+    (2, 'two devices'),  # Of two samples.
+    pytest.param(2 * 4, 'two devices', marks=pytest.mark.slow),  # Of all samples.
+    pytest.param(2, None, marks=pytest.mark.slow),
+    pytest.param(2 * 4, None, marks=pytest.mark.slow),
+  ],
+)
 def test_a_few_heads_at_a_time_are_as_all_at_once(heads, mesh):
   arguments = qkv(4, b=4, m=6)
   logits = heads * 32**2

@@ -25,7 +25,13 @@ dropped_pairs = jax.jit(
 )
 
 
-@pytest.mark.parametrize(('n', 'm', 'e', 'rate'), [(16, 4, 64, 0.3), (33, 1, 16, 0.1)])
+@pytest.mark.parametrize(
+  ('n', 'm', 'e', 'rate'),
+  [
+    pytest.param(16, 4, 64, 0.3, marks=pytest.mark.slow),
+    (33, 1, 16, 0.1),
+  ],
+)
 def test_output_and_gradients_are_those_of_xla_given_the_drops(n, m, e, rate):
   arguments = tokens(0, n=n, m=m, e=e)
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': rate}
@@ -59,7 +65,7 @@ def test_in_bfloat16_it_is_off_by_a_hundredth_at_most():
   assert_near(ours, expected, 0.01)
 
 
-@pytest.mark.parametrize('n', [16, 196, 256])
+@pytest.mark.parametrize('n', [16, pytest.param(196, marks=pytest.mark.slow), 256])
 def test_exactly_the_stated_number_and_never_the_diagonal(n):
   query, key, _ = extreme_tokens(n, 1, 16)
   for rate in (1 / (n - 1), 1.0) if n == 16 else (0.1,):

@@ -293,15 +293,6 @@ def test_without_torch_a_file_is_not_verified_and_says_so(tmp_path, monkeypatch,
   assert not (tmp_path / 'out.pth').exists()
 
 
-def test_verification_can_be_left_out(tmp_path, command):
-  source = save(tmp_path / 'source', SMALL)
-  status, out, _ = command(
-    f'--checkpoint={source}', f'--output={tmp_path}/o.safetensors', '--no-verify'
-  )
-  assert status == 0
-  assert 'not verified: --no-verify' in out
-
-
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):
   """Files and folders to be refused."""

@@ -193,7 +193,7 @@ def test_hosts_share_the_global_batch():
       np.testing.assert_array_equal(array, both)
 
 
-@pytest.mark.parametrize('num_workers', [0, 2, 3])
+@pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_batches_of_many_blocks_are_the_plain_stream(num_workers):
   videos, size = NumberedVideos([10] * 50), 6 * blocks.BLOCK_PAIRS[0]
   options = DataOptions(frame_gap=4, num_workers=num_workers)

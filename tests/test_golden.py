@@ -70,8 +70,15 @@ def imported(state, tmp_path_factory):
   return folder / 'run'
 
 
-@pytest.mark.parametrize('through_checkpoint', [False, True])
-@pytest.mark.parametrize('name', ['fwd_p02_normpix', 'fwd_p04_raw'])
+@pytest.mark.parametrize(
+  ('name', 'through_checkpoint'),
+  [
+    ('fwd_p02_normpix', True),
+    ('fwd_p04_raw', False),
+    pytest.param('fwd_p02_normpix', False, marks=pytest.mark.slow),
+    pytest.param('fwd_p04_raw', True, marks=pytest.mark.slow),
+  ],
+)
 def test_forward_and_gradients(golden, state, request, tmp_path, name, through_checkpoint):
   recorded = golden(name)
   config = CONFIG | {'P': float(recorded['P']), 'norm_pix_loss': bool(recorded['norm_pix'])}

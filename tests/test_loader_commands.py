@@ -205,7 +205,9 @@ def test_a_run_whose_own_threads_hang_does_end(data_dir, tmp_path):
   assert ' in frame' in (tmp_path / 'log.txt').read_text()
 
 
-@pytest.mark.parametrize('workers', ['--config.data.num_workers=0', WORKERS])
+@pytest.mark.parametrize(
+  'workers', [pytest.param('--config.data.num_workers=0', marks=pytest.mark.slow), WORKERS]
+)
 def test_too_many_damaged_records_end_the_run_in_one_sentence(data_dir, tmp_path, workers):
   shutil.copytree(data_dir, tmp_path / 'data')
   for shard in (tmp_path / 'data').glob('**/*-train.array_record*'):

@@ -58,7 +58,15 @@ def test_the_last_few_and_every_kth_are_kept(saved):
   assert steps == [4, 8, 10, 12]
 
 
-@pytest.mark.parametrize(('devices', 'fsdp'), [(1, 1), (4, 1), (4, 2), (8, 8)])
+@pytest.mark.parametrize(
+  ('devices', 'fsdp'),
+  [
+    (1, 1),
+    (4, 2),
+    pytest.param(4, 1, marks=pytest.mark.slow),
+    pytest.param(8, 8, marks=pytest.mark.slow),
+  ],
+)
 def test_restore_is_bit_for_bit_on_any_mesh(saved, devices, fsdp):
   checkpoints = Checkpoints(saved, CheckpointOptions(), DESCRIPTION)
   mesh = sharding.make_mesh(jax.devices()[:devices], sharding.MeshOptions(fsdp=fsdp))

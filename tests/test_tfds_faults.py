@@ -214,7 +214,12 @@ def test_a_thousand_damaged_videos(clips, tmp_path):
 
 @pytest.mark.parametrize(
   ('number', 'workers'),
-  [(signal.SIGKILL, 1), (signal.SIGKILL, 3), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
+  [
+    (signal.SIGKILL, 3),
+    (signal.SIGINT, 2),
+    pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+  ],
 )
 def test_a_build_that_was_stopped_ends_like_one_that_was_not(
   data_dir, clips, tmp_path, number, workers
@@ -347,13 +352,16 @@ def test_a_mistyped_option_does_not_cost_what_is_finished(data_dir, clips, tmp_p
 
 def test_a_shard_is_written_by_one_task_only(clips, tmp_path):
   """Whatever the number of ranges: 1/3 is shards 1, 4, 7 of 0..8; 0/4 is 0, 4, 8; 0/2 the even."""
-  first = started(clips, tmp_path, deed='time.sleep(2)', options=['--shard_range=1/3'])
+  go_on = tmp_path / 'go_on'
+  deed = f'while not os.path.exists({str(go_on)!r}): time.sleep(0.05)'
+  first = started(clips, tmp_path, deed=deed, options=['--shard_range=1/3'])
   until_reading(tmp_path)
   for other in ('--shard_range=1/3', '--shard_range=0/4', '--workers=1'):
     refused = run_python(*command(clips, tmp_path, other))
     assert refused.returncode == 2
     assert 'another build is writing ' in refused.stderr
   assert run_python(*command(clips, tmp_path, '--shard_range=0/3')).returncode == 0
+  go_on.touch()
   _, errors = first.communicate(timeout=60)
   assert first.returncode == 0, errors
   assert len(list((tmp_path / PARTIAL).glob('*-0*.json'))) == 6

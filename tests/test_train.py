@@ -73,7 +73,7 @@ def assert_same_state(first, second, *, rtol):
   ('devices', 'fsdp', 'accumulation_steps', 'remat'),
   [
     pytest.param(8, 4, 1, 'none', marks=pytest.mark.slow),
-    (1, 1, 2, 'none'),
+    pytest.param(1, 1, 2, 'none', marks=pytest.mark.slow),
     (4, 2, 2, 'full'),
     pytest.param(8, 1, 1, 'none', marks=pytest.mark.slow),
     pytest.param(8, 8, 1, 'none', marks=pytest.mark.slow),
