@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 import types
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import pytest
 from sources import NumberedVideos
 
 from dropmae_jax import (
+  bad_batch,
   checkpoint,
   command_line,
   data,
@@ -39,7 +41,7 @@ from dropmae_jax.command_line import BadInput
 from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.data import DataOptions
 from dropmae_jax.feed import Feed, LoaderFailed, LoaderStalled
-from dropmae_jax.mixture import mixture_of
+from dropmae_jax.mixture import Mixture, mixture_of
 from dropmae_jax.program import Program
 from dropmae_jax.recipe import Recipe
 from dropmae_jax.report import NonFiniteLoss, Report
@@ -371,6 +373,24 @@ def test_a_step_that_diverges_is_not_saved_and_its_batch_is_listed(fakes, tmp_pa
   key = jax.random.fold_in(derive_seeds(5).steps, bad - 1)
   assert listed['step_key'] == jax.random.key_data(key).tolist()
   assert f'the loss of step {bad} is nan' in log_of(tmp_path)
+
+
+def test_the_pairs_of_a_mixture_are_listed_by_their_dataset():
+  class Named(NumberedVideos):
+    def __init__(self, name, number):
+      super().__init__([10] * number)
+      self.name = name
+
+    def paths(self):
+      return [f'{self.name}/{video}.mp4' for video in range(len(self))]
+
+  weights = Fraction(1), Fraction(1)
+  mixture = Mixture((Named('first', 3), Named('second', 9)), weights)
+  pairs = bad_batch.describe_batch(RECIPE, mixture, step=2)['pairs']
+  assert len(pairs) == RECIPE.batch_size
+  assert {pair['dataset'] for pair in pairs} == {0, 1}
+  for pair in pairs:
+    assert pair['path'] == f'{("first", "second")[pair["dataset"]]}/{pair["video"]}.mp4'
 
 
 @pytest.mark.parametrize('bad', [None, 2])
