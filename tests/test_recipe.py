@@ -74,7 +74,6 @@ def test_the_published_recipe_is_complete():
     ('attention', 'flash', "attention='flash' is unknown; use one of auto, xla, fused"),
     ('num_steps', 0, 'num_steps=0 is not positive'),
     ('num_steps', 10.5, 'config.num_steps=10.5 is not of type int'),
-    ('accumulation_steps', 7, 'is not divisible by'),
     ('num_steps', True, 'config.num_steps=True is not of type int'),
     ('seed', -1, 'seed=-1 is not in 0'),
     ('data', 3, 'config.data=3 should be a group of fields'),
