@@ -36,8 +36,8 @@ COMPILE_ONCE = {
 }
 jax.config.update('jax_compilation_cache_dir', COMPILE_ONCE['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-# Tests compile far more than they compute: machine code of the same programs that is not optimised
-# takes 0.6 of the time to make.
+# Tests spend more time on compiling than on running what was compiled, and machine code that is not
+# optimised is made sooner. Flags that are set already stay.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 # Grain's worker processes read absl flags, which a command line would have parsed.
 flags.FLAGS.mark_as_parsed()

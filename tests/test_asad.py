@@ -197,10 +197,10 @@ def test_draws_of_heads_samples_and_blocks_differ():
 @pytest.mark.parametrize(
   ('heads', 'mesh'),
   [
-    (2, 'two devices'),  # Of two samples.
-    pytest.param(2 * 4, 'two devices', marks=pytest.mark.slow),  # Of all samples.
-    pytest.param(2, None, marks=pytest.mark.slow),
-    pytest.param(2 * 4, None, marks=pytest.mark.slow),
+    (2, None),  # One head of two of the four samples.
+    (2, 'two devices'),  # One head of both samples of a device.
+    pytest.param(2 * 4, None, marks=pytest.mark.slow),  # Two heads of all samples.
+    pytest.param(2 * 4, 'two devices', marks=pytest.mark.slow),  # Three heads of both samples.
   ],
 )
 def test_a_few_heads_at_a_time_are_as_all_at_once(heads, mesh):

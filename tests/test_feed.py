@@ -139,7 +139,7 @@ def test_two_batches_lie_ahead_on_the_device_and_no_more():
   ('fault', 'how'),
   [(kill_self, 'killed by signal 9'), (exit_without_a_word, 'exit status 0')],
 )
-@pytest.mark.parametrize('first_step', [pytest.param(0, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize('first_step', [0, 4])
 def test_the_stream_goes_on_after_a_dead_process(tmp_path, fault, how, first_step, monkeypatch):
   """Also if it dies in its first batch, long before anyone asks for that or looks after it."""
   videos = FaultyVideos(fault, str(tmp_path / 'marker'))

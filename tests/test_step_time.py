@@ -433,7 +433,6 @@ def test_fused_kernels_are_compared_where_there_are_any(device, image_size, dtyp
   assert list(left) == ['dense', 'asad']
 
 
-@pytest.mark.slow
 def test_kernels_are_checked_before_they_are_timed(monkeypatch):
   size = mae.architecture_of_size('XXS', image_size=32, decoder_width=64, decoder_num_heads=4)
   objective = mae.Objective(attention_dropout=0.2)
