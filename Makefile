@@ -49,10 +49,10 @@ endif
 quickstart: $(STAMP)
 	@echo "using $(VENV) (remove it to install anew) and what $(RUN) holds already"
 	@mkdir -p $(RUN)
-	$(BIN)/python -m dropmae_jax.synthetic_clips --output=$(RUN)/clips
+	$(BIN)/python -m dropmae_jax.data.synthetic_clips --output=$(RUN)/clips
 	$(BIN)/python -m tfds_kinetics --config=folder --videos=$(RUN)/clips --data_dir=$(RUN)/data
 	$(BIN)/python -m dropmae_jax.main --config=configs/quickstart.py --workdir=$(RUN)
-	$(BIN)/python -m dropmae_jax.figures --checkpoint=$(RUN) --video=$(CLIP) --output=$(RUN)/reconstruction.png --frames 0 4
+	$(BIN)/python -m dropmae_jax.evaluation.reconstruction --checkpoint=$(RUN) --video=$(CLIP) --output=$(RUN)/reconstruction.png --frames 0 4
 	$(BIN)/python convert_to_torch.py --checkpoint=$(RUN) \
 	  --output=$(RUN)/dropmae.$$($(BIN)/python -c 'import torch' 2>/dev/null && echo pth || echo safetensors)
 	@echo

@@ -1,6 +1,6 @@
 """Installs dropmae_jax and tfds_kinetics; `make venv` does it with the tested versions."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # All of its extras want the same release.
 JAX = '>=0.10.2,<0.13'
@@ -11,8 +11,18 @@ setup(
   description='DropMAE in JAX: masked autoencoding of frame pairs with attention dropout',
   license='Apache-2.0',
   python_requires='>=3.11',
-  packages=['dropmae_jax', 'tfds_kinetics', 'configs'],
-  py_modules=['convert_to_torch'],
+  # dropmae_jax/configs is a link to configs/.
+  packages=find_packages(include=['dropmae_jax', 'dropmae_jax.*', 'tfds_kinetics']),
+  entry_points={
+    'console_scripts': [
+      'dropmae-build = tfds_kinetics.__main__:command',
+      'dropmae-clips = dropmae_jax.data.synthetic_clips:command',
+      'dropmae-convert = dropmae_jax.pytorch.main:command',
+      'dropmae-figures = dropmae_jax.evaluation.reconstruction:command',
+      'dropmae-inspect = dropmae_jax.evaluation.pair_sheet:command',
+      'dropmae-train = dropmae_jax.main:command',
+    ]
+  },
   # Each ends below the first major release, of 0.x the first minor one, that was not tested.
   install_requires=[
     'absl-py>=2,<3',

@@ -23,10 +23,12 @@ from einops import rearrange
 from benchmarks import rounds
 from benchmarks.parts import drops, groups_here
 from benchmarks.rounds import Way
-from dropmae_jax import asad, command_line, loader_process
-from dropmae_jax.asad import Logits
-from dropmae_jax.command_line import BadInput
-from dropmae_jax.groups import Groups
+from dropmae_jax.data import loader_process
+from dropmae_jax.model import fast_asad
+from dropmae_jax.model.asad import Logits, num_dropped
+from dropmae_jax.model.chunks import Groups
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
   from torch import Tensor
@@ -41,8 +43,8 @@ def torch_weights(logits: 'Tensor') -> 'Tensor':
   attention = logits.softmax(dim=-1).unflatten(-1, (2, n)).unflatten(2, (2, n))
   own = torch.stack([attention[:, :, 0, :, 0], attention[:, :, 1, :, 1]], dim=1)
   other = torch.stack([attention[:, :, 0, :, 1], attention[:, :, 1, :, 0]], dim=1)
-  best_match = other.amax(dim=-1, keepdim=True) + asad.EPSILON
-  own = own + asad.EPSILON
+  best_match = other.amax(dim=-1, keepdim=True) + fast_asad.EPSILON
+  own = own + fast_asad.EPSILON
   own.diagonal(dim1=-2, dim2=-1).zero_()
   return own / own.sum(dim=-1, keepdim=True) * best_match
 
@@ -80,11 +82,11 @@ def make_ways(batch_size: int, arguments: argparse.Namespace) -> dict[str, Way]:
   torch = rounds.import_torch()
   is_cpu = jax.default_backend() == 'cpu'
   if not is_cpu and not torch.cuda.is_available():
-    raise BadInput(
+    raise UserError(
       f'PyTorch {torch.__version__} does not see the {jax.default_backend()}; set'
       ' JAX_PLATFORMS=cpu to compare both on the CPU.'
     )
-  count = asad.num_dropped(arguments.tokens // 2, arguments.drop_rate)
+  count = num_dropped(arguments.tokens // 2, arguments.drop_rate)
   groups = groups_here(batch_size, arguments.heads, arguments.tokens)
   logits, matrix = make_logits(batch_size, arguments.heads, arguments.tokens, groups)
   keys = jax.random.split(jax.random.key(0), batch_size)
@@ -120,7 +122,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def show(result: dict[str, Any]) -> str:
   """Draws the table."""
   about, host = result['arguments'], result['machine']
-  count = asad.num_dropped(about['tokens'] // 2, about['drop_rate'])
+  count = num_dropped(about['tokens'] // 2, about['drop_rate'])
   lines = [
     f'{host["device"]}, {host["cpu"]}, {host["cores"]} cores, as many PyTorch threads; jax'
     f' {host["libraries"]["jax"]}, torch {host["libraries"]["torch"]}',
@@ -139,7 +141,7 @@ def show(result: dict[str, Any]) -> str:
 
 def parse() -> argparse.Namespace:
   """Reads and checks the command line."""
-  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--batch_sizes', default='1,2,4', help='samples (%(default)s)')
   parser.add_argument('--heads', type=int, default=16, help='(%(default)s)')
   parser.add_argument('--tokens', type=int, default=392, help='of both frames (%(default)s)')
@@ -150,19 +152,21 @@ def parse() -> argparse.Namespace:
   try:
     arguments.batch_sizes = [int(number) for number in arguments.batch_sizes.split(',')]
   except ValueError as error:
-    raise BadInput(
+    raise UserError(
       f'--batch_sizes={arguments.batch_sizes} is not a list of numbers such as 1,2,4.'
     ) from error
   least = {'batch_sizes': min(arguments.batch_sizes), 'heads': arguments.heads}
   for name, value in (least | {'rounds': arguments.rounds}).items():
     if value < 1:
-      raise BadInput(f'--{name}={value} is too small; give at least 1.')
+      raise UserError(f'--{name}={value} is too small; give at least 1.')
   if arguments.tokens < 4 or arguments.tokens % 2:
-    raise BadInput(f'--tokens={arguments.tokens} are not those of two frames; give an even number.')
+    raise UserError(
+      f'--tokens={arguments.tokens} are not those of two frames; give an even number.'
+    )
   if not 0 < arguments.drop_rate <= 1:
-    raise BadInput(f'--drop_rate={arguments.drop_rate} is not above 0 and at most 1; give 0.1.')
-  if asad.num_dropped(arguments.tokens // 2, arguments.drop_rate) == 0:
-    raise BadInput(
+    raise UserError(f'--drop_rate={arguments.drop_rate} is not above 0 and at most 1; give 0.1.')
+  if num_dropped(arguments.tokens // 2, arguments.drop_rate) == 0:
+    raise UserError(
       f'--drop_rate={arguments.drop_rate} drops nothing; give more of it, or --tokens.'
     )
   rounds.check_output(arguments.json)
@@ -189,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

@@ -12,9 +12,9 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from dropmae_jax import synthetic_clips
-from dropmae_jax.command_line import BadInput
-from dropmae_jax.videos import TfdsVideos, open_dataset
+from dropmae_jax.data import synthetic_clips
+from dropmae_jax.data.video_source import TfdsVideos, open_dataset
+from dropmae_jax.runtime.errors import UserError
 from tfds_kinetics.configs import VIDEO_SUFFIXES
 
 SHORT_SIDE = 256
@@ -50,11 +50,11 @@ def find_files(root: pathlib.Path) -> list[pathlib.Path]:
   """Lists the video files below a folder.
 
   Raises:
-    BadInput: there are none.
+    UserError: there are none.
   """
   found = sorted(p for p in root.rglob('*') if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
   if not found:
-    raise BadInput(f'--videos={root} is not a folder with videos; give the root of a video tree.')
+    raise UserError(f'--videos={root} is not a folder with videos; give the root of a video tree.')
   return found
 
 
@@ -109,7 +109,7 @@ def build_dataset(videos: pathlib.Path, data_dir: pathlib.Path) -> None:
   """Builds the dataset of a video tree as a user does.
 
   Raises:
-    BadInput: the builder refuses; with what it says.
+    UserError: the builder refuses; with what it says.
   """
   command = ['-m', 'tfds_kinetics', '--config=folder', f'--videos={videos}']
   done = subprocess.run(
@@ -120,7 +120,7 @@ def build_dataset(videos: pathlib.Path, data_dir: pathlib.Path) -> None:
   )
   if done.returncode:
     told = (done.stderr.strip().splitlines() or ['it says nothing'])[-1]
-    raise BadInput(f'the dataset of {videos} cannot be built: {told.removeprefix("error: ")}')
+    raise UserError(f'the dataset of {videos} cannot be built: {told.removeprefix("error: ")}')
 
 
 def open_clips(
@@ -135,7 +135,7 @@ def open_clips(
     root: of the video tree; None if it is not at hand.
 
   Raises:
-    BadInput: there is no such dataset, or a file of it is not below `root`.
+    UserError: there is no such dataset, or a file of it is not below `root`.
   """
   videos = open_dataset(str(data_dir), dataset, split)
   with np.load(videos.folder / f'index-{split}.npz') as index:
@@ -143,7 +143,7 @@ def open_clips(
     paths = tuple(root / path for path in index['path'].tolist()) if root else ()
   missing = next((path for path in paths if not path.is_file()), None)
   if missing:
-    raise BadInput(
+    raise UserError(
       f'--videos={root} is not the video tree of this dataset: there is no {missing};'
       ' give the tree that it was built from.'
     )
@@ -172,10 +172,10 @@ def prepare(
     split: to open.
 
   Raises:
-    BadInput: something is not there or cannot be made.
+    UserError: something is not there or cannot be made.
   """
   if scratch.exists() and not scratch.is_dir():
-    raise BadInput(f'--scratch={scratch} is not a folder; give another name.')
+    raise UserError(f'--scratch={scratch} is not a folder; give another name.')
   scratch.mkdir(parents=True, exist_ok=True)
   root = generate(scratch, generated) if generated else videos
   if rescaled and root:

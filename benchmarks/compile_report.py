@@ -18,8 +18,8 @@ import jax
 
 from benchmarks import compiled, flops, rounds, targets, variants
 from benchmarks.targets import TARGETS
-from dropmae_jax import command_line
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 
 # Compute capabilities, as GPUs are also called.
 ALIASES = {'sm_80': 'a100', 'sm_90': 'h200'}
@@ -89,7 +89,7 @@ def show(name: str, row: dict[str, Any]) -> str:
 
 def parse() -> argparse.Namespace:
   """Reads and checks the command line."""
-  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   names = sorted([*TARGETS, *ALIASES])
   parser.add_argument('--target', required=True, choices=names, help='kind of device')
   parser.add_argument('--batch_size', type=int, default=64, help='pairs (%(default)s)')
@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
   arguments.target = ALIASES.get(arguments.target, arguments.target)
   arguments.dtype = arguments.dtype or 'bfloat16'
   if arguments.batch_size < 1:
-    raise BadInput(f'--batch_size={arguments.batch_size} is too small; give at least 1.')
+    raise UserError(f'--batch_size={arguments.batch_size} is too small; give at least 1.')
   rounds.check_output(arguments.json)
   return arguments
 
@@ -137,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

@@ -12,11 +12,9 @@ import jax.numpy as jnp
 from benchmarks import hlo
 from benchmarks.hlo import Collective
 from benchmarks.targets import Target
-from dropmae_jax import sharding
-from dropmae_jax.command_line import BadInput
-from dropmae_jax.program import build_program
-from dropmae_jax.recipe import Recipe
-from dropmae_jax.sharding import MeshOptions
+from dropmae_jax import sharding, train
+from dropmae_jax.config import Config, MeshOptions
+from dropmae_jax.runtime.errors import UserError
 
 # There is no GPU at hand to try out kernels on.
 GPU_OPTIONS = {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_autotune_level': 0}
@@ -24,17 +22,17 @@ GPU_OPTIONS = {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_autotune_level': 0}
 QUICK_OPTIONS = {'exec_time_optimization_effort': -1.0}
 
 
-def lower_step(options: Recipe, devices: list[jax.Device]) -> jax.stages.Lowered:
+def lower_step(options: Config, devices: list[jax.Device]) -> jax.stages.Lowered:
   """Traces the step of a recipe for the mesh that it asks for.
 
   Raises:
-    BadInput: mesh, batch and devices do not fit one another.
+    UserError: mesh, batch and devices do not fit one another.
   """
   try:
     mesh = sharding.make_mesh(devices, options.mesh)
   except ValueError as error:
-    raise BadInput(f'config: {error}') from error
-  program = build_program(options, mesh)
+    raise UserError(f'config: {error}') from error
+  program = train.build(options, mesh)
   size = options.model.image_size
   frames = jax.ShapeDtypeStruct(
     (options.batch_size, 2, size, size, 3), jnp.uint8, sharding=sharding.batch_sharding(mesh)
@@ -45,7 +43,7 @@ def lower_step(options: Recipe, devices: list[jax.Device]) -> jax.stages.Lowered
 
 
 def compile_step(
-  options: Recipe, devices: list[jax.Device], target: Target, *, quick: bool = False
+  options: Config, devices: list[jax.Device], target: Target, *, quick: bool = False
 ) -> dict[str, Any]:
   """Compiles and analyses the step of a recipe; it may turn out not to fit."""
   compiler_options = (GPU_OPTIONS if target.gpu else {}) | (QUICK_OPTIONS if quick else {})
@@ -55,7 +53,7 @@ def compile_step(
   except RuntimeError as error:
     if 'cuDNN' not in str(error):
       raise
-    raise BadInput(
+    raise UserError(
       'flash attention needs cuDNN; pip install nvidia-cudnn-cu12, or use --without_fused.'
     ) from error
   try:
@@ -107,7 +105,7 @@ def analyse(compiled: jax.stages.Compiled, num_devices: int) -> dict[str, Any]:
   }
 
 
-def flops_before_compilation(options: Recipe, devices: int) -> float:
+def flops_before_compilation(options: Config, devices: int) -> float:
   """Counts the FLOPs of one device's share of the batch in the program that a compiler is given."""
   share = dataclasses.replace(
     options, batch_size=options.batch_size // devices, mesh=MeshOptions(), attention='xla'

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from benchmarks.rounds import Way
 from benchmarks.targets import TARGETS
-from dropmae_jax import masking
-from dropmae_jax.mae import Architecture
+from dropmae_jax.config import Architecture
+from dropmae_jax.model import masking
 
 # How jax calls the TPUs of `TARGETS`; it calls GPUs as their makers do.
 TPU_KINDS = {

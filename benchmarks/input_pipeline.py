@@ -27,8 +27,10 @@ from absl import flags
 from benchmarks import baselines, clips, rounds, stages
 from benchmarks.clips import Clips
 from benchmarks.rounds import spread
-from dropmae_jax import augment, command_line, data
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.config import DataOptions
+from dropmae_jax.data import augment, frame_pairs
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 
 LIBRARIES = (
   'jax grain array_record tensorflow-datasets numpy simplejpeg opencv-python-headless pillow av'
@@ -72,8 +74,8 @@ def measure(found: Clips, way: Way, *, seed: int, pairs: int) -> Rate:
   if way.source != 'dataset':
     frames = [videos.num_frames(video) for video in range(len(videos))]
     videos = baselines.FileVideos(found.paths, frames, way.source)
-  options = data.DataOptions(resize=way.resize, num_workers=way.workers, num_threads=0)
-  stream = data.pair_batches(
+  options = DataOptions(resize=way.resize, num_workers=way.workers, num_threads=0)
+  stream = frame_pairs.pair_batches(
     videos, options, image_size=IMAGE_SIZE, batch_size=batch_size, seed=seed
   )
   lanes = max(1, way.workers)
@@ -110,7 +112,11 @@ def run(found: Clips, *, workers: Sequence[int], repeats: int, pairs: int) -> di
       rates[way].append(measure(found, way, seed=repeat, pairs=count))
     for resize, rows in times.items():
       taken, _ = stages.time_stages(
-        found, data.DataOptions(resize=resize), image_size=IMAGE_SIZE, seed=repeat, pairs=pairs
+        found,
+        DataOptions(resize=resize),
+        image_size=IMAGE_SIZE,
+        seed=repeat,
+        pairs=pairs,
       )
       rows.append(taken)
     print(f'repeat {repeat + 1} of {repeats} is done', flush=True)
@@ -197,9 +203,9 @@ def parse() -> argparse.Namespace:
   """Reads the command line.
 
   Raises:
-    BadInput: a flag is wrong, or some do not go together.
+    UserError: a flag is wrong, or some do not go together.
   """
-  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   cores = len(os.sched_getaffinity(0))
   powers = [str(2**n) for n in range(cores.bit_length()) if 2**n < cores]
   workers = ','.join(['0', *powers, str(cores)])
@@ -218,15 +224,15 @@ def parse() -> argparse.Namespace:
   for name, least in (('generated', 1), ('repeats', 1), ('pairs', 1)):
     value = getattr(arguments, name)
     if value is not None and value < least:
-      raise BadInput(f'--{name}={value} is too small; give at least {least}.')
+      raise UserError(f'--{name}={value} is too small; give at least {least}.')
   if not re.fullmatch(r'\d+(,\d+)*', arguments.workers):
-    raise BadInput(f'--workers={arguments.workers} is not a list of numbers such as {workers}.')
+    raise UserError(f'--workers={arguments.workers} is not a list of numbers such as {workers}.')
   if arguments.videos and arguments.generated:
-    raise BadInput('--videos and --generated are two sources of clips; give one of them.')
+    raise UserError('--videos and --generated are two sources of clips; give one of them.')
   if not (arguments.videos or arguments.generated or arguments.data_dir):
-    raise BadInput('there are no clips; give --videos=FOLDER or --generated=500.')
+    raise UserError('there are no clips; give --videos=FOLDER or --generated=500.')
   if arguments.data_dir and (arguments.generated or arguments.rescale):
-    raise BadInput('--data_dir is built already; leave out --generated and --rescale.')
+    raise UserError('--data_dir is built already; leave out --generated and --rescale.')
   rounds.check_output(arguments.json)
   return arguments
 
@@ -259,4 +265,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

@@ -6,16 +6,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dropmae_jax import asad, asad_gpu, asad_tpu, attention, sharding
-from dropmae_jax.command_line import BadInput
-from dropmae_jax.recipe import Recipe
+from dropmae_jax import sharding
+from dropmae_jax.config import Config
+from dropmae_jax.kernels import implementations
+from dropmae_jax.kernels.gpu import asad_gpu
+from dropmae_jax.kernels.tpu import asad_tpu
+from dropmae_jax.model import attention, fast_asad
+from dropmae_jax.model.asad import num_dropped
+from dropmae_jax.runtime.errors import UserError
 
 SAMPLES = 2
 # Of the norm of the expected: bfloat16 is off by some thousandths.
 TOLERANCE = 0.02
 
 
-def check(options: Recipe, device: Any, **how: Any) -> str:
+def check(options: Config, device: Any, **how: Any) -> str:
   """Compares the fused program of a device with attention in float32, given what that drops.
 
   Args:
@@ -27,7 +32,7 @@ def check(options: Recipe, device: Any, **how: Any) -> str:
     a line that says how near they are.
 
   Raises:
-    BadInput: another number of pairs is dropped, or output or a gradient is not near.
+    UserError: another number of pairs is dropped, or output or a gradient is not near.
   """
   kernels = asad_tpu if device.platform == 'tpu' else asad_gpu
   a = options.model
@@ -37,7 +42,7 @@ def check(options: Recipe, device: Any, **how: Any) -> str:
   rate = options.objective.attention_dropout
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), SAMPLES), 'drop_rate': rate, **how}
   drops = jax.jit(lambda query, key: kernels.dropped_pairs(query, key, **drawn))(*given[:2])
-  counts, count = drops.sum(axis=(1, 3, 4)), asad.num_dropped(a.tokens_per_frame, rate)
+  counts, count = drops.sum(axis=(1, 3, 4)), num_dropped(a.tokens_per_frame, rate)
   if not (counts == count).all():
     raise _wrong(f'drop {counts.min()} to {counts.max()} pairs of a head instead of {count}')
 
@@ -55,10 +60,10 @@ def check(options: Recipe, device: Any, **how: Any) -> str:
       for name, one, other in zip(names, found, expected, strict=True)
     }
 
-  with_drops = partial(asad.attention_with_drops, is_dropped=drops)
+  with_drops = partial(fast_asad.attention_with_drops, is_dropped=drops)
   errors = errors_of(partial(kernels.asad_attention, **drawn), with_drops, '')
   if device.platform == 'gpu':
-    flash = partial(attention.flash_attention, mesh=sharding.make_mesh([device]))
+    flash = partial(implementations.flash_attention, mesh=sharding.make_mesh([device]))
     errors |= errors_of(flash, attention.dense_attention, 'of flash attention the ')
   # Not a number is not near either.
   far = [f'{name} {error:.3g}' for name, error in errors.items() if not error < TOLERANCE]
@@ -70,7 +75,7 @@ def check(options: Recipe, device: Any, **how: Any) -> str:
   )
 
 
-def _wrong(what: str) -> BadInput:
-  return BadInput(
+def _wrong(what: str) -> UserError:
+  return UserError(
     f'the fused kernels {what}; please report it with this machine, and use --without_fused.'
   )

@@ -22,9 +22,10 @@ from absl import flags
 from array_record.python import array_record_module
 
 from benchmarks import rounds
-from dropmae_jax import command_line, data, videos
-from dropmae_jax.command_line import BadInput
-from dropmae_jax.data import DataOptions
+from dropmae_jax.config import DataOptions
+from dropmae_jax.data import frame_pairs, video_source
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 from tfds_kinetics import records
 from tfds_kinetics.tree import Video
 
@@ -44,7 +45,7 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
     num_videos: of the index.
     num_frames: of every video.
   """
-  folder = data_dir / DATASET / f'{max(videos.SUPPORTED_VERSIONS)}.0.0'
+  folder = data_dir / DATASET / f'{max(video_source.SUPPORTED_VERSIONS)}.0.0'
   folder.mkdir(parents=True)
   real = data_dir / 'shard'
   writer = array_record_module.ArrayRecordWriter(str(real), 'group_size:1')
@@ -99,10 +100,12 @@ def measure(data_dir: pathlib.Path, *, num_pairs: int, num_workers: int) -> dict
     num_workers: processes that read.
   """
   began = time.perf_counter()
-  dataset = videos.open_dataset(str(data_dir), DATASET)
+  dataset = video_source.open_dataset(str(data_dir), DATASET)
   opened = time.perf_counter()
   options = DataOptions(num_workers=num_workers)
-  stream = data.pair_batches(dataset, options, image_size=IMAGE_SIZE, batch_size=BATCH, seed=0)
+  stream = frame_pairs.pair_batches(
+    dataset, options, image_size=IMAGE_SIZE, batch_size=BATCH, seed=0
+  )
   next(stream)
   first = time.perf_counter()
   rows = []
@@ -126,9 +129,9 @@ def parse() -> argparse.Namespace:
   """Reads the command line.
 
   Raises:
-    BadInput: a flag is wrong.
+    UserError: a flag is wrong.
   """
-  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--num_videos', type=int, default=240_000, help='of the index (%(default)s)')
   parser.add_argument('--frames', type=int, default=300, help='of a video (%(default)s)')
   parser.add_argument('--pairs', type=int, default=8_000, help='to read then (%(default)s)')
@@ -137,7 +140,7 @@ def parse() -> argparse.Namespace:
   arguments = parser.parse_args()
   for name, least in (('num_videos', 1), ('frames', 1), ('pairs', 0), ('workers', 1)):
     if getattr(arguments, name) < least:
-      raise BadInput(f'--{name}={getattr(arguments, name)} is too small; give at least {least}.')
+      raise UserError(f'--{name}={getattr(arguments, name)} is too small; give at least {least}.')
   rounds.check_output(arguments.json)
   return arguments
 
@@ -165,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

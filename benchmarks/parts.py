@@ -1,6 +1,6 @@
 """The training step, whole and in parts, compiled and ready to be timed.
 
-The whole steps are those of `program.build_program`. Parts are the same functions on data of the
+The whole steps are those of `train.build`. Parts are the same functions on data of the
 same shapes, forward and backward; what XLA fuses across their borders is not in them.
 """
 
@@ -16,23 +16,15 @@ from flax import nnx
 
 from benchmarks import compiled, flops
 from benchmarks.rounds import Way
-from dropmae_jax import (
-  asad,
-  attention,
-  mae,
-  masking,
-  optimizer,
-  patches,
-  sampling,
-  sharding,
-  torch_export,
-  train_step,
-)
-from dropmae_jax.attention import Attention
-from dropmae_jax.groups import Groups, cut, groups_of
-from dropmae_jax.masking import Masking
-from dropmae_jax.program import attention_programs, build_program
-from dropmae_jax.recipe import Recipe
+from dropmae_jax import optimizer, sharding, train, train_step
+from dropmae_jax.config import Config
+from dropmae_jax.kernels import implementations
+from dropmae_jax.model import attention, fast_asad, mae, masking, patches, weighted_sampling
+from dropmae_jax.model.asad import Logits, num_dropped
+from dropmae_jax.model.attention import Attention
+from dropmae_jax.model.chunks import Groups, cut, groups_of
+from dropmae_jax.model.masking import Masking
+from dropmae_jax.pytorch import layouts
 from dropmae_jax.train_step import TrainState
 
 
@@ -63,7 +55,7 @@ class Workbench:
     state: the training state; every step of whichever recipe donates it, as in training.
   """
 
-  def __init__(self, recipes: Mapping[str, Recipe], device: jax.Device) -> None:
+  def __init__(self, recipes: Mapping[str, Config], device: jax.Device) -> None:
     self.recipes = recipes
     first = next(iter(recipes.values()))
     self.architecture, self.objective = first.model, first.objective
@@ -75,13 +67,13 @@ class Workbench:
     size = first.model.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 2, size, size, 3), np.uint8)
     self.frames = sharding.to_devices(pixels, self._mesh)
-    self.state = build_program(first, self._mesh).init(self._key)
+    self.state = train.build(first, self._mesh).init(self._key)
 
   def steps(self) -> Iterator[tuple[str, Part]]:
     """Compiles the training step of every recipe."""
     count = flops.step(self.architecture, self.objective.mask_ratio)
     for name, recipe in self.recipes.items():
-      step = build_program(recipe, self._mesh).step
+      step = train.build(recipe, self._mesh).step
       part = self._part(step, self.frames, self._key, on_state=True, pairs_flops=count)
       yield f'step_{name}', part
 
@@ -102,8 +94,8 @@ class Workbench:
     """Parameters that no step donates."""
     return jax.tree.map(jnp.copy, self.state.params)
 
-  def _count(self, recipe: Recipe) -> int:
-    return asad.num_dropped(self.architecture.tokens_per_frame, recipe.objective.attention_dropout)
+  def _count(self, recipe: Config) -> int:
+    return num_dropped(self.architecture.tokens_per_frame, recipe.objective.attention_dropout)
 
   def _part(
     self,
@@ -147,33 +139,29 @@ class Workbench:
       mask_ratio=self.objective.mask_ratio,
     )
 
-  def _attentions(self, recipe: Recipe, keys: jax.Array, number: int) -> list[Attention]:
+  def _attentions(self, recipe: Config, keys: jax.Array, number: int) -> list[Attention]:
     return attention.decoder_attentions(
       keys,
       num_blocks=number,
       tokens_per_frame=self.architecture.tokens_per_frame,
       drop_rate=recipe.objective.attention_dropout,
-      programs=attention_programs(recipe, self._mesh),
+      programs=train.attention_implementations(recipe, self._mesh),
     )
 
-  def _model(self, recipe: Recipe) -> tuple[nnx.GraphDef, dict, dict]:
+  def _model(self, recipe: Config) -> tuple[nnx.GraphDef, dict, dict]:
     """Returns a model's graph, and its parameters: those of the encoder and of the decoder."""
     dtype = jnp.dtype(recipe.dtype)
     graphdef, _ = mae.abstract_model(recipe.model, dtype=dtype, remat=recipe.remat)
     encoder, decoder = (
-      {
-        name: leaf
-        for name, leaf in self._params.items()
-        if torch_export.is_of_decoder(name) == part
-      }
+      {name: leaf for name, leaf in self._params.items() if layouts.is_of_decoder(name) == part}
       for part in (False, True)
     )
     return graphdef, encoder, decoder
 
-  def _encoder(self, recipe: Recipe) -> Part:
+  def _encoder(self, recipe: Config) -> Part:
     graphdef, params, rest = self._model(recipe)
     a = self.architecture
-    attend = attention_programs(recipe, self._mesh).dense
+    attend = train.attention_implementations(recipe, self._mesh).dense
 
     def both(params: dict, rest: dict, vectors: Any, masked: Masking, upper: Any) -> Any:
       def encode(params: dict) -> jax.Array:
@@ -187,7 +175,7 @@ class Workbench:
     count = flops.encoder(a, self.objective.mask_ratio)
     return self._part(both, params, rest, vectors, self._masking(), upper, pairs_flops=count)
 
-  def _decoder(self, recipe: Recipe) -> Part:
+  def _decoder(self, recipe: Config) -> Part:
     graphdef, rest, params = self._model(recipe)
     a = self.architecture
 
@@ -211,7 +199,7 @@ class Workbench:
       both, params, rest, latents, self._masking(), self._keys(), upper, pairs_flops=count
     )
 
-  def _attention(self, recipe: Recipe) -> Part:
+  def _attention(self, recipe: Config) -> Part:
     a = self.architecture
 
     def both(keys: jax.Array, query: Any, key: Any, value: Any, upper: Any) -> Any:
@@ -225,11 +213,11 @@ class Workbench:
     count = 3 * flops.attention(a.num_tokens, a.decoder_width)
     return self._part(both, self._keys(), *arrays, times=a.decoder_depth, pairs_flops=count)
 
-  def _sampler(self, recipe: Recipe) -> Part:
+  def _sampler(self, recipe: Config) -> Part:
     a = self.architecture
     n = a.tokens_per_frame
     groups = groups_here(self._batch, a.decoder_num_heads, a.num_tokens)
-    logits = asad.Logits(
+    logits = Logits(
       *(
         self._normal(2, a.decoder_num_heads, n, n, seed=seed).reshape(
           groups.number, -1, 2, a.decoder_num_heads // groups.of_heads, n, n
@@ -240,7 +228,7 @@ class Workbench:
     sample = functools.partial(drops, groups=groups, count=self._count(recipe))
     return self._part(sample, self._keys(), logits, times=a.decoder_depth)
 
-  def _optimizer(self, recipe: Recipe) -> Part:
+  def _optimizer(self, recipe: Config) -> Part:
     schedule = optimizer.learning_rate(
       peak=recipe.peak_learning_rate, floor=0, warmup_steps=0, num_steps=recipe.num_steps
     )
@@ -263,11 +251,11 @@ class Workbench:
 
 def groups_here(batch_size: int, heads: int, tokens: int) -> Groups:
   """Returns in what groups a step on one device here draws, with the attention 'auto'."""
-  at_once = attention.logits_at_once(jax.default_backend())
+  at_once = implementations.logits_at_once(jax.default_backend())
   return groups_of((batch_size, tokens, heads), at_once)
 
 
-def drops(keys: jax.Array, logits: asad.Logits, *, groups: Groups, count: int) -> jax.Array:
+def drops(keys: jax.Array, logits: Logits, *, groups: Groups, count: int) -> jax.Array:
   """The sampler: marks the pairs of one layer that ASAD drops.
 
   Args:
@@ -277,10 +265,10 @@ def drops(keys: jax.Array, logits: asad.Logits, *, groups: Groups, count: int) -
     count: how many to drop.
   """
 
-  def draw(group: tuple[asad.Logits, sampling.HeadSeeds]) -> jax.Array:
+  def draw(group: tuple[Logits, weighted_sampling.HeadSeeds]) -> jax.Array:
     logits, seeds = group
-    return sampling.sample_drops(seeds, asad.sampling_weights(logits), count)
+    return weighted_sampling.sample_drops(seeds, fast_asad.sampling_weights(logits), count)
 
-  seeds = sampling.head_seeds(keys, groups.of_heads * logits.own.shape[3])
+  seeds = weighted_sampling.head_seeds(keys, groups.of_heads * logits.own.shape[3])
   seeds = jax.tree.map(lambda each: cut(each, groups), seeds)
   return jax.lax.map(draw, (logits, seeds))

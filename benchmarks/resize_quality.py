@@ -19,8 +19,9 @@ import simplejpeg
 from jaxtyping import UInt8
 
 from benchmarks import clips, rounds
-from dropmae_jax import augment, command_line
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.data import augment
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 from tfds_kinetics.video import FrameOptions, stored_size
 
 IMAGE_SIZE = 224
@@ -82,7 +83,7 @@ def measure(root: pathlib.Path, *, crops: int, seed: int) -> dict[str, Any]:
   """Takes about equally many crops of every video, each of a frame of its own.
 
   Raises:
-    BadInput: there is no video, or none can be decoded.
+    UserError: there is no video, or none can be decoded.
   """
   rng, files, rows = np.random.default_rng(seed), clips.find_files(root), []
   videos = 0
@@ -95,7 +96,7 @@ def measure(root: pathlib.Path, *, crops: int, seed: int) -> dict[str, Any]:
     rows += [losses(frame, rng) for frame in frames]
     videos += 1
   if not rows:
-    raise BadInput(f'no video in --videos={root} can be decoded; give another folder.')
+    raise UserError(f'no video in --videos={root} can be decoded; give another folder.')
   summary = {
     name: {'mean': statistics.fmean(row[name] for row in rows), 'min': min(r[name] for r in rows)}
     for name in LOSSES
@@ -124,9 +125,9 @@ def parse() -> argparse.Namespace:
   """Reads the command line.
 
   Raises:
-    BadInput: a flag is wrong.
+    UserError: a flag is wrong.
   """
-  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--videos', type=pathlib.Path, required=True, help='a tree of videos')
   parser.add_argument('--crops', type=int, default=600, help='of all videos (%(default)s)')
   parser.add_argument('--seed', type=int, default=0, help='(%(default)s)')
@@ -134,7 +135,7 @@ def parse() -> argparse.Namespace:
   arguments = parser.parse_args()
   for name, least in (('crops', 1), ('seed', 0)):
     if getattr(arguments, name) < least:
-      raise BadInput(f'--{name}={getattr(arguments, name)} is too small; give at least {least}.')
+      raise UserError(f'--{name}={getattr(arguments, name)} is too small; give at least {least}.')
   rounds.check_output(arguments.json)
   return arguments
 
@@ -149,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

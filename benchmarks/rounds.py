@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.runtime.errors import UserError
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'libtpu', 'jax-cuda12-plugin', 'torch')
 
@@ -122,24 +122,24 @@ def check_output(path: pathlib.Path | None) -> None:
   """Finds out before the measurement whether its numbers can be written.
 
   Raises:
-    BadInput: they cannot.
+    UserError: they cannot.
   """
   if path and not path.absolute().parent.is_dir():
-    raise BadInput(f'the folder of --json={path} does not exist; make it first.')
+    raise UserError(f'the folder of --json={path} does not exist; make it first.')
   if path and path.is_dir():
-    raise BadInput(f'--json={path} is a folder; give the name of a file.')
+    raise UserError(f'--json={path} is a folder; give the name of a file.')
 
 
 def import_torch() -> Any:
   """Imports PyTorch, which then uses as many threads as there are cores.
 
   Raises:
-    BadInput: it is not installed.
+    UserError: it is not installed.
   """
   try:
     import torch
   except ImportError as error:
-    raise BadInput(
+    raise UserError(
       "this compares with PyTorch, which is not installed; pip install -e '.[torch]', or leave"
       ' the comparison out.'
     ) from error

@@ -19,33 +19,35 @@ import jax
 from benchmarks import rounds, targets
 from benchmarks.compiled import compile_step
 from benchmarks.targets import TARGETS
-from dropmae_jax import attention, command_line, mae, recipe, vit
-from dropmae_jax.command_line import BadInput
-from dropmae_jax.recipe import Recipe
-from dropmae_jax.sharding import MeshOptions
+from dropmae_jax.config import DTYPES, Config, MeshOptions
+from dropmae_jax.kernels import implementations
+from dropmae_jax.model import mae, vit
+from dropmae_jax.model.vit import architecture_of_size
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 
 
-def make_recipe(arguments: argparse.Namespace, pairs_per_device: int) -> Recipe:
+def make_recipe(arguments: argparse.Namespace, pairs_per_device: int) -> Config:
   """Returns the recipe that is asked for, with as many pairs for each device.
 
   Raises:
-    BadInput: its numbers do not fit one another.
+    UserError: its numbers do not fit one another.
   """
   size = {'image_size': arguments.image_size} if arguments.image_size else {}
   try:
-    return Recipe(
+    return Config(
       data_dir='',
       num_steps=1000,
       batch_size=pairs_per_device * arguments.chips,
       accumulation_steps=arguments.accumulation_steps,
-      model=mae.architecture_of_size(arguments.model, **size),
+      model=architecture_of_size(arguments.model, **size),
       dtype=arguments.dtype,
       attention=arguments.attention,
       remat=arguments.remat,
       mesh=MeshOptions(data=arguments.data, fsdp=arguments.fsdp),
     )
   except ValueError as error:
-    raise BadInput(f'config: {error}') from error
+    raise UserError(f'config: {error}') from error
 
 
 def measure(
@@ -112,7 +114,7 @@ def show(result: dict[str, Any]) -> str:
 
 def parse() -> argparse.Namespace:
   """Reads and checks the command line."""
-  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--target', required=True, choices=sorted(TARGETS), help='kind of device')
   parser.add_argument('--chips', type=int, default=1, help='devices (%(default)s)')
   parser.add_argument('--model', default='B', choices=sorted(vit.SIZES), help='(%(default)s)')
@@ -122,8 +124,8 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--data', type=int, default=0, help='mesh.data; 0: what is left (0)')
   parser.add_argument('--fsdp', type=int, default=1, help='mesh.fsdp (%(default)s)')
   parser.add_argument('--remat', default='none', choices=sorted(mae.REMATERIALISATIONS))
-  parser.add_argument('--attention', default='auto', choices=attention.KINDS)
-  parser.add_argument('--dtype', default='bfloat16', choices=recipe.DTYPES, help='(%(default)s)')
+  parser.add_argument('--attention', default='auto', choices=implementations.KINDS)
+  parser.add_argument('--dtype', default='bfloat16', choices=DTYPES, help='(%(default)s)')
   parser.add_argument('--memory_gb', default='16,80,141', help='to fill (%(default)s)')
   parser.add_argument(
     '--quick',
@@ -135,14 +137,14 @@ def parse() -> argparse.Namespace:
   arguments = parser.parse_args()
   for name in ('chips', 'accumulation_steps'):
     if getattr(arguments, name) < 1:
-      raise BadInput(f'--{name}={getattr(arguments, name)} is too small; give at least 1.')
+      raise UserError(f'--{name}={getattr(arguments, name)} is too small; give at least 1.')
   try:
     arguments.pairs = sorted({int(number) for number in arguments.pairs_per_device.split(',')})
     arguments.limits = [float(number) for number in arguments.memory_gb.split(',')]
   except ValueError as error:
-    raise BadInput(f'{error}; give numbers with commas between them.') from error
+    raise UserError(f'{error}; give numbers with commas between them.') from error
   if arguments.pairs[0] < 1:
-    raise BadInput(f'--pairs_per_device={arguments.pairs_per_device}: give at least 1.')
+    raise UserError(f'--pairs_per_device={arguments.pairs_per_device}: give at least 1.')
   rounds.check_output(arguments.json)
   return arguments
 
@@ -184,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

@@ -21,8 +21,12 @@ from flax import nnx
 
 from benchmarks import rounds
 from benchmarks.rounds import Way
-from dropmae_jax import attention, command_line, loader_process, mae, masking, recipe, vit
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.config import DTYPES
+from dropmae_jax.data import loader_process
+from dropmae_jax.model import attention, masking, vit
+from dropmae_jax.model.vit import architecture_of_size
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 
 MASK_RATIO = 0.75
 
@@ -35,7 +39,7 @@ def make_ways(
   That is the parameters of every block, the same stacked, and tokens; they return the sum of the
   results and its gradient for tokens and for the parameters that they use.
   """
-  a = mae.architecture_of_size(size)
+  a = architecture_of_size(size)
   settings = {'dtype': dtype, 'rngs': nnx.Rngs(params=0)}
   blocks = [vit.Block(a.width, a.num_heads, a.mlp_ratio, **settings) for _ in range(a.depth)]
   graphdef, _ = nnx.split(blocks[0])
@@ -85,16 +89,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
   """Reads and checks the command line."""
-  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--model', default='B', choices=sorted(vit.SIZES), help='(%(default)s)')
   parser.add_argument('--batch_size', type=int, required=True, help='pairs')
-  parser.add_argument('--dtype', choices=recipe.DTYPES, help='of the products')
+  parser.add_argument('--dtype', choices=DTYPES, help='of the products')
   parser.add_argument('--rounds', type=int, default=5, help='(%(default)s)')
   parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
   arguments = parser.parse_args()
   for name in ('batch_size', 'rounds'):
     if getattr(arguments, name) < 1:
-      raise BadInput(f'--{name}={getattr(arguments, name)} is too small; give at least 1.')
+      raise UserError(f'--{name}={getattr(arguments, name)} is too small; give at least 1.')
   rounds.check_output(arguments.json)
   return arguments
 
@@ -118,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

@@ -25,8 +25,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dropmae_jax import checkpoint, command_line
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.checkpoints import saved_weights
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 STOPPED = os.EX_TEMPFAIL
@@ -123,7 +124,7 @@ def kill_loader(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> 
 def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
   """Kill -9, and then the newest checkpoint loses a file, the half of one, or a bit."""
   trainer.end(signal.SIGKILL)
-  folders = (workdir / checkpoint.FOLDER).iterdir()
+  folders = (workdir / saved_weights.FOLDER).iterdir()
   steps = sorted((int(path.name), path) for path in folders if path.name.isdigit())
   if len(steps) < 2:
     return False  # The only one may not be lost.
@@ -153,7 +154,7 @@ def make_data(folder: pathlib.Path) -> None:
   """Generates clips and builds their dataset."""
   clips = ['--train=12', '--val=1', '--frames=8', '--height=48', '--width=64']
   for command in (
-    ['dropmae_jax.synthetic_clips', f'--output={folder}/clips', *clips],
+    ['dropmae_jax.data.synthetic_clips', f'--output={folder}/clips', *clips],
     ['tfds_kinetics', '--config=folder', f'--videos={folder}/clips', f'--data_dir={folder}/data'],
   ):
     subprocess.run([sys.executable, '-m', *command], cwd=ROOT, check=True, capture_output=True)
@@ -168,7 +169,7 @@ def run_to_the_end(arguments: list[str], log: pathlib.Path) -> None:
 
 def differences(first: pathlib.Path, second: pathlib.Path) -> list[str]:
   """Names the parameters and moments that are not equal, bit for bit."""
-  one, other = (checkpoint.load_weights(folder, with_moments=True) for folder in (first, second))
+  one, other = (saved_weights.load_weights(folder, with_moments=True) for folder in (first, second))
   if one.step != other.step:
     return [f'step {one.step} and {other.step}']
   trees = ((each.params, each.moments) for each in (one, other))
@@ -248,14 +249,14 @@ def soak(folder: pathlib.Path, *, minutes: float, num_steps: int, seed: int) -> 
 
 def main() -> None:
   """The command line."""
-  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--minutes', type=float, default=10, help='(%(default)s)')
   parser.add_argument('--steps', type=int, default=1500, help='of every run (%(default)s)')
   parser.add_argument('--seed', type=int, default=0, help='of the faults (%(default)s)')
   parser.add_argument('--json', type=pathlib.Path, help='file to write the counts to')
   arguments = parser.parse_args()
   if arguments.minutes <= 0 or arguments.steps < 1:
-    raise BadInput('--minutes and --steps must be positive; the defaults are 10 and 1500.')
+    raise UserError('--minutes and --steps must be positive; the defaults are 10 and 1500.')
   with tempfile.TemporaryDirectory(prefix='dropmae_soak') as folder:
     found = soak(
       pathlib.Path(folder),
@@ -270,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from benchmarks.clips import Clips
-from dropmae_jax import augment, blocks, data, stream
+from dropmae_jax.config import DataOptions
+from dropmae_jax.data import augment, frame_pairs, loader, pair_stream
 
 STAGES = (
   'draw frames and crops',
@@ -32,7 +33,7 @@ class TimedMaker:
     seconds: of this process's cores, by stage, so far.
   """
 
-  def __init__(self, clips: Clips, options: data.DataOptions, image_size: int) -> None:
+  def __init__(self, clips: Clips, options: DataOptions, image_size: int) -> None:
     builder = tfds.builder_from_directory(clips.videos.folder)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     self._records = builder.as_data_source(clips.split, deserialize_method=raw)
@@ -46,12 +47,12 @@ class TimedMaker:
     self.seconds[stage] += now - self._since
     self._since = now
 
-  def _make(self, key: stream.PairKey, out: np.ndarray) -> tuple[int, int]:
+  def _make(self, key: pair_stream.PairKey, out: np.ndarray) -> tuple[int, int]:
     """Fills `out` with the frames of a pair; returns their numbers."""
     uniform = iter(key.uniforms.tolist()).__next__
     first = int(self._clips.first[key.video])
     num_frames = self._clips.videos.num_frames(key.video)
-    numbers = data.sample_pair(uniform, num_frames, self._options.frame_gap)
+    numbers = frame_pairs.sample_pair(uniform, num_frames, self._options.frame_gap)
     self.lap('draw frames and crops')
     records = [self._records[first + number] for number in numbers]
     self.lap('read record')
@@ -67,7 +68,7 @@ class TimedMaker:
     self.lap('crop and resize')
     return numbers
 
-  def __call__(self, keys: Sequence[stream.PairKey]) -> blocks.Block:
+  def __call__(self, keys: Sequence[pair_stream.PairKey]) -> loader.Block:
     """Returns what `data.PairMaker` returns."""
     size = self._image_size
     frames = np.empty((len(keys), 2, size, size, 3), np.uint8)
@@ -78,12 +79,12 @@ class TimedMaker:
       'dataset': np.array([key.dataset for key in keys], np.int32),
       'video': np.array([key.video for key in keys], np.int32),
       'frame_numbers': np.array(numbers, np.int32),
-      blocks.DAMAGED: (),
+      loader.DAMAGED: (),
     }
 
 
 def time_stages(
-  clips: Clips, options: data.DataOptions, *, image_size: int, seed: int, pairs: int
+  clips: Clips, options: DataOptions, *, image_size: int, seed: int, pairs: int
 ) -> tuple[dict[str, float], list[dict[str, np.ndarray]]]:
   """Makes the first batches of a training stream in this process, stage by stage.
 
@@ -98,13 +99,13 @@ def time_stages(
     Microseconds per pair by stage, and the batches.
   """
   timed, batch = TimedMaker(clips, options, image_size), min(pairs, BATCH)
-  made, batches = stream.pair_keys(clips.videos, seed).batch(batch, batch_fn=timed), []
+  made, batches = pair_stream.pair_keys(clips.videos, seed).batch(batch, batch_fn=timed), []
   made[0]
   timed.lap('grain, and the rest')
   timed.seconds.clear()
   for number in range(-(-pairs // batch)):
     batches.append(made[number])
-    del batches[-1][blocks.DAMAGED]
+    del batches[-1][loader.DAMAGED]
     timed.lap('grain, and the rest')
     jax.block_until_ready(jax.device_put(batches[-1]['frames']))
     timed.lap('transfer to device')

@@ -24,9 +24,10 @@ import numpy as np
 
 from benchmarks import flops, kernel_check, rounds, torch_step, variants
 from benchmarks.parts import Part, Workbench
-from dropmae_jax import command_line, loader_process
-from dropmae_jax.command_line import BadInput
-from dropmae_jax.recipe import Recipe
+from dropmae_jax.config import Config
+from dropmae_jax.data import loader_process
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 
 # Long enough to be measured well, short enough for many rounds.
 LEAST_SECONDS = {'cpu': 0.3, 'gpu': 0.5, 'tpu': 0.5}
@@ -34,7 +35,7 @@ LEAST_SECONDS = {'cpu': 0.3, 'gpu': 0.5, 'tpu': 0.5}
 PRODUCT_SIZE = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
 
 
-def make_parts(options: Recipe, arguments: argparse.Namespace) -> dict[str, Part]:
+def make_parts(options: Config, arguments: argparse.Namespace) -> dict[str, Part]:
   """Compiles all that is to be timed, by name."""
   device = jax.devices()[0]
   recipes = variants.compared(options, device, without_fused=arguments.without_fused)
@@ -58,7 +59,7 @@ def _announced(compiled: Iterable[tuple[str, Part]]) -> Iterator[tuple[str, Part
     yield name, part
 
 
-def choose_peak(stated: float | None, options: Recipe, reached: float) -> tuple[float, str]:
+def choose_peak(stated: float | None, options: Config, reached: float) -> tuple[float, str]:
   """Returns the FLOPs a second that an MFU is of, and where they are from.
 
   Args:
@@ -78,7 +79,7 @@ def summarise(
   parts: dict[str, Part],
   seconds: dict[str, list[float]],
   calls: dict[str, int],
-  options: Recipe,
+  options: Config,
   stated_peak: float | None,
 ) -> dict[str, Any]:
   """Returns what the table shows."""
@@ -158,7 +159,7 @@ def show(result: dict[str, Any]) -> str:
 
 def parse() -> argparse.Namespace:
   """Reads and checks the command line."""
-  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   variants.add_arguments(parser)
   parser.add_argument('--batch_size', type=int, required=True, help='pairs, on one device')
   parser.add_argument('--rounds', type=int, default=5, help='(%(default)s)')
@@ -171,9 +172,9 @@ def parse() -> argparse.Namespace:
   for name in ('batch_size', 'rounds', 'product_size'):
     value = getattr(arguments, name)
     if value is not None and value < 1:
-      raise BadInput(f'--{name}={value} is too small; give at least 1.')
+      raise UserError(f'--{name}={value} is too small; give at least 1.')
   if arguments.peak_tflops is not None and not arguments.peak_tflops > 0:
-    raise BadInput(f'--peak_tflops={arguments.peak_tflops} is not positive; leave it out.')
+    raise UserError(f'--peak_tflops={arguments.peak_tflops} is not positive; leave it out.')
   rounds.check_output(arguments.json)
   return arguments
 
@@ -201,7 +202,7 @@ def main() -> None:
     # As XLA and as PyTorch say it.
     if not re.search('RESOURCE_EXHAUSTED|out of memory', str(error)):
       raise
-    raise BadInput(
+    raise UserError(
       f'--batch_size={arguments.batch_size} does not fit the memory of the device; use a smaller'
       ' one, or --remat=full.'
     ) from error
@@ -217,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

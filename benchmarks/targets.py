@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.runtime.errors import UserError
 
 # Libraries that hold the compilers, of the versions that fit the pinned jax.
 TPU_COMPILER = "pip install 'jax[tpu]'"
@@ -120,15 +120,15 @@ def devices(name: str, chips: int, target_config: pathlib.Path | None = None) ->
     target_config: GPU: a file to use instead of `GPU_CONFIG`.
 
   Raises:
-    BadInput: there is no such slice or file, or the compiler is not installed.
+    UserError: there is no such slice or file, or the compiler is not installed.
   """
   target = TARGETS[name]
   if target_config and not target_config.is_file():
-    raise BadInput(f'--target_config={target_config} is no file; leave it out.')
+    raise UserError(f'--target_config={target_config} is no file; leave it out.')
   if name == 'cpu':
     found = jax.devices('cpu')
     if len(found) < chips:
-      raise BadInput(f'--chips={chips}: this process has {len(found)} CPU devices; ask for those.')
+      raise UserError(f'--chips={chips}: this process has {len(found)} CPU devices; ask for those.')
     return found[:chips]
   return _gpus(target, chips, target_config) if target.gpu else _tpus(name, target, chips)
 
@@ -136,14 +136,14 @@ def devices(name: str, chips: int, target_config: pathlib.Path | None = None) ->
 def _tpus(name: str, target: Target, chips: int) -> list[jax.Device]:
   if chips not in target.shapes:
     known = ', '.join(map(str, target.shapes))
-    raise BadInput(f'--chips={chips} is no slice of {name}; choose one of {known}.')
+    raise UserError(f'--chips={chips} is no slice of {name}; choose one of {known}.')
   for variable, value in COMPILE_ONLY.items():
     os.environ.setdefault(variable, value)
   shape = f'{name.removeprefix("tpu_")}:{target.shapes[chips]}'
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=shape).devices[:chips]
   except (RuntimeError, OSError, ValueError) as error:
-    raise BadInput(
+    raise UserError(
       f'--target={name} needs the compiler of TPUs ({_first_line(error)}); {TPU_COMPILER}.'
     ) from error
 
@@ -151,7 +151,7 @@ def _tpus(name: str, target: Target, chips: int) -> list[jax.Device]:
 def _gpus(target: Target, chips: int, target_config: pathlib.Path | None) -> list[jax.Device]:
   boxes = -(-chips // target.box)
   if chips > target.box and chips % target.box:
-    raise BadInput(f'--chips={chips} is not a number of whole boxes; use a multiple of 8.')
+    raise UserError(f'--chips={chips} is not a number of whole boxes; use a multiple of 8.')
   config = gpu_config(target) if target_config is None else target_config.read_text()
   try:
     return topologies.get_topology_desc(
@@ -162,11 +162,11 @@ def _gpus(target: Target, chips: int, target_config: pathlib.Path | None) -> lis
     ).devices
   except (RuntimeError, OSError, ValueError) as error:
     if 'GpuTargetConfigProto' in str(error):
-      raise BadInput(
+      raise UserError(
         f'--target_config={target_config} does not describe a GPU as XLA does; leave it out.'
       ) from error
     remedy = GPU_COMPILER.format(jax.__version__)
-    raise BadInput(
+    raise UserError(
       f'this target needs the compiler of GPUs ({_first_line(error)}); {remedy}.'
     ) from error
 

@@ -12,26 +12,25 @@ import numpy as np
 from benchmarks import flops
 from benchmarks.parts import Part
 from benchmarks.rounds import Way, import_torch
-from dropmae_jax import masking, pixels
-from dropmae_jax.command_line import BadInput
-from dropmae_jax.mae import Architecture
-from dropmae_jax.recipe import Recipe
+from dropmae_jax.config import Architecture, Config
+from dropmae_jax.model import masking, pixels
+from dropmae_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
   from torch import Tensor
 
 
-def make(recipe: Recipe, frames: np.ndarray, platform: str) -> Part:
+def make(recipe: Config, frames: np.ndarray, platform: str) -> Part:
   """Returns the step on a batch of uint8 frames, to be timed.
 
   Raises:
-    BadInput: PyTorch is not installed, or not for this device.
+    UserError: PyTorch is not installed, or not for this device.
   """
   torch = import_torch()
   if platform not in ('cpu', 'gpu'):
-    raise BadInput(f'--torch: PyTorch has no {platform} here to run on; leave --torch out.')
+    raise UserError(f'--torch: PyTorch has no {platform} here to run on; leave --torch out.')
   if platform == 'gpu' and not torch.cuda.is_available():
-    raise BadInput(
+    raise UserError(
       f'--torch: PyTorch {torch.__version__} does not see the GPU; install a build for CUDA, or'
       ' leave --torch out.'
     )
@@ -46,7 +45,7 @@ def make(recipe: Recipe, frames: np.ndarray, platform: str) -> Part:
 class TorchStep:
   """A model and its optimizer; a call makes one update."""
 
-  def __init__(self, recipe: Recipe, device: str) -> None:
+  def __init__(self, recipe: Config, device: str) -> None:
     import torch
 
     self.model = autoencoder(recipe.model).to(device)

@@ -5,17 +5,19 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from dropmae_jax import asad, attention, mae, recipe, vit
-from dropmae_jax.command_line import BadInput
-from dropmae_jax.mae import Objective
-from dropmae_jax.recipe import Recipe
+from dropmae_jax.config import DTYPES, Config, Objective
+from dropmae_jax.kernels import implementations
+from dropmae_jax.model import mae, vit
+from dropmae_jax.model.asad import num_dropped
+from dropmae_jax.model.vit import architecture_of_size
+from dropmae_jax.runtime.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags that say what step is compared."""
   parser.add_argument('--model', default='B', choices=sorted(vit.SIZES), help='(%(default)s)')
   parser.add_argument('--image_size', type=int, default=0, help='pixels (224)')
-  parser.add_argument('--dtype', choices=recipe.DTYPES, help='of the products')
+  parser.add_argument('--dtype', choices=DTYPES, help='of the products')
   parser.add_argument('--remat', default='none', choices=sorted(mae.REMATERIALISATIONS))
   parser.add_argument(
     '--without_fused', action='store_true', help='leave out the kernels, if they do not work'
@@ -23,35 +25,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--drop_rate', type=float, default=0.1, help='P of ASAD (%(default)s)')
 
 
-def make_recipe(arguments: argparse.Namespace, batch_size: int) -> Recipe:
+def make_recipe(arguments: argparse.Namespace, batch_size: int) -> Config:
   """Returns the recipe with ASAD that `add_arguments` let the user ask for.
 
   Raises:
-    BadInput: its numbers do not fit one another, or ASAD would drop nothing.
+    UserError: its numbers do not fit one another, or ASAD would drop nothing.
   """
   size = {'image_size': arguments.image_size} if arguments.image_size else {}
   try:
-    options = Recipe(
+    options = Config(
       data_dir='',
       num_steps=1000,
       batch_size=batch_size,
-      model=mae.architecture_of_size(arguments.model, **size),
+      model=architecture_of_size(arguments.model, **size),
       objective=Objective(attention_dropout=arguments.drop_rate),
       dtype=arguments.dtype,
       remat=arguments.remat,
     )
   except ValueError as error:
-    raise BadInput(f'config: {error}') from error
+    raise UserError(f'config: {error}') from error
   others = options.model.tokens_per_frame - 1
-  if asad.num_dropped(others + 1, arguments.drop_rate) == 0:
-    raise BadInput(
+  if num_dropped(others + 1, arguments.drop_rate) == 0:
+    raise UserError(
       f'--drop_rate={arguments.drop_rate} drops none of {others} keys, so that there is nothing to'
       f' compare; use more than {1 / max(1, others):.3f}, or a larger --image_size.'
     )
   return options
 
 
-def compared(options: Recipe, device: Any, *, without_fused: bool = False) -> dict[str, Recipe]:
+def compared(options: Config, device: Any, *, without_fused: bool = False) -> dict[str, Config]:
   """Returns by name the recipes whose steps are measured beside one another.
 
   The first is what the others are compared with. Another way to compute ASAD is one more entry.
@@ -61,7 +63,7 @@ def compared(options: Recipe, device: Any, *, without_fused: bool = False) -> di
   recipes = {'dense': dense, 'asad': options}
   a = options.model
   sizes = a.tokens_per_frame, a.decoder_num_heads, a.decoder_width // a.decoder_num_heads
-  if not without_fused and not attention.unsupported(device, *sizes, options.dtype):
+  if not without_fused and not implementations.unsupported(device, *sizes, options.dtype):
     recipes['asad_fused'] = dataclasses.replace(options, attention='fused')
     if device.platform == 'gpu':
       recipes['dense_fused'] = dataclasses.replace(dense, attention='fused')

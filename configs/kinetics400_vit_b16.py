@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
   config.objective.mask_ratio = 0.75
   config.objective.masking = 'random'
   config.objective.attention_dropout = 0.1
+  config.objective.dropout_rule = 'asad'
   config.objective.normalise_targets = True
 
   config.data = ConfigDict()
@@ -73,5 +74,4 @@ def get_config() -> ConfigDict:
   config.checkpoint.every_steps = 10 * STEPS_PER_EPOCH
   config.checkpoint.keep_last = 3
   config.checkpoint.keep_every = 100 * STEPS_PER_EPOCH
-  config.checkpoint.keep_best = 0
   return config.lock()

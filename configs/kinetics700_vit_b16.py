@@ -11,7 +11,7 @@ Hardware, hours, resulting loss: not yet run. The published logs end at a mean l
 
 from ml_collections import ConfigDict
 
-from configs import kinetics400_vit_b16
+from dropmae_jax.configs import kinetics400_vit_b16
 
 STEPS_PER_EPOCH = 128
 

@@ -1,6 +1,6 @@
 r"""A tiny model on generated clips, for a CPU of two cores: what `make quickstart` trains.
 
-python -m dropmae_jax.synthetic_clips --output=runs/quickstart/clips
+python -m dropmae_jax.data.synthetic_clips --output=runs/quickstart/clips
 python -m tfds_kinetics --config=folder --videos=runs/quickstart/clips \
         --data_dir=runs/quickstart/data
 python -m dropmae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -8,7 +8,7 @@ python -m dropmae_jax.main --config=configs/quickstart.py --workdir=runs/quickst
 
 from ml_collections import ConfigDict
 
-from configs import kinetics400_vit_b16
+from dropmae_jax.configs import kinetics400_vit_b16
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ The learning rate follows the batch size by itself. Hours and results: not yet r
 
 from ml_collections import ConfigDict
 
-from configs import kinetics400_vit_b16
+from dropmae_jax.configs import kinetics400_vit_b16
 
 
 def get_config() -> ConfigDict:

@@ -1,35 +1,15 @@
 """AdamW as published: what decays, and the learning rate of every update."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
+from dropmae_jax.config import OptimizerOptions
+
 # Position tables get no gradient and must not decay; AdamW then never moves them.
 FIXED = ('pos_embed', 'decoder_pos_embed')
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerOptions:
-  """The defaults are the published recipe, but for `warmup_steps`, which is 40 epochs there.
-
-  Attributes:
-    base_learning_rate: per 256 pairs of the global batch.
-    min_learning_rate: at the last step.
-    warmup_steps: updates of linear warm-up, the first of which has a learning rate of 0.
-    weight_decay: of everything that is neither 1-D nor a position table.
-    beta1: decay of the first moment.
-    beta2: decay of the second moment.
-  """
-
-  base_learning_rate: float = 1.5e-4
-  min_learning_rate: float = 0.0
-  warmup_steps: int = 0
-  weight_decay: float = 0.05
-  beta1: float = 0.9
-  beta2: float = 0.95
 
 
 def learning_rate(

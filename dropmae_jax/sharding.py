@@ -5,7 +5,6 @@ over `data`. Devices are numbered host by host, so that a host's devices hold on
 batch, and that a group which shares parameters stays within a host or slice as far as it can.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,25 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dropmae_jax.config import MeshOptions
+
 AXES = ('data', 'fsdp')
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshOptions:
-  """How many devices do what; their product is the number of devices.
-
-  Attributes:
-    data: groups of devices, each of which has the whole state; 0 is what `fsdp` leaves.
-    fsdp: devices of a group, among which parameters and moments are split (ZeRO-3).
-  """
-
-  data: int = 0
-  fsdp: int = 1
-
-  def __post_init__(self) -> None:
-    for name, least in (('data', 0), ('fsdp', 1)):
-      if getattr(self, name) < least:
-        raise ValueError(f'mesh.{name}={getattr(self, name)} is too small; use {least} or more.')
 
 
 def make_mesh(

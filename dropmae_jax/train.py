@@ -1,104 +1,403 @@
-"""Pre-training from a recipe: the loop, and how it ends."""
+"""Pre-training, from top to bottom: config, data, devices, model, state, loader, loop, end.
+
+`train` is where a reader starts. What is random in a run is derived from its seed
+(`train_step.derive_seeds`); everything else here is the order in which a run is put together.
+"""
 
 import contextlib
+import dataclasses
+import functools
 import pathlib
 import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from dropmae_jax import bad_batch, hosts
-from dropmae_jax.feed import Interrupted
-from dropmae_jax.recipe import Recipe
-from dropmae_jax.report import NonFiniteLoss
-from dropmae_jax.run import Run, open_run
-from dropmae_jax.stalls import Watchdog
-from dropmae_jax.train_step import TrainState
+from dropmae_jax import optimizer, sharding
+from dropmae_jax.checkpoints.manager import Checkpoints
+from dropmae_jax.checkpoints.saved_weights import describe
+from dropmae_jax.config import Config, may_change
+from dropmae_jax.data import frame_pairs, non_finite_batch
+from dropmae_jax.data.damaged_records import DamagedRecords
+from dropmae_jax.data.mixture import Mixture, open_mixture
+from dropmae_jax.data.prefetch import Feed, Interrupted, LoaderStalled
+from dropmae_jax.kernels import implementations
+from dropmae_jax.model import mae, masking
+from dropmae_jax.model.attention import Implementations
+from dropmae_jax.pytorch import init_from
+from dropmae_jax.runtime import multihost
+from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.report import NonFiniteLoss, Report
+from dropmae_jax.runtime.watchdog import Watchdog
+from dropmae_jax.train_step import (
+  SEED_VERSION,
+  Metrics,
+  TrainState,
+  derive_seeds,
+  init_state,
+  train_step,
+)
 
 
-def train(recipe: Recipe, workdir: pathlib.Path, *, allow_changes: bool = False) -> bool:
-  """Trains to `recipe.num_steps`, going on from the newest checkpoint of `workdir` if there is one.
+def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False) -> bool:
+  """Trains to `config.num_steps`; resumes from the newest checkpoint of `workdir`, if there is one.
 
-  A step that hangs ends the process, with the status `stalls.STALLED`.
+  A step that hangs ends the process with status 69 (`errors.ExitStatus.HUNG`).
 
   Args:
-    recipe: what to do.
+    config: of the run.
     workdir: where checkpoints and reports are written; made if it is not there.
-    allow_changes: go on even if that makes it another run than the one that was begun.
+    allow_changes: resume even if the config or the data make it another run.
 
   Returns:
     Whether the last step was reached; if not, a signal stopped the run after a checkpoint.
 
   Raises:
-    BadInput: the data are not there or cannot be read, the batch does not fit the devices, or the
+    UserError: the data are not there or cannot be read, the batch does not fit the devices, or the
       workdir holds another model or run.
     NonFiniteLoss: training diverged; the pairs of the batch are listed in the workdir.
     LoaderFailed: the loader hangs or dies again and again; end the process by os._exit.
     NotSaved: the last state could not be written.
   """
-  interruption = hosts.Interruption()
-  watchdog = Watchdog(recipe.step_stall_seconds, say=print)
+  interruption = multihost.Interruption()
+  watchdog = Watchdog(config.step_stall_seconds, say=print)
   with interruption.watched(), contextlib.ExitStack() as stack:
     stack.callback(watchdog.close)
-    with hosts.ending_together():
-      run = open_run(recipe, workdir, stack, watchdog, interruption, allow_changes=allow_changes)
+    with multihost.ending_together():
+      watchdog.watch('opening the dataset', is_slow=True)
+      dataset = open_dataset(config, workdir, allow_changes=allow_changes)
+      seeds = derive_seeds(config.seed)
+      try:
+        mesh = sharding.make_mesh(options=config.mesh)
+      except ValueError as error:
+        raise UserError(f'config: {error}') from error
+      model = build(config, mesh)
+
+      make_workdir(workdir)
+      enable_compilation_cache(workdir)
+      checkpoints = open_checkpoints(config, workdir, dataset)
+      stack.callback(checkpoints.close)
+      watchdog.watch('restoring the state', is_slow=True)
+      state, notes = first_state(
+        config, workdir, model, checkpoints, key=seeds.init, allow_changes=allow_changes
+      )
+      first_step = checkpoints.latest_step or 0
+
+      report = Report(
+        workdir,
+        first_step=first_step,
+        num_steps=config.num_steps,
+        batch_size=config.batch_size,
+        log_every=config.log_every,
+      )
+      stack.callback(report.close)
+      watchdog.say = report.warn
+      report.say(
+        f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
+        f' {steps_per_epoch(config, dataset)} steps per epoch,'
+        f' {mesh.size} x {jax.devices()[0].device_kind}'
+      )
+      for note in notes:
+        report.say(note)
+
+      batches = start_loader(
+        config,
+        dataset,
+        mesh,
+        seed=seeds.data,
+        first_step=first_step,
+        say=report.warn,
+        is_interrupted=interruption.is_asked,
+      )
+      stack.push(functools.partial(_close_loader, batches))
+      step_key = sharding.put_everywhere(seeds.steps, mesh)
+      run = Run(model.step, step_key, batches, checkpoints, report, watchdog, interruption)
       try:
         with jax.transfer_guard('disallow'):
-          return _loop(recipe, run, interruption)
+          return loop(config, run, state, first_step)
       except NonFiniteLoss as error:
-        run.report.warn(str(error))
-        watchdog.watch('listing the bad batch', is_slow=True)
-        found = bad_batch.write(workdir, recipe, run.dataset, error.step)
-        raise NonFiniteLoss(f'{error} {found}', error.step) from error
+        report.warn(str(error))
+        watchdog.watch('listing the pairs of the batch', is_slow=True)
+        listed = non_finite_batch.write(workdir, config, dataset, error.step)
+        raise NonFiniteLoss(f'{error} {listed}', error.step) from error
       finally:
         watchdog.watch('closing the run', is_slow=True)
 
 
-def _loop(recipe: Recipe, run: Run, interruption: hosts.Interruption) -> bool:
-  """Takes the steps that are left; returns whether the last one was reached."""
-  state, previous = run.state, None
-  for step in range(run.first_step + 1, recipe.num_steps + 1):
+class Run(NamedTuple):
+  """What the loop works with."""
+
+  step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+  step_key: jax.Array
+  batches: Feed
+  checkpoints: Checkpoints
+  report: Report
+  watchdog: Watchdog
+  interruption: multihost.Interruption
+
+
+def loop(config: Config, run: Run, state: TrainState, first_step: int) -> bool:
+  """Takes the steps after `first_step`; returns whether the last one was reached."""
+  previous = None
+  for step in range(first_step + 1, config.num_steps + 1):
     asked = time.perf_counter()
-    run.watchdog.pause()  # The loader has one of its own.
+    run.watchdog.pause()  # The loader has a limit of its own.
     try:
       frames = next(run.batches)
     except Interrupted:
-      return _stop(recipe, run, interruption, step - 1, state)
+      return _stop(config, run, step - 1, state, first_step)
     run.watchdog.watch(f'step {step}', is_slow=previous is None)
     run.report.batch_arrived(asked)
-    state, metrics = run.program.step(state, frames, run.step_key)
-    # At most two steps are under way, so that memory and signals are not held up.
+    state, metrics = run.step(state, frames, run.step_key)
+    # At most two steps are queued, so that memory and signals are not held up.
     jax.block_until_ready(previous or metrics)
     run.report.after_step(step, metrics)
     if previous is None:
       run.report.compiled(step)
     previous = metrics
-    if step == recipe.num_steps:
-      _finish(run, step, state)
-    elif interruption.is_due(step):
-      return _stop(recipe, run, interruption, step, state)
+    if step == config.num_steps:
+      _save_last(run, step, state)
+    elif run.interruption.is_due(step):
+      return _stop(config, run, step, state, first_step)
     elif run.checkpoints.is_due(step):
-      losses = run.report.take_losses()
+      run.report.check_finite()
       run.watchdog.watch(f'the checkpoint of step {step}', is_slow=True)
-      run.checkpoints.save(step, state, losses=losses, say=run.report.warn)
+      run.checkpoints.save(step, state, say=run.report.warn)
   return True
 
 
-def _stop(
-  recipe: Recipe, run: Run, interruption: hosts.Interruption, step: int, state: TrainState
-) -> bool:
-  """Saves what there is when a signal came; returns that the last step was not reached."""
-  if step > run.first_step:
-    _finish(run, step, state)
+def _stop(config: Config, run: Run, step: int, state: TrainState, first_step: int) -> bool:
+  """Saves the state when a signal came; returns that the last step was not reached."""
+  name = run.interruption.signal_name
+  if step > first_step:
+    _save_last(run, step, state)
   run.report.say(
-    f'{interruption.signal_name}: saved at step {step} of {recipe.num_steps};'
-    ' the same command goes on from there'
+    f'{name}: saved at step {step} of {config.num_steps}; the same command resumes from there'
     if step
-    else f'{interruption.signal_name}: no step was made; the same command begins anew'
+    else f'{name}: no step was made; the same command starts again'
   )
   return False
 
 
-def _finish(run: Run, step: int, state: TrainState) -> None:
-  losses = run.report.take_losses()
+def _save_last(run: Run, step: int, state: TrainState) -> None:
+  run.report.check_finite()
   run.watchdog.watch(f'the checkpoint of step {step}', is_slow=True)
-  run.checkpoints.finish(step, state, losses=losses, say=run.report.warn)
+  run.checkpoints.finish(step, state, say=run.report.warn)
+
+
+def open_dataset(config: Config, workdir: pathlib.Path, *, allow_changes: bool) -> Mixture:
+  """Opens the dataset, once all processes are there and agree on the run."""
+  facts = {
+    'code version': multihost.code_version(),
+    'config': repr(dataclasses.replace(config, data_dir='')),
+    '--workdir': str(workdir.absolute()),
+    '--allow_changes': str(allow_changes),
+  }
+  try:
+    dataset = open_mixture(config.data_dir, config.dataset, config.split)
+  except UserError:
+    # The others must hear of it, or they would wait for this process.
+    with contextlib.suppress(UserError):
+      multihost.agree({**facts, 'dataset': 'cannot be opened'})
+    raise
+  multihost.agree({**facts, 'dataset': dataset.fingerprint})
+  return dataset
+
+
+def steps_per_epoch(config: Config, dataset: Mixture) -> int:
+  """Returns how many batches all videos make; at least 1."""
+  return max(len(dataset) // config.batch_size, 1)
+
+
+class Model(NamedTuple):
+  """What runs on the devices: fresh states, updates of them, and a state's shapes and places."""
+
+  init: Callable[[jax.Array], TrainState]
+  step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+  abstract_state: TrainState
+
+
+def build(config: Config, mesh: Mesh) -> Model:
+  """Puts model, objective and optimizer together, jitted for a mesh.
+
+  The old state is donated to the step. Nothing is compiled before the first call.
+
+  Raises:
+    UserError: the devices do not divide the batch, or do not run the attention asked for.
+  """
+  try:
+    sharding.check_batch(config.batch_size, config.accumulation_steps, mesh)
+    masking.num_visible(config.model.num_tokens, config.objective.mask_ratio)
+    attention = attention_implementations(config, mesh)
+  except ValueError as error:
+    raise UserError(f'config: {error}') from error
+  graphdef, _ = mae.abstract_model(config.model, dtype=jnp.dtype(config.dtype), remat=config.remat)
+  schedule = optimizer.learning_rate(
+    peak=config.peak_learning_rate,
+    floor=config.optimizer.min_learning_rate,
+    warmup_steps=config.optimizer.warmup_steps,
+    num_steps=config.num_steps,
+  )
+  tx = optimizer.adamw(schedule, config.optimizer)
+  step = functools.partial(
+    train_step,
+    graphdef=graphdef,
+    tx=tx,
+    schedule=schedule,
+    objective=config.objective,
+    shared_flip=config.data.shared_augmentation,
+    accumulation_steps=config.accumulation_steps,
+    implementations=attention,
+  )
+  init = functools.partial(init_state, architecture=config.model, tx=tx)
+  # A state is born sharded, and never whole on one device.
+  state = sharding.abstract_on(mesh, jax.eval_shape(init, jax.random.key(0)))
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  everywhere = sharding.replicated(mesh)
+  # On GPUs, sums that would depend on the order in which threads come to them.
+  deterministic = {'xla_gpu_exclude_nondeterministic_ops': True}
+  return Model(
+    init=jax.jit(init, out_shardings=places),
+    step=jax.jit(
+      step,
+      donate_argnames='state',
+      in_shardings=(places, sharding.batch_sharding(mesh), everywhere),
+      out_shardings=(places, everywhere),
+      compiler_options=deterministic if sharding.platform_of(mesh) == 'gpu' else None,
+    ),
+    abstract_state=state,
+  )
+
+
+def attention_implementations(config: Config, mesh: Mesh) -> Implementations:
+  """Returns the attention that a config asks for.
+
+  Raises:
+    ValueError: the devices, or the sizes of the model, have none such.
+  """
+  return implementations.choose(
+    config.attention,
+    mesh,
+    tokens_per_frame=config.model.tokens_per_frame,
+    num_heads=config.model.decoder_num_heads,
+    head_width=config.model.decoder_width // config.model.decoder_num_heads,
+    dtype=config.dtype,
+    rule=config.objective.dropout_rule,
+  )
+
+
+def make_workdir(workdir: pathlib.Path) -> None:
+  """Makes the folder of a run."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'--workdir={workdir} cannot be made: {error.strerror}.') from error
+
+
+def enable_compilation_cache(workdir: pathlib.Path) -> None:
+  """Keeps compiled programs in the folder `compiled` of a run, which may be resumed.
+
+  Compiling takes minutes on GPUs and TPUs. And the compiler of GPUs chooses among kernels by timing
+  them, so that a second compilation may round otherwise. Programs of CPUs are not kept, as the
+  next CPU may have other instructions; nor any where JAX has been told of another place, as by
+  JAX_COMPILATION_CACHE_DIR.
+  """
+  if jax.default_backend() != 'cpu' and jax.config.jax_compilation_cache_dir is None:
+    jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
+
+
+def open_checkpoints(config: Config, workdir: pathlib.Path, dataset: Mixture) -> Checkpoints:
+  """Opens the checkpoints of a run; all processes agree on which is the newest."""
+  description = describe(
+    config.model,
+    config.objective,
+    frame_gap=config.data.frame_gap,
+    steps_per_epoch=steps_per_epoch(config, dataset),
+    data_fingerprint=dataset.fingerprint,
+    seed_version=SEED_VERSION,
+    config=dataclasses.asdict(config),
+  )
+  checkpoints = Checkpoints(workdir, config.checkpoint, description)
+  multihost.agree({'newest checkpoint in --workdir': str(checkpoints.latest_step)})
+  return checkpoints
+
+
+def first_state(
+  config: Config,
+  workdir: pathlib.Path,
+  model: Model,
+  checkpoints: Checkpoints,
+  *,
+  key: jax.Array,
+  allow_changes: bool,
+) -> tuple[TrainState, list[str]]:
+  """Returns the state to start or resume from, and lines that say where it comes from.
+
+  Raises:
+    UserError: the checkpoint is of another run, and changes are not allowed.
+  """
+  if checkpoints.latest_step is None:
+    state = model.init(key)
+    if not config.init_from:
+      return state, []
+    start = init_from.read(pathlib.Path(config.init_from), config.model)
+    return state.replace(params=init_from.put(start.taken, state.params)), start.report
+  state, notes = checkpoints.restore(model.abstract_state)
+  changes = checkpoints.changes()
+  refused = [f'{name}: {change}' for name, change in changes.items() if not may_change(name)]
+  if refused and not allow_changes:
+    raise UserError(
+      f'--workdir={workdir} holds another run ({", ".join(refused)}); give its dataset and config'
+      ' again, or another --workdir, or --allow_changes to resume from it all the same.'
+    )
+  notes.append(f'resuming after step {checkpoints.latest_step} of {config.num_steps}')
+  notes += [f'changed since that checkpoint: {name}: {text}' for name, text in changes.items()]
+  return state, notes
+
+
+def start_loader(
+  config: Config,
+  dataset: Mixture,
+  mesh: Mesh,
+  *,
+  seed: int,
+  first_step: int,
+  say: Callable[[str], None],
+  is_interrupted: Callable[[], bool],
+) -> Feed:
+  """Starts the loader of this process's share of every batch."""
+  damaged = DamagedRecords(config.data.max_damaged_records, say)
+
+  def make_batches(step: int) -> Iterator[dict[str, np.ndarray]]:
+    return frame_pairs.pair_batches(
+      dataset,
+      config.data,
+      image_size=config.model.image_size,
+      batch_size=config.batch_size,
+      seed=seed,
+      first_step=step,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
+      tell_damaged=damaged.tell,
+    )
+
+  return Feed(
+    make_batches,
+    first_step=first_step,
+    to_device=lambda batch: sharding.to_devices(batch['frames'], mesh),
+    stall_seconds=config.data.stall_seconds,
+    say=say,
+    is_interrupted=is_interrupted,
+  )
+
+
+def _close_loader(batches: Feed, _: Any, error: BaseException | None, __: Any) -> None:
+  try:
+    batches.close()
+  except LoaderStalled:
+    if error is None:  # Otherwise that is what the user has to know.
+      raise

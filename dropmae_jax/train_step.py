@@ -11,8 +11,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from dropmae_jax import attention, mae, pixels
-from dropmae_jax.mae import Objective
+from dropmae_jax.config import Architecture, Objective
+from dropmae_jax.model import attention, mae, pixels
 
 # What a seed stands for: stream of pairs, crops, masks and drops. To be raised when code draws
 # otherwise, as then a checkpoint would not go on as the run that it is of.
@@ -69,7 +69,7 @@ LossFn = Callable[[dict, Any], Float[Array, '']]
 
 
 def init_state(
-  key: Key[Array, ''], *, architecture: mae.Architecture, tx: optax.GradientTransformation
+  key: Key[Array, ''], *, architecture: Architecture, tx: optax.GradientTransformation
 ) -> TrainState:
   """Returns fresh parameters and zero moments at step 0."""
   params = mae.init_params(key, architecture)
@@ -94,7 +94,7 @@ def train_step(
   objective: Objective,
   shared_flip: bool,
   accumulation_steps: int,
-  attention_programs: attention.Programs,
+  attention_programs: attention.Implementations,
 ) -> tuple[TrainState, Metrics]:
   """Augments a batch of raw pairs, and updates the state by the gradient of the pre-training loss.
 

@@ -136,7 +136,7 @@ def clips(tmp_path_factory) -> pathlib.Path:
   """Six training and two validation clips of eight frames, and a broken file among them."""
   output = tmp_path_factory.mktemp('videos') / 'clips'
   done = run_python(
-    '-m', 'dropmae_jax.synthetic_clips', f'--output={output}', '--train=6', '--val=2',
+    '-m', 'dropmae_jax.data.synthetic_clips', f'--output={output}', '--train=6', '--val=2',
     '--frames=8', '--height=48', '--width=64',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr

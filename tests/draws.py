@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from dropmae_jax import asad, asad_gpu, asad_tpu, sampling
+from dropmae_jax.kernels.gpu import asad_gpu
+from dropmae_jax.kernels.tpu import asad_tpu
+from dropmae_jax.model import fast_asad, weighted_sampling
+from dropmae_jax.model.asad import num_dropped
 
 PROGRAMS = ('xla', 'fused')
 # Of heads with the same logits, the kernels draw for so many at a time.
@@ -58,11 +61,11 @@ def drops(program, key, logits, *, draws, drop_rate):
   """Returns draws [b, f, i, n] by logits [1, f, 1, i, n], in interpret mode of kernels."""
   n = logits.own.shape[-1]
   if program == 'xla':
-    weights = asad.sampling_weights(logits)
+    weights = fast_asad.sampling_weights(logits)
     weights = jnp.broadcast_to(weights, (draws, *weights.shape[1:]))
     keys = jax.random.split(key, draws)
-    seeds = sampling.head_seeds(keys, 1)
-    return sampling.sample_drops(seeds, weights, asad.num_dropped(n, drop_rate))[:, :, 0]
+    seeds = weighted_sampling.head_seeds(keys, 1)
+    return weighted_sampling.sample_drops(seeds, weights, num_dropped(n, drop_rate))[:, :, 0]
   query, key_tokens = (
     jnp.broadcast_to(each, (SAMPLES, each.shape[1], HEADS, each.shape[3]))
     for each in tokens_with(logits)

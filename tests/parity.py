@@ -23,12 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dropmae_jax import asad, checkpoint, command_line, mae, masking, patches, torch_export
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.checkpoints import saved_weights
+from dropmae_jax.config import Architecture, Objective
+from dropmae_jax.model import fast_asad, mae, masking, patches
+from dropmae_jax.pytorch import layouts
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 
 
-def architecture_of(config: dict) -> mae.Architecture:
-  return mae.Architecture(
+def architecture_of(config: dict) -> Architecture:
+  return Architecture(
     image_size=config['img_size'],
     patch_size=config['patch_size'],
     width=config['embed_dim'],
@@ -48,7 +52,7 @@ def within_frame(drop_mask: np.ndarray) -> np.ndarray:
   by_frame = drop_mask.reshape(b, m, 2, n, 2, n)
   own = np.stack([by_frame[:, :, f, :, f] for f in range(2)], axis=1)
   if own.sum() != drop_mask.sum() or np.einsum('bfmii->', own.astype(np.int64)):
-    raise BadInput('a drop mask drops pairs across frames or on the diagonal; ASAD never does.')
+    raise UserError('a drop mask drops pairs across frames or on the diagonal; ASAD never does.')
   return own
 
 
@@ -61,7 +65,9 @@ def recorded_loss(params, case, *, graphdef, objective):
   masked = masking.masking_from_noise(
     case['mask_noise'], masking.num_visible(a.num_tokens, objective.mask_ratio)
   )
-  attentions = [partial(asad.attention_with_drops, is_dropped=drops) for drops in case['drops']]
+  attentions = [
+    partial(fast_asad.attention_with_drops, is_dropped=drops) for drops in case['drops']
+  ]
   latents = model.encode(patch_vectors, masked)
   loss = mae.reconstruction_loss(
     model.decode(latents, masked, attentions, wanted=masked.masked),
@@ -72,15 +78,15 @@ def recorded_loss(params, case, *, graphdef, objective):
   return loss, {'pred': reconstruction, 'mask': masking.is_masked(masked).astype(jnp.float32)}
 
 
-def run_case(case, weights: checkpoint.Weights | None = None) -> dict[str, np.ndarray]:
+def run_case(case, weights: saved_weights.Weights | None = None) -> dict[str, np.ndarray]:
   """Runs one case; takes and returns what the module's docstring says."""
   config = json.loads(case['config'].item())
   architecture = architecture_of(config)
   if weights is None:
     state = {k.removeprefix('state/'): v for k, v in case.items() if k.startswith('state/')}
-    params = torch_export.from_torch(state, architecture)
+    params = layouts.from_torch(state, architecture)
   elif weights.architecture != architecture:
-    raise BadInput(f'--checkpoint is of {weights.architecture}, and the case of {architecture}.')
+    raise UserError(f'--checkpoint is of {weights.architecture}, and the case of {architecture}.')
   else:
     params = weights.params
   recorded = {
@@ -89,38 +95,36 @@ def run_case(case, weights: checkpoint.Weights | None = None) -> dict[str, np.nd
     'mask_noise': case['mask_noise'],
     'drops': [within_frame(case[f'drop_mask/{i}']) for i in range(architecture.decoder_depth)],
   }
-  objective = mae.Objective(
-    mask_ratio=config['mask_ratio'], normalise_targets=config['norm_pix_loss']
-  )
+  objective = Objective(mask_ratio=config['mask_ratio'], normalise_targets=config['norm_pix_loss'])
   loss_fn = partial(
     recorded_loss, graphdef=mae.abstract_model(architecture)[0], objective=objective
   )
   with jax.default_matmul_precision('highest'):
     (loss, out), gradients = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, recorded)
-  named = torch_export.to_torch(gradients, architecture)
+  named = layouts.to_torch(gradients, architecture)
   return {
     'loss': np.asarray(loss),
     **{name: np.asarray(value) for name, value in out.items()},
-    **{f'grad/{k}': v for k, v in named.items() if k not in torch_export.POSITION_TABLES},
+    **{f'grad/{k}': v for k, v in named.items() if k not in layouts.POSITION_TABLES},
   }
 
 
 def main() -> None:
-  parser = command_line.Parser(description=__doc__.splitlines()[0])
+  parser = cli.Parser(description=__doc__.splitlines()[0])
   parser.add_argument('--case', required=True)
   parser.add_argument('--output', required=True)
   parser.add_argument('--checkpoint', type=pathlib.Path)
   arguments = parser.parse_args()
   if not os.path.isfile(arguments.case):
-    raise BadInput(f'--case={arguments.case} is not a file; give a recorded .npz.')
-  weights = checkpoint.load_weights(arguments.checkpoint) if arguments.checkpoint else None
+    raise UserError(f'--case={arguments.case} is not a file; give a recorded .npz.')
+  weights = saved_weights.load_weights(arguments.checkpoint) if arguments.checkpoint else None
   try:
     with np.load(arguments.case) as case:
       result = run_case(dict(case), weights)
-  except BadInput:
+  except UserError:
     raise
   except (ValueError, KeyError, OSError) as error:
-    raise BadInput(f'--case={arguments.case} is not a whole recorded case: {error}') from error
+    raise UserError(f'--case={arguments.case} is not a whole recorded case: {error}') from error
   partial_name = f'{arguments.output}.partial.npz'
   np.savez(partial_name, **result)
   os.replace(partial_name, arguments.output)
@@ -128,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

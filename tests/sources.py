@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from dropmae_jax.command_line import BadInput
+from dropmae_jax.runtime.errors import UserError
 
 
 class NumberedVideos:
@@ -87,7 +87,7 @@ def wait_for_ever():
 
 
 def raise_bad_input():
-  raise BadInput('video 5 is damaged')
+  raise UserError('video 5 is damaged')
 
 
 def raise_runtime_error():

@@ -15,10 +15,11 @@ import pytest
 from conftest import COMPILE_ONCE, ROOT, run_python, train_arguments
 from flax import traverse_util
 
-from dropmae_jax import augment, checkpoint, data
-from dropmae_jax.data import DataOptions
+from dropmae_jax.checkpoints import saved_weights
+from dropmae_jax.config import DataOptions
+from dropmae_jax.data import augment, frame_pairs
+from dropmae_jax.data.video_source import open_dataset
 from dropmae_jax.train_step import derive_seeds
-from dropmae_jax.videos import open_dataset
 
 
 def metrics_of(workdir):
@@ -32,7 +33,7 @@ def losses(workdir):
 
 def assert_score(workdir, step, num_steps):
   """The score of a checkpoint is the mean loss of the last so many steps."""
-  told = checkpoint.load_weights(workdir, step=step).description
+  told = saved_weights.load_weights(workdir, step=step).description
   expected = np.mean([loss for _, loss in losses(workdir)][step - num_steps : step])
   assert (told['score'], told['score_steps']) == (pytest.approx(expected, rel=1e-12), num_steps)
 
@@ -40,7 +41,7 @@ def assert_score(workdir, step, num_steps):
 def assert_same_weights(first, second):
   import jax
 
-  one, other = (checkpoint.load_weights(folder) for folder in (first, second))
+  one, other = (saved_weights.load_weights(folder) for folder in (first, second))
   assert one.step == other.step
   for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -74,7 +75,8 @@ def test_a_finished_run_says_so_and_changes_nothing(trained, data_dir):
 KILLED = """
 import os, pathlib, signal, time
 from absl import app
-from dropmae_jax import command_line, main, report
+from dropmae_jax import main
+from dropmae_jax.runtime import cli, report
 real = report.Report.after_step
 def after_step(self, step, metrics):
   real(self, step, metrics)
@@ -83,7 +85,7 @@ def after_step(self, step, metrics):
       time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 report.Report.after_step = after_step
-command_line.run(lambda: app.run(main.main, flags_parser=main.parse))
+cli.run(lambda: app.run(main.main, flags_parser=main.parse))
 """
 
 
@@ -166,7 +168,7 @@ def assert_batch_of_step(described, step, data_dir):
   videos = open_dataset(str(data_dir), 'kinetics_frames/folder')
   config, seeds = described['config'], derive_seeds(described['seed'])
   size = config['model']['image_size']
-  stream = data.pair_batches(
+  stream = frame_pairs.pair_batches(
     videos,
     DataOptions(**config['data']),
     image_size=size,
@@ -203,7 +205,7 @@ def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_pa
   found = tmp_path / f'bad_batch_{step}.json'
   assert f'The pairs of its batch are in {found}.' in done.stderr
   assert_batch_of_step(json.loads(found.read_text()), step, data_dir)
-  weights = checkpoint.load_weights(tmp_path)
+  weights = saved_weights.load_weights(tmp_path)
   leaves = traverse_util.flatten_dict(weights.params).values()
   assert all(np.isfinite(leaf).all() for leaf in leaves)
 
@@ -239,8 +241,8 @@ def test_bad_training_input(data_dir, tmp_path, override, message):
 def test_a_batch_that_the_devices_do_not_divide(data_dir, tmp_path):
   program = (
     'import jax, sys; jax.config.update("jax_num_cpu_devices", 3);'
-    'from absl import app; from dropmae_jax import command_line, main;'
-    'command_line.run(lambda: app.run(main.main, flags_parser=main.parse))'
+    'from absl import app; from dropmae_jax import main; from dropmae_jax.runtime import cli;'
+    'cli.run(lambda: app.run(main.main, flags_parser=main.parse))'
   )
   done = run_python('-c', program, *train_arguments(data_dir, tmp_path / 'run')[2:])
   assert_one_sentence(done, 'batch_size=4 is not divisible by 3 devices')
@@ -293,7 +295,7 @@ def test_a_run_does_not_go_on_with_another_dataset_of_the_same_name(begun, clips
   assert done.returncode == 0, done.stderr
   old, new = (
     open_dataset(str(folder), 'kinetics_frames/folder').fingerprint
-    for folder in (checkpoint.load_weights(begun).description['config']['data_dir'],
+    for folder in (saved_weights.load_weights(begun).description['config']['data_dir'],
                    tmp_path / 'data')
   )  # fmt: skip
   arguments = train_arguments(tmp_path / 'data', begun, '--config.num_steps=9')
@@ -305,11 +307,26 @@ def test_a_run_does_not_go_on_with_another_dataset_of_the_same_name(begun, clips
 @pytest.mark.parametrize(
   ('command', 'message'),
   [
-    ('-m dropmae_jax.figures --checkpoint={tmp} --video=v --output=o', 'holds no checkpoint'),
-    ('-m dropmae_jax.figures --checkpoint={run} --video={tmp}/v --output=o', 'is not a file'),
-    ('-m dropmae_jax.figures --checkpoint={run} --video=README.md --output=o', 'cannot be decoded'),
-    ('-m dropmae_jax.figures --checkpoint={run} --video=v --output=o --frames 5 2', '--frames='),
-    ('-m dropmae_jax.figures --checkpoint={run} --video={video} --output={tmp}', 'is a folder'),
+    (
+      '-m dropmae_jax.evaluation.reconstruction --checkpoint={tmp} --video=v --output=o',
+      'holds no checkpoint',
+    ),
+    (
+      '-m dropmae_jax.evaluation.reconstruction --checkpoint={run} --video={tmp}/v --output=o',
+      'is not a file',
+    ),
+    (
+      '-m dropmae_jax.evaluation.reconstruction --checkpoint={run} --video=README.md --output=o',
+      'cannot be decoded',
+    ),
+    (
+      '-m dropmae_jax.evaluation.reconstruction --checkpoint={run} --video=v --output=o --frames 5 2',
+      '--frames=',
+    ),
+    (
+      '-m dropmae_jax.evaluation.reconstruction --checkpoint={run} --video={video} --output={tmp}',
+      'is a folder',
+    ),
     ('tests/parity.py --case=README.md --output=o', 'is not a whole recorded case'),
     ('tests/parity.py --case={tmp}/none.npz --output=o', 'is not a file; give a recorded .npz'),
   ],

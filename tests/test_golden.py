@@ -13,15 +13,11 @@ import pytest
 import scipy.stats
 from conftest import run_python
 
-from dropmae_jax import (
-  asad,
-  mae,
-  optimizer,
-  patches,
-  pixels,
-  position,
-  torch_export,
-)
+from dropmae_jax import optimizer
+from dropmae_jax.config import Objective, OptimizerOptions
+from dropmae_jax.model import fast_asad, mae, patches, pixels, position_embedding
+from dropmae_jax.model.asad import Logits, num_dropped
+from dropmae_jax.pytorch import layouts
 from dropmae_jax.train_step import TrainState, update
 
 CONFIG = {
@@ -122,7 +118,7 @@ def test_intermediate_values(golden, state):
     'drops': [parity.within_frame(recorded[f'drop_mask{i}']) for i in range(2)],
   }
   case = jax.tree.map(jnp.asarray, case)
-  params = jax.tree.map(jnp.asarray, torch_export.from_torch(state, ARCHITECTURE))
+  params = jax.tree.map(jnp.asarray, layouts.from_torch(state, ARCHITECTURE))
   graphdef, _ = mae.abstract_model(ARCHITECTURE)
   latents = []
 
@@ -133,7 +129,7 @@ def test_intermediate_values(golden, state):
 
   model = parity.nnx.merge(graphdef, params)
   model.__class__ = Recorder
-  other = mae.Objective(normalise_targets=False)
+  other = Objective(normalise_targets=False)
   model_graph, model_params = parity.nnx.split(model)
   loss, _ = parity.recorded_loss(model_params, case, graphdef=model_graph, objective=other)
   np.testing.assert_allclose(latents[0], recorded['latent'], rtol=1e-5, atol=1e-5)
@@ -141,7 +137,7 @@ def test_intermediate_values(golden, state):
 
   none = [jnp.zeros_like(drops) for drops in case['drops']]
   loss, _ = parity.recorded_loss(
-    params, case | {'drops': none}, graphdef=graphdef, objective=mae.Objective()
+    params, case | {'drops': none}, graphdef=graphdef, objective=Objective()
   )
   assert float(loss) == pytest.approx(float(recorded['loss_no_asad']), rel=1e-6)
 
@@ -152,12 +148,12 @@ def split_by_frame(logits):
   n = length // 2
   blocks = logits.reshape(-1, 2, n, 2, n)
   parts = [[blocks[:, f, :, f] for f in (0, 1)], [blocks[:, f, :, 1 - f] for f in (0, 1)]]
-  return asad.Logits(*(jnp.asarray(np.stack(part))[None] for part in parts))
+  return Logits(*(jnp.asarray(np.stack(part))[None] for part in parts))
 
 
 def weights_of(logits):
   """Recorded logits to weights in the recorded layout: [matrices, 2n queries, n own keys]."""
-  weights = np.asarray(asad.sampling_weights(split_by_frame(logits)))[0]
+  weights = np.asarray(fast_asad.sampling_weights(split_by_frame(logits)))[0]
   return np.concatenate(list(weights), axis=1)
 
 
@@ -175,7 +171,7 @@ def test_sampler_has_the_recorded_law(golden, program, seed):
   recorded = golden('asad_sampling_stats')
   drawn, batches, rate = 40_000, 5, float(recorded['P'])
   logits = split_by_frame(recorded['logits'])
-  count = asad.num_dropped(8, rate)
+  count = num_dropped(8, rate)
   assert count == recorded['sample_num']
 
   @jax.jit
@@ -198,7 +194,7 @@ def test_the_kernels_of_gpus_have_the_recorded_law(golden):
   rate = float(recorded['P'])
   logits = split_by_frame(recorded['logits'])
   found = draws.drops_of_gpu(jax.random.key(0), logits, draws=8 * draws.GPU_HEADS, drop_rate=rate)
-  assert (found.sum(axis=(1, 2, 3)) == asad.num_dropped(8, rate)).all()
+  assert (found.sum(axis=(1, 2, 3)) == num_dropped(8, rate)).all()
   assert_law(recorded, np.asarray(found.mean(axis=0), np.float64), len(found))
 
 
@@ -221,10 +217,10 @@ def test_sincos(golden):
   recorded = golden('sincos')
   for width in (32, 16, 12):
     np.testing.assert_allclose(
-      position.sincos_table(4, width)[0], recorded[f'g4_d{width}'], atol=1e-7
+      position_embedding.sincos_table(4, width)[0], recorded[f'g4_d{width}'], atol=1e-7
     )
   for grid, width in ((14, 768), (16, 512)):
-    table = position.sincos_table(grid, width)[0]
+    table = position_embedding.sincos_table(grid, width)[0]
     rows = recorded[f'g{grid}_d{width}_rows']
     axis = recorded[f'g{grid}_d{width}_axis']
     for row in rows:
@@ -281,12 +277,12 @@ def test_training_trace(golden, state, accumulation):
     rates = np.array([float(schedule(jnp.float64(e))) for e in when])
   np.testing.assert_allclose(rates, recorded['lr'][first], rtol=1e-9, atol=1e-12)
   table = jnp.asarray(rates, jnp.float32)
-  options = optimizer.OptimizerOptions(weight_decay=float(decay))
+  options = OptimizerOptions(weight_decay=float(decay))
   tx = optimizer.adamw(lambda count: table[count], options)
   loss_fn = partial(
     parity.recorded_loss,
     graphdef=mae.abstract_model(ARCHITECTURE)[0],
-    objective=mae.Objective(mask_ratio=float(mask_ratio)),
+    objective=Objective(mask_ratio=float(mask_ratio)),
   )
   step = jax.jit(
     partial(
@@ -316,7 +312,7 @@ def test_training_trace(golden, state, accumulation):
     """[a, b, ...] to the one batch of which micro-batch i is every a-th sample from i on."""
     return jnp.asarray(np.moveaxis(micro, 0, 1).reshape(-1, *micro.shape[2:]))
 
-  params = jax.tree.map(jnp.asarray, torch_export.from_torch(state, ARCHITECTURE))
+  params = jax.tree.map(jnp.asarray, layouts.from_torch(state, ARCHITECTURE))
   train_state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
   for group in groups:
     train_state, metrics = step(train_state, batch(group))
@@ -324,9 +320,9 @@ def test_training_trace(golden, state, accumulation):
     assert recorded['updated'][group[-1]]
     norm = recorded['grad_norm'][group[-1]]
     assert float(metrics.gradient_norm) == pytest.approx(norm, rel=1e-4)
-  final = torch_export.to_torch(train_state.params, ARCHITECTURE)
+  final = layouts.to_torch(train_state.params, ARCHITECTURE)
   for name, array in final.items():
-    if name in torch_export.POSITION_TABLES:
+    if name in layouts.POSITION_TABLES:
       np.testing.assert_array_equal(array, state[name])
       continue
     ours = without_key_bias(name, array)

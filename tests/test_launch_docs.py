@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from dropmae_jax import recipe
+from dropmae_jax import config_file
 
 TEXT = (ROOT / 'docs' / 'launch.md').read_text()
 SHELL = re.findall(r'```bash\n(.*?)```', TEXT, re.DOTALL)
@@ -38,7 +38,7 @@ def test_fields_and_configs_that_are_named_exist():
   fields = set(re.findall(r'--config\.([a-z_.]+)=', TEXT)) | set(
     re.findall(r'`((?:mesh|data|checkpoint)\.[a-z_]+)`', TEXT)
   )
-  assert fields <= set(recipe.known_fields())
+  assert fields <= set(config_file.field_types())
   for path in re.findall(r'configs/\w+\.py', TEXT):
     assert (ROOT / path).exists()
 

@@ -9,15 +9,17 @@ import pytest
 from conftest import GOLDEN
 from flax import traverse_util
 
-from dropmae_jax import mae, optimizer, recipe
-from dropmae_jax.optimizer import OptimizerOptions
+from dropmae_jax import optimizer
+from dropmae_jax.config import Config, OptimizerOptions
+from dropmae_jax.model import mae
+from dropmae_jax.model.vit import architecture_of_size
 
 
 def test_decay_follows_the_published_groups():
   recorded = {
     row['name']: row for row in json.loads((GOLDEN / 'vit_b_state_dict.json').read_text())
   }
-  _, params = mae.abstract_model(mae.architecture_of_size('B'))
+  _, params = mae.abstract_model(architecture_of_size('B'))
   decayed = traverse_util.flatten_dict(optimizer.is_decayed(params))
   assert sum(decayed.values()) == 88
   for path, decays in decayed.items():
@@ -27,7 +29,7 @@ def test_decay_follows_the_published_groups():
 
 
 def test_fixed_tables_never_move_and_the_mask_token_decays():
-  architecture = mae.architecture_of_size(
+  architecture = architecture_of_size(
     'XXS', image_size=16, decoder_width=32, decoder_depth=1, decoder_num_heads=2
   )
   params = jax.jit(mae.init_params, static_argnums=1)(jax.random.key(0), architecture)
@@ -56,7 +58,5 @@ def test_a_run_shorter_than_its_warm_up_just_warms_up(num_steps):
 
 
 def test_learning_rate_scales_with_the_batch():
-  made = recipe.Recipe(
-    data_dir='', num_steps=10, batch_size=4096, model=mae.architecture_of_size('B')
-  )
+  made = Config(data_dir='', num_steps=10, batch_size=4096, model=architecture_of_size('B'))
   assert made.peak_learning_rate == pytest.approx(2.4e-3)

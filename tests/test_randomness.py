@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
-from dropmae_jax import attention, mae, masking, optimizer, sampling, train_step
-from dropmae_jax.optimizer import OptimizerOptions
+from dropmae_jax import optimizer, train_step
+from dropmae_jax.config import Architecture, Objective, OptimizerOptions
+from dropmae_jax.model import attention, mae, masking, weighted_sampling
 
-TINY = mae.Architecture(
+TINY = Architecture(
   image_size=16, patch_size=4, width=8, depth=1, num_heads=2,
   decoder_width=8, decoder_depth=2, decoder_num_heads=2,
 )  # fmt: skip
@@ -45,8 +46,8 @@ def draws_of(monkeypatch):
     new, _ = train_step.train_step(
       state, jnp.zeros((BATCH, 2, 4, 4, 3), jnp.uint8), train_step.derive_seeds(seed).steps,
       graphdef=mae.abstract_model(TINY)[0], tx=tx, schedule=lambda _: 1.0,
-      objective=mae.Objective(), shared_flip=shared, accumulation_steps=1,
-      attention_programs=attention.PLAIN,
+      objective=Objective(), shared_flip=shared, accumulation_steps=1,
+      implementations=attention.plain(),
     )  # fmt: skip
     assert int(new.step) == step + 1
     assert found.pop('shared') == shared
@@ -107,8 +108,8 @@ def used(monkeypatch):
   masking_keys, asad_keys = jax.random.split(jax.random.key(2), (2, BATCH))
   mae.pretraining_loss(
     model, frames, masking_keys=masking_keys, asad_keys=asad_keys,
-    objective=mae.Objective(attention_dropout=0.3),
-    attention_programs=attention.Programs(dense_attention, asad_attention),
+    objective=Objective(attention_dropout=0.3),
+    implementations=attention.Implementations(dense_attention, asad_attention),
   )  # fmt: skip
   return found, masking_keys, asad_keys
 
@@ -127,15 +128,17 @@ def test_masks_are_drawn_by_theirs_and_every_decoder_block_drops_by_its_own(used
 
 def test_ties_go_either_way_as_often():
   """Were all pairs equal, a head would drop the first ones or the last ones."""
-  seeds = sampling.head_seeds(jax.random.split(jax.random.key(0), 60), 4)
+  seeds = weighted_sampling.head_seeds(jax.random.split(jax.random.key(0), 60), 4)
   assert 0.4 < seeds.from_behind.mean() < 0.6
   by_sample = np.asarray(seeds.from_behind)
   assert (by_sample[:, :1] != by_sample).any()  # Of the heads of a sample, not all alike.
   assert (by_sample[:1] != by_sample).any(axis=0).all()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sampling, 'exponential_noise', lambda seeds, shape: jnp.ones((60, 2, 4, 3, 3)))
+    patch.setattr(
+      weighted_sampling, 'exponential_noise', lambda seeds, shape: jnp.ones((60, 2, 4, 3, 3))
+    )
     weights = jnp.broadcast_to(jnp.where(jnp.eye(3, dtype=bool), 0.0, 1.0), (60, 2, 4, 3, 3))
-    drops = np.asarray(jax.jit(sampling.sample_drops, static_argnums=2)(seeds, weights, 6))
+    drops = np.asarray(jax.jit(weighted_sampling.sample_drops, static_argnums=2)(seeds, weights, 6))
   # All of one frame's pairs.
   np.testing.assert_array_equal(drops[:, 1].any(axis=(2, 3)), by_sample)
   np.testing.assert_array_equal(drops[:, 0].any(axis=(2, 3)), ~by_sample)

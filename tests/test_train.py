@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 from conftest import run_python
 
-from dropmae_jax import mae, optimizer, program, run, sharding, train, train_step
-from dropmae_jax.data import DataOptions
-from dropmae_jax.mae import Objective
-from dropmae_jax.optimizer import OptimizerOptions
-from dropmae_jax.recipe import Recipe
-from dropmae_jax.sharding import MeshOptions
+from dropmae_jax import optimizer, sharding, train, train_step
+from dropmae_jax.config import Config, DataOptions, MeshOptions, Objective, OptimizerOptions
+from dropmae_jax.model import mae
+from dropmae_jax.model.vit import architecture_of_size
 
-TINY = mae.architecture_of_size(
+TINY = architecture_of_size(
   'XXS', image_size=32, decoder_width=32, decoder_depth=2, decoder_num_heads=2
 )
 BATCH = 8
@@ -32,7 +30,7 @@ class Trainer:
     self, *, devices=1, fsdp=1, accumulation_steps=1, dtype='float32', shared=False, remat='none'
   ):
     self.mesh = sharding.make_mesh(jax.devices()[:devices], MeshOptions(fsdp=fsdp))
-    made = Recipe(
+    made = Config(
       data_dir='',
       num_steps=20,
       batch_size=BATCH,
@@ -44,7 +42,7 @@ class Trainer:
       objective=Objective(attention_dropout=0.2),
       optimizer=OptimizerOptions(base_learning_rate=0.032, warmup_steps=2),
     )
-    self.program = program.build_program(made, self.mesh)
+    self.program = train.build(made, self.mesh)
     self.state = self.program.init(jax.random.key(0))
     self.key = jax.device_put(jax.random.key(1), sharding.replicated(self.mesh))
 
@@ -198,8 +196,8 @@ if sys.argv[3:]:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = sys.argv[3]
 import jax, jax.numpy as jnp
 jax.default_backend = lambda: sys.argv[2]
-from dropmae_jax import program
-program.keep_compiled(pathlib.Path(sys.argv[1]))
+from dropmae_jax import train
+train.enable_compilation_cache(pathlib.Path(sys.argv[1]))
 jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
 """
 
@@ -218,8 +216,10 @@ def test_compiled_programs_are_kept_with_a_run(tmp_path, backend, elsewhere, is_
 
 def test_a_run_keeps_its_compiled_programs(monkeypatch, data_dir, tmp_path):
   kept = []
-  monkeypatch.setattr(run, 'keep_compiled', lambda workdir: kept.append(workdir) or 1 / 0)
-  recipe = Recipe(data_dir=str(data_dir), num_steps=1, batch_size=BATCH, model=TINY)
+  monkeypatch.setattr(
+    train, 'enable_compilation_cache', lambda workdir: kept.append(workdir) or 1 / 0
+  )
+  recipe = Config(data_dir=str(data_dir), num_steps=1, batch_size=BATCH, model=TINY)
   with pytest.raises(ZeroDivisionError):
     train.train(recipe, tmp_path / 'run', allow_changes=False)
   assert kept == [tmp_path / 'run']

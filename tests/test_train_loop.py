@@ -21,38 +21,25 @@ import numpy as np
 import pytest
 from sources import NumberedVideos
 
-from dropmae_jax import (
-  bad_batch,
-  checkpoint,
-  command_line,
-  data,
-  feed,
-  hosts,
-  mae,
-  main,
-  report,
-  run,
-  run_checkpoints,
-  sharding,
-  stalls,
-  train,
-)
-from dropmae_jax.command_line import BadInput
-from dropmae_jax.config import CheckpointOptions
-from dropmae_jax.data import DataOptions
-from dropmae_jax.feed import Feed, LoaderFailed, LoaderStalled
-from dropmae_jax.mixture import Mixture, mixture_of
-from dropmae_jax.program import Program
-from dropmae_jax.recipe import Recipe
-from dropmae_jax.report import NonFiniteLoss, Report
-from dropmae_jax.run_checkpoints import Checkpoints, NotSaved
+from dropmae_jax import main, sharding, train
+from dropmae_jax.checkpoints import manager as run_checkpoints
+from dropmae_jax.checkpoints import saved_weights
+from dropmae_jax.checkpoints.manager import Checkpoints, NotSaved
+from dropmae_jax.config import CheckpointOptions, Config, DataOptions
+from dropmae_jax.data import frame_pairs, non_finite_batch, prefetch
+from dropmae_jax.data.mixture import Mixture, mixture_of
+from dropmae_jax.data.prefetch import Feed, LoaderFailed, LoaderStalled
+from dropmae_jax.model.vit import architecture_of_size
+from dropmae_jax.runtime import cli, multihost, report, watchdog
+from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.report import NonFiniteLoss, Report
 from dropmae_jax.train_step import SEED_VERSION, Metrics, TrainState, derive_seeds
 
-RECIPE = Recipe(
+RECIPE = Config(
   data_dir='/data',
   num_steps=11,
   batch_size=8,
-  model=mae.architecture_of_size('XXS', image_size=16, decoder_width=32, decoder_num_heads=2),
+  model=architecture_of_size('XXS', image_size=16, decoder_width=32, decoder_num_heads=2),
   dataset='kinetics_frames/a',
   split='val',
   seed=5,
@@ -128,7 +115,7 @@ class Fakes:
         Number(self.losses[number], done), Number(number, lambda: None), Number(1, lambda: None)
       )
 
-    return Program(jax.jit(lambda key: state, out_shardings=places), step, abstract)
+    return train.Model(jax.jit(lambda key: state, out_shardings=places), step, abstract)
 
 
 @pytest.fixture
@@ -141,7 +128,7 @@ def fakes(monkeypatch):
   for each in (signal.SIGINT, signal.SIGTERM):
     signal.signal(each, not_caught)
 
-  class Watchdog(stalls.Watchdog):
+  class Watchdog(watchdog.Watchdog):
     def __init__(self, seconds, *, say):
       assert seconds == RECIPE.step_stall_seconds
       self.say, fakes.watchdog = say, self
@@ -190,19 +177,19 @@ def fakes(monkeypatch):
     yield
     fakes.events.append('ending alone')
 
-  monkeypatch.setattr(hosts, 'ending_together', ending_together)
+  monkeypatch.setattr(multihost, 'ending_together', ending_together)
   monkeypatch.setattr(Report, 'batch_arrived', batch_arrived)
   monkeypatch.setattr(Report, 'compiled', compiled)
   monkeypatch.setattr(train, 'Watchdog', Watchdog)
-  monkeypatch.setattr(run, 'Feed', SpiedFeed)
-  monkeypatch.setattr(run, 'open_mixture', fakes.open_mixture)
-  monkeypatch.setattr(run, 'build_program', fakes.build_program)
+  monkeypatch.setattr(train, 'Feed', SpiedFeed)
+  monkeypatch.setattr(train, 'open_mixture', fakes.open_mixture)
+  monkeypatch.setattr(train, 'build', fakes.build_program)
   return fakes
 
 
 def batches(steps):
   """The batches of the first steps, from the stream itself."""
-  stream = data.pair_batches(
+  stream = frame_pairs.pair_batches(
     NumberedVideos([10] * 25),
     RECIPE.data,
     image_size=16,
@@ -223,10 +210,10 @@ def assert_fed(fakes, steps):
 
 def assert_saved(fakes, workdir, means):
   """The checkpoints are those of these steps; their scores are the means over so many before."""
-  saved = sorted(int(path.name) for path in (workdir / checkpoint.FOLDER).iterdir())
+  saved = sorted(int(path.name) for path in (workdir / saved_weights.FOLDER).iterdir())
   assert saved == list(means)
   for step, num_steps in means.items():
-    metadata = workdir / checkpoint.FOLDER / str(step) / 'description' / 'metadata'
+    metadata = workdir / saved_weights.FOLDER / str(step) / 'description' / 'metadata'
     told = json.loads(metadata.read_text())
     losses = [np.float32(fakes.losses[each]) for each in range(step - num_steps + 1, step + 1)]
     assert (told['score'], told['score_steps']) == (pytest.approx(np.mean(losses)), num_steps)
@@ -253,7 +240,7 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
   assert train.train(RECIPE, workdir) is True
   assert_fed(fakes, range(1, 12))
   told = assert_saved(fakes, workdir, {4: 4, 8: 4, 11: 3})
-  expected = checkpoint.describe(
+  expected = saved_weights.describe(
     RECIPE.model,
     RECIPE.objective,
     frame_gap=6,
@@ -331,7 +318,7 @@ def test_a_signal_between_two_checkpoints_costs_nothing(fakes, tmp_path, monkeyp
 def test_a_signal_while_a_batch_is_waited_for_saves_what_there_is(
   fakes, tmp_path, monkeypatch, steps
 ):
-  monkeypatch.setattr(feed, 'POLL_SECONDS', 0.05)
+  monkeypatch.setattr(prefetch, 'POLL_SECONDS', 0.05)
   reads, released = itertools.count(), threading.Event()
 
   def before_frame():
@@ -346,7 +333,7 @@ def test_a_signal_while_a_batch_is_waited_for_saves_what_there_is(
   assert train.train(RECIPE, tmp_path) is False
   released.set()
   assert_fed(fakes, range(1, steps + 1)) if steps else None
-  saved = [path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()]
+  saved = [path.name for path in (tmp_path / saved_weights.FOLDER).iterdir()]
   if steps:
     assert saved == ['3']
     assert 'SIGTERM: saved at step 3 of 11' in log_of(tmp_path)
@@ -364,7 +351,7 @@ def test_a_step_that_diverges_is_not_saved_and_its_batch_is_listed(fakes, tmp_pa
   assert caught.value.step == bad
   assert ('watch', 'listing the bad batch', True) in fakes.events
   assert max(fakes.fed) == {4: 4, 5: 6, 11: 11}[bad]
-  assert sorted(path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()) == saved
+  assert sorted(path.name for path in (tmp_path / saved_weights.FOLDER).iterdir()) == saved
   listed = json.loads((tmp_path / f'bad_batch_{bad}.json').read_text())
   assert (listed['seed'], listed['step']) == (5, bad)
   # A frame's pixels all say which one of which video it is.
@@ -386,7 +373,7 @@ def test_the_pairs_of_a_mixture_are_listed_by_their_dataset():
 
   weights = Fraction(1), Fraction(1)
   mixture = Mixture((Named('first', 3), Named('second', 9)), weights)
-  pairs = bad_batch.describe_batch(RECIPE, mixture, step=2)['pairs']
+  pairs = non_finite_batch.describe_batch(RECIPE, mixture, step=2)['pairs']
   assert len(pairs) == RECIPE.batch_size
   assert {pair['dataset'] for pair in pairs} == {0, 1}
   for pair in pairs:
@@ -429,7 +416,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told(
     real_wait(self)
     if is_late and full_at in written:
       written.remove(full_at)
-      shutil.rmtree(tmp_path / checkpoint.FOLDER / str(full_at))
+      shutil.rmtree(tmp_path / saved_weights.FOLDER / str(full_at))
       raise OSError('no space left')
 
   monkeypatch.setattr(manager, 'save', save)
@@ -438,7 +425,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told(
   with expected if full_at == 11 else contextlib.nullcontext():
     train.train(RECIPE, tmp_path)
   assert f'the checkpoint of step {full_at} could not be written (no space' in log_of(tmp_path)
-  saved = sorted(int(path.name) for path in (tmp_path / checkpoint.FOLDER).iterdir())
+  saved = sorted(int(path.name) for path in (tmp_path / saved_weights.FOLDER).iterdir())
   assert saved == [step for step in (4, 8, 11) if step != full_at]
 
 
@@ -470,13 +457,13 @@ def value_of(recipe, name):
 
 def test_a_run_does_not_go_on_as_another_one(fakes, tmp_path, monkeypatch):
   monkeypatch.setattr(fakes, 'open_mixture', lambda *_: mixture_of(fakes.videos))
-  monkeypatch.setattr(run, 'open_mixture', fakes.open_mixture)
+  monkeypatch.setattr(train, 'open_mixture', fakes.open_mixture)
   begun = changed(RECIPE, {'num_steps': 1})
   assert train.train(begun, tmp_path)
   before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
   other = changed(begun, CHANGES)
   fakes.videos.fingerprint = 'def'
-  with pytest.raises(BadInput, match='holds another run') as refused:
+  with pytest.raises(UserError, match='holds another run') as refused:
     train.train(other, tmp_path)
   texts = [f'{n}: {value_of(begun, n)} -> {value}' for n, value in CHANGES.items()]
   texts.append('data_fingerprint: abc -> def')
@@ -490,7 +477,7 @@ def test_a_run_does_not_go_on_as_another_one(fakes, tmp_path, monkeypatch):
 
 
 def test_what_does_not_make_another_run_may_change(fakes, tmp_path, monkeypatch):
-  monkeypatch.setattr(run, 'open_mixture', lambda *_: mixture_of(fakes.videos))
+  monkeypatch.setattr(train, 'open_mixture', lambda *_: mixture_of(fakes.videos))
   begun = changed(RECIPE, {'num_steps': 1})
   assert train.train(begun, tmp_path)
   # No step is left, so that nothing of it has to work.
@@ -511,7 +498,7 @@ def test_what_is_wrong_before_the_first_step_is_one_sentence(fakes, tmp_path):
     ),
     (RECIPE, tmp_path / 'file' / 'run', r'--workdir=.*/file/run cannot be made: Not a directory\.'),
   ):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UserError, match=message):
       train.train(recipe, workdir)
     assert fakes.events[-1] == 'closed: Watchdog'
   assert sorted(path.name for path in tmp_path.iterdir()) == ['file']
@@ -520,12 +507,12 @@ def test_what_is_wrong_before_the_first_step_is_one_sentence(fakes, tmp_path):
 def test_all_processes_must_mean_the_same_run(fakes, tmp_path, monkeypatch):
   """What is compared, and that the others hear of a dataset that is not there."""
   told = []
-  monkeypatch.setattr(hosts, 'agree', told.append)
+  monkeypatch.setattr(multihost, 'agree', told.append)
   monkeypatch.chdir(tmp_path)
   recipe = changed(RECIPE, {'num_steps': 1})
   train.train(recipe, tmp_path.relative_to(tmp_path) / 'run', allow_changes=True)
   facts = {
-    'code version': hosts.code_version(),
+    'code version': multihost.code_version(),
     'config': repr(changed(recipe, {'data_dir': ''})),  # May lie elsewhere on each machine.
     '--workdir': str(tmp_path / 'run'),
     '--allow_changes': 'True',
@@ -538,17 +525,17 @@ def test_all_processes_must_mean_the_same_run(fakes, tmp_path, monkeypatch):
   told.clear()
 
   def none_there(*_):
-    raise BadInput('there is no such dataset')
+    raise UserError('there is no such dataset')
 
-  monkeypatch.setattr(run, 'open_mixture', none_there)
-  with pytest.raises(BadInput, match='there is no such dataset'):
+  monkeypatch.setattr(train, 'open_mixture', none_there)
+  with pytest.raises(UserError, match='there is no such dataset'):
     train.train(recipe, tmp_path / 'run')
   assert told == [same | {'dataset': 'cannot be opened'}]
 
 
 def test_a_process_reads_its_share_of_every_batch(monkeypatch):
-  monkeypatch.setattr(run.jax, 'process_index', lambda: 2)
-  monkeypatch.setattr(run.jax, 'process_count', lambda: 4)
+  monkeypatch.setattr(train.jax, 'process_index', lambda: 2)
+  monkeypatch.setattr(train.jax, 'process_count', lambda: 4)
   asked, said = [], []
 
   def pair_batches(*arguments, **options):
@@ -560,12 +547,12 @@ def test_a_process_reads_its_share_of_every_batch(monkeypatch):
       make_batches(7)
       self.options = options
 
-  monkeypatch.setattr(run.data, 'pair_batches', pair_batches)
-  monkeypatch.setattr(run, 'Feed', Unread)
+  monkeypatch.setattr(train.data, 'pair_batches', pair_batches)
+  monkeypatch.setattr(train, 'Feed', Unread)
   videos, mesh = mixture_of(Videos()), sharding.make_mesh()
   is_asked = lambda: False
   recipe = changed(RECIPE, {'data.max_damaged_records': 1})
-  fed = run._feed(
+  fed = train.start_loader(
     recipe, videos, mesh, seed=13, first_step=6, say=said.append, is_interrupted=is_asked
   )
   ((arguments, options),) = asked
@@ -577,7 +564,7 @@ def test_a_process_reads_its_share_of_every_batch(monkeypatch):
   assert (fed.options['first_step'], fed.options['is_interrupted']) == (6, is_asked)
   damaged('first')
   assert 'first' in said[0]
-  with pytest.raises(BadInput, match='max_damaged_records=1'):
+  with pytest.raises(UserError, match='max_damaged_records=1'):
     damaged('second')
 
 
@@ -595,7 +582,7 @@ class Exited(BaseException):
     (NotSaved('why'), 1),
     (LoaderFailed('why'), 1),
     (LoaderStalled('why'), os.EX_UNAVAILABLE),
-    (BadInput('why'), 2),
+    (UserError('why'), 2),
   ],
 )
 def test_the_exit_status_says_how_a_run_ended(
@@ -625,12 +612,12 @@ def test_the_exit_status_says_how_a_run_ended(
   logger = main.logging.get_absl_logger()
   monkeypatch.setattr(logger, 'filters', list(logger.filters))
   monkeypatch.setattr(main.logging, 'set_verbosity', lambda _: None)
-  monkeypatch.setattr(hosts, 'join', lambda **options: given.append(options))
+  monkeypatch.setattr(multihost, 'join', lambda **options: given.append(options))
   monkeypatch.setattr(report.jax, 'process_count', lambda: processes)
   monkeypatch.setattr(train, 'train', fake)
   monkeypatch.setattr(main.os, '_exit', end)
   with pytest.raises((SystemExit, Exited)) as ended:
-    command_line.run(lambda: main.main([]))
+    cli.run(lambda: main.main([]))
   ends_itself = processes == 1 and status not in (0, 2)
   assert exited == [status] * ends_itself
   assert ends_itself or ended.value.code == status

@@ -161,9 +161,14 @@ def main() -> int:
   return 0
 
 
-if __name__ == '__main__':
+def command() -> None:
+  """The entry point dropmae-build."""
   # The names of videos are UTF-8, and Python would read them otherwise in some locales.
   if sys.getfilesystemencoding() != 'utf-8' and os.environ.get('PYTHONUTF8') != '1':
     os.environ['PYTHONUTF8'] = '1'
     os.execv(sys.executable, sys.orig_argv)
   sys.exit(main())
+
+
+if __name__ == '__main__':
+  command()

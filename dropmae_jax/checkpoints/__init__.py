@@ -1,0 +1,1 @@
+"""Checkpoints: of a run that trains, and for those who read them."""

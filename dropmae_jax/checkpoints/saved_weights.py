@@ -1,0 +1,262 @@
+"""A trained model on disk, as its consumers read it: `<workdir>/checkpoints/<step>/`.
+
+A checkpoint has the items `params`, `opt_state` (absent where the weights came from elsewhere)
+and `description`, a json dict: `architecture`, `objective`, `frame_gap`, `steps_per_epoch`, the
+whole `config`, and the `checksums` of the arrays. Orbax writes to a temporary name and renames, so
+what is listed was whole once. Training writes them by `run_checkpoints`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dropmae_jax import optimizer
+from dropmae_jax.config import Architecture, Objective
+from dropmae_jax.model import mae
+from dropmae_jax.optimizer import Moments
+from dropmae_jax.runtime import atomic_file
+from dropmae_jax.runtime.errors import PROGRAM_ERRORS, UserError, os_errors_as_user_errors
+
+FOLDER = 'checkpoints'
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """A trained model, as its consumers need it; all arrays are numpy's."""
+
+  params: dict
+  step: int
+  architecture: Architecture
+  objective: Objective
+  description: dict[str, Any]
+  moments: Moments | None = None
+
+
+def describe(architecture: Architecture, objective: Objective, **other: Any) -> dict[str, Any]:
+  """Returns the json description of a checkpoint."""
+  return {
+    'architecture': dataclasses.asdict(architecture),
+    'objective': dataclasses.asdict(objective),
+    **other,
+  }
+
+
+def first_line(error: Exception) -> str:
+  """Returns what an error says in short, or what it is if it says nothing."""
+  return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
+
+
+def checksums(tree: Any) -> list[int]:
+  """Sums the bits of each array of a tree, as 32-bit words, modulo 2**32.
+
+  The same on any mesh, as such a sum does not depend on its order. Storage may flip bits unseen:
+  the arrays in a checkpoint have no sums of their own.
+
+  Args:
+    tree: arrays of 32-bit numbers, on the devices or numpy's.
+  """
+  return [int(number) for number, _ in jax.device_get(_examined(jax.tree.leaves(tree)))]
+
+
+@jax.jit
+def _examined(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+  """Returns the sum of each array's bits, and whether its numbers are finite."""
+  words = [jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in leaves]
+  return [
+    (each.sum(dtype=jnp.uint32), jnp.isfinite(leaf).all())
+    for each, leaf in zip(words, leaves, strict=True)
+  ]
+
+
+def seal(description: dict[str, Any]) -> dict[str, Any]:
+  """Adds the `sha256` of a description to it, by which `unseal` notices damage."""
+  return {**description, 'sha256': _sha256(description)}
+
+
+def unseal(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns a description without its seal; older ones have none, and no sums.
+
+  Raises:
+    ValueError: it is not what was saved.
+  """
+  if not isinstance(stored, dict):
+    raise ValueError('the description is not what was saved')
+  description = {name: value for name, value in stored.items() if name != 'sha256'}
+  is_old = 'sha256' not in stored and 'checksums' not in stored
+  if not is_old and stored.get('sha256') != _sha256(description):
+    raise ValueError('the description is not what was saved')
+  return description
+
+
+def _sha256(description: dict[str, Any]) -> str:
+  # As it comes back: with lists for tuples.
+  plain = json.loads(json.dumps(description))
+  return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def check(name: str, tree: Any, description: dict[str, Any]) -> None:
+  """Refuses arrays that are not those that were saved, or not finite.
+
+  Args:
+    name: of the item, 'params' or 'opt_state'.
+    tree: the item as it was read.
+    description: of the checkpoint. Older ones have no sums.
+
+  Raises:
+    ValueError: names the item and the first array.
+  """
+  paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+  found = jax.device_get(_examined(jax.tree.leaves(tree)))
+  expected = description.get('checksums', {}).get(name, [number for number, _ in found])
+  for path, (number, is_finite), saved in zip(paths, found, expected, strict=True):
+    if number != saved:
+      raise ValueError(f'{name}{path} is not what was saved')
+    if not is_finite:
+      raise ValueError(f'{name}{path} has values that are not finite')
+
+
+def load_weights(
+  folder: pathlib.Path, *, step: int | None = None, with_moments: bool = False
+) -> Weights:
+  """Reads the parameters of a run.
+
+  Args:
+    folder: a run's workdir, its checkpoints folder, or the folder of one step.
+    step: which checkpoint; the newest by default.
+    with_moments: read the optimizer's moments too.
+
+  Raises:
+    UserError: there is no checkpoint, not this one, none with moments, or it cannot be read.
+  """
+  with os_errors_as_user_errors(f'{folder} cannot be read', 'give a folder that may be.'):
+    root, steps = _stored_steps(folder.absolute())
+  if not steps:
+    raise UserError(
+      f'{folder} holds no checkpoint; give the --workdir of a training run that has saved one.'
+    )
+  step = max(steps) if step is None else step
+  others = ', '.join(str(each) for each in sorted(steps) if each != step)
+  if step not in steps:
+    raise UserError(f'{folder} has no step {step}; it has {others}.')
+  if with_moments and not (root / str(step) / 'opt_state').is_dir():
+    raise UserError(
+      f'step {step} of {folder} holds weights without optimizer state; leave --with_optimizer out.'
+    )
+  remedy = f'give another step: {others}' if others else 'it is the only one; give another run'
+  try:
+    with ocp.CheckpointManager(root) as manager:
+      return _restore_weights(manager, step, with_moments)
+  except Exception as error:  # Orbax answers damage with whatever its parts have, with this too.
+    # Usually these are a bug, but damaged json makes orbax raise them too, and a bug meets all.
+    if isinstance(error, PROGRAM_ERRORS) and not _any_is_whole(root, steps, with_moments):
+      error.add_note(f'If step {step} of {folder} is damaged, {remedy}.')
+      raise
+    reason = first_line(error)
+    raise UserError(f'step {step} of {folder} cannot be read ({reason}); {remedy}.') from error
+
+
+def _any_is_whole(root: pathlib.Path, steps: list[int], with_moments: bool) -> bool:
+  for step in steps:
+    with contextlib.suppress(Exception), ocp.CheckpointManager(root) as manager:
+      _restore_weights(manager, step, with_moments)
+      return True
+  return False
+
+
+def _stored_steps(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
+  """Returns the folder that holds a run's checkpoints, and the steps in it: one, if it is one's."""
+  root = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+  names = os.listdir(root) if root.is_dir() else []
+  if root.name.isdecimal() and 'params' in names:
+    root, names = root.parent, [root.name]
+  return root, [int(x) for x in names if x.isdecimal() and (root / x / 'params').is_dir()]
+
+
+def _check_known(options: type, stored: dict[str, Any]) -> None:
+  """Raises a ValueError where a description has options that other code than this has written."""
+  unknown = stored.keys() - {field.name for field in dataclasses.fields(options)}
+  if unknown:
+    raise ValueError(f'it has {", ".join(sorted(unknown))}, which this code does not know')
+
+
+def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bool) -> Weights:
+  stored = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
+  description = unseal(stored.description)
+  _check_known(Architecture, description['architecture'])
+  _check_known(Objective, description['objective'])
+  architecture = Architecture(**description['architecture'])
+  # None is what a file that was read in did not tell.
+  objective = description['objective']
+  _, abstract = mae.abstract_model(architecture)
+  items = {'params': abstract}
+  if with_moments:
+    items['opt_state'] = optimizer.abstract_state(abstract)
+  # Consumers run on one device, whatever the mesh that wrote the file.
+  place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  items = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), items)
+  restored = manager.restore(
+    step,
+    args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in items.items()}),
+  )
+  arrays = jax.tree.map(np.asarray, {name: restored[name] for name in items})
+  for name, tree in arrays.items():
+    check(name, tree, description)
+  return Weights(
+    params=arrays['params'],
+    step=step,
+    architecture=architecture,
+    objective=Objective(**{k: v for k, v in objective.items() if v is not None}),
+    description={key: value for key, value in description.items() if key != 'checksums'},
+    moments=optimizer.moments_of(arrays['opt_state']) if with_moments else None,
+  )
+
+
+def save_weights(
+  folder: pathlib.Path,
+  params: dict,
+  step: int,
+  description: dict[str, Any],
+  *,
+  moments: Moments | None = None,
+) -> None:
+  """Writes a checkpoint that `load_weights` reads and, if it has moments, training goes on from.
+
+  Written under a temporary name first: on failure nothing is there.
+
+  Raises:
+    UserError: the folder holds something already, or cannot be written.
+  """
+  atomic_file.check_folder(folder)
+  arrays = {'params': params}
+  if moments is not None:
+    arrays['opt_state'] = optimizer.state_of(moments)
+  sums = {name: checksums(tree) for name, tree in arrays.items()}
+  items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+  items['description'] = ocp.args.JsonSave(seal({**description, 'checksums': sums}))
+  try:
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+      prefix=atomic_file.PREFIX, dir=folder.absolute().parent, ignore_cleanup_errors=True
+    ) as temporary:
+      staged = pathlib.Path(temporary).absolute() / FOLDER
+      with ocp.CheckpointManager(staged) as manager:
+        manager.save(step, args=ocp.args.Composite(**items))
+        manager.wait_until_finished()
+      folder.mkdir(exist_ok=True)
+      staged.replace(folder / FOLDER)
+  except (OSError, ValueError) as error:
+    # Orbax reports what the system refuses as a ValueError of many lines.
+    reason = getattr(error, 'strerror', None) or str(error).strip().splitlines()[0]
+    raise UserError(
+      f'--output={folder} cannot be written ({reason}); give another folder.'
+    ) from error

@@ -1,0 +1,210 @@
+"""Reads a config: a file of configs/, with fields set on the command line, as checked options."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import sys
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dropmae_jax.config import Architecture, Config, range_of
+from dropmae_jax.data import augment
+from dropmae_jax.kernels import implementations
+from dropmae_jax.model import asad, mae, masking, vit
+from dropmae_jax.runtime.errors import UserError, check_name, did_you_mean
+
+PRESETS = pathlib.Path(__file__).parent / 'configs'
+PREFIX = 'config.'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds --config, and one --config.FIELD for every field, in groups."""
+  parser.add_argument(
+    '--config',
+    required=True,
+    metavar='NAME|FILE',
+    help=f'a Python file with get_config(), or one of: {", ".join(presets())}',
+  )
+  groups: dict[str, Any] = {}
+  for name, kind in field_types().items():
+    group = name.rpartition('.')[0]
+    if group not in groups:
+      title = f'fields of the config: {group}' if group else 'fields of the config'
+      groups[group] = parser.add_argument_group(title)
+    groups[group].add_argument(
+      f'--{PREFIX}{name}',
+      type=_boolean if kind is bool else kind,
+      metavar=kind.__name__.upper(),
+      default=argparse.SUPPRESS,
+      help=_help(name).replace('%', '%%'),
+    )
+
+
+def from_arguments(arguments: argparse.Namespace) -> Config:
+  """Reads the config that a command line names, with the fields that it sets.
+
+  Raises:
+    UserError: it cannot be read, or a field is unknown, missing, or out of its range.
+  """
+  config = load(arguments.config)
+  with config.unlocked(), config.ignore_type():
+    for name, value in vars(arguments).items():
+      if name.startswith(PREFIX):
+        _set(config, name.removeprefix(PREFIX), value)
+  return from_dict(config.to_dict())
+
+
+def presets() -> list[str]:
+  """Lists the names of the configs that come with the package."""
+  return sorted(path.stem for path in PRESETS.glob('*.py') if path.stem != '__init__')
+
+
+def load(name: str) -> ConfigDict:
+  """Returns what get_config() of a config file returns.
+
+  Args:
+    name: of a file, or of one of `presets`. What follows a colon is given to get_config.
+
+  Raises:
+    UserError: there is no such file, or it has no get_config.
+  """
+  name, _, argument = name.partition(':')
+  path = pathlib.Path(name)
+  if '/' not in name and path.suffix != '.py':
+    path = PRESETS / f'{name}.py'
+  if not path.is_file():
+    known = did_you_mean(name, presets())
+    raise UserError(f'--config={name} is neither a file nor the name of a config; {known}')
+  allow_imports_from_here()
+  spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except (OSError, SyntaxError) as error:
+    raise UserError(f'--config={name} cannot be read ({error}); configs/ has examples.') from error
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'--config={name} defines no get_config(); configs/ has examples.')
+  return module.get_config(*([argument] if argument else []))
+
+
+def allow_imports_from_here() -> None:
+  """Lets Python import from the working directory, as `python -m` does and entry points do not."""
+  here = os.getcwd()
+  if not {'', here} & set(sys.path):
+    sys.path.insert(0, here)
+
+
+def _set(config: ConfigDict, name: str, value: Any) -> None:
+  *groups, leaf = name.split('.')
+  for group in groups:
+    if group not in config:
+      config[group] = ConfigDict()
+    config = config[group]
+  config[leaf] = value
+
+
+def field_types() -> dict[str, type]:
+  """Returns the type of every config field by its dotted name."""
+  types = {}
+  for name, kind in typing.get_type_hints(Config).items():
+    if dataclasses.is_dataclass(kind):
+      hints = ({'size': str} if kind is Architecture else {}) | typing.get_type_hints(kind)
+      types |= {f'{name}.{field}': hint for field, hint in hints.items()}
+    else:
+      types[name] = kind
+  return dict(sorted(types.items(), key=lambda item: item[0].rpartition('.')[0]))  # By group.
+
+
+def _help(name: str) -> str:
+  """Returns the meaning, the range and the default of a field."""
+  if name == 'model.size':
+    return f'sets the numbers of the encoder: {", ".join(vit.SIZES)} (B)'
+  cls = Config
+  *groups, leaf = name.split('.')
+  for group in groups:
+    cls = typing.get_type_hints(cls)[group]
+  field = next(field for field in dataclasses.fields(cls) if field.name == leaf)
+  parts = [range_of(field)]
+  if cls is Architecture and leaf in vit.Size._fields:
+    parts.append('by default as the size has it')
+  elif field.default is not dataclasses.MISSING:
+    parts.append(f'default {field.default!r}')
+  notes = '; '.join(part for part in parts if part)
+  return field.metadata['help'] + (f' ({notes})' if notes else '')
+
+
+def _boolean(text: str) -> bool:
+  if text.lower() not in ('true', 'false'):
+    raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
+  return text.lower() == 'true'
+
+
+def unknown_field(name: str) -> UserError:
+  """Returns the refusal of a dotted config name, with the name that was probably meant."""
+  return UserError(f'config has no field {name!r}; {did_you_mean(name, field_types())}')
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+  """Checks the fields of a config and returns them as typed options.
+
+  Args:
+    values: fields by name, groups of them in dicts of their own: `ConfigDict.to_dict()`.
+
+  Raises:
+    UserError: a field is unknown, missing, of a wrong type, or out of its range.
+  """
+  config = _options(Config, values, '')
+  check_name('config.objective.masking', config.objective.masking, masking.MASKING_SCHEMES)
+  rule = config.objective.dropout_rule
+  check_name('config.objective.dropout_rule', rule, asad.ATTENTION_DROPOUTS)
+  check_name('config.data.resize', config.data.resize, augment.RESIZES)
+  check_name('config.attention', config.attention, implementations.KINDS)
+  check_name('config.remat', config.remat, mae.REMATERIALISATIONS)
+  try:
+    masking.num_visible(config.model.num_tokens, config.objective.mask_ratio)
+  except ValueError as error:
+    raise UserError(f'config.objective.{error}') from error
+  return config
+
+
+def _options(cls: type, values: dict[str, Any], prefix: str) -> Any:
+  """Fills an options dataclass from the part of a config below `prefix`."""
+  kinds = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    required = field.default is field.default_factory is dataclasses.MISSING
+    if required and field.name not in values:
+      raise UserError(f'config lacks the field {prefix + field.name!r}, which has no default.')
+  size = values.get('size', 'B')
+  if cls is Architecture:
+    check_name('config.model.size', size, vit.SIZES)
+    kinds['size'] = str
+    values = vit.SIZES[size]._asdict() | values
+  arguments = {}
+  for name, value in values.items():
+    if name not in kinds:
+      raise unknown_field(prefix + name)
+    if not dataclasses.is_dataclass(kinds[name]):
+      arguments[name] = _typed(value, kinds[name], prefix + name)
+    elif isinstance(value, dict):
+      arguments[name] = _options(kinds[name], value, f'{name}.')
+    else:
+      raise UserError(f'config.{name}={value!r} should be a group of fields.')
+  if cls is Architecture:
+    arguments.pop('size', None)
+  try:
+    return cls(**arguments)
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(f'config.{prefix}{error}') from error
+
+
+def _typed(value: Any, kind: type, name: str) -> Any:
+  fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+  if not fits or (isinstance(value, bool) and kind is not bool):
+    raise UserError(f'config.{name}={value!r} is not of type {kind.__name__}.')
+  return kind(value)

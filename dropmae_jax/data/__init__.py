@@ -1,0 +1,1 @@
+"""Videos to batches of frame pairs."""

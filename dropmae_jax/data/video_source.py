@@ -1,0 +1,283 @@
+"""Datasets that tfds_kinetics built, opened for reading single frames of videos.
+
+What cannot be read is refused when the dataset is opened, as far as names, sizes and numbers tell,
+and else when the frame is asked for; either way in one sentence that says what to do.
+"""
+
+import hashlib
+import importlib
+import os
+import pathlib
+import re
+import time
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import simplejpeg
+import tensorflow_datasets as tfds
+from jaxtyping import UInt8
+from tensorflow_datasets.proto import tf_example_pb2
+
+from dropmae_jax.runtime.errors import PROGRAM_ERRORS, UserError, os_errors_as_user_errors
+
+# Major versions of the dataset that are read: its other numbers change nothing for a reader.
+SUPPORTED_VERSIONS = frozenset({2})
+# Pauses before a record that could not be read is tried again.
+RETRY_SECONDS = (0.05, 0.5)
+# So array_record tells what the system answered to a call of it.
+SYSTEM_CALL_FAILED = re.compile(r'\b(pread|read|open|fstat|lseek)\(\) failed')
+
+
+class DamagedRecord(UserError):
+  """One record of a dataset cannot be read; the message names video, record and file."""
+
+
+@runtime_checkable
+class VideoSource(Protocol):
+  """A dataset as the pipeline reads it: videos by number, frames by number.
+
+  It is pickled for loader processes. An attribute `fingerprint`, a text that differs where the
+  frames do, and a method `paths`, with a name for every video, may be there too.
+  """
+
+  def __len__(self) -> int:
+    """Number of videos."""
+    ...
+
+  def num_frames(self, video: int) -> int:
+    """Frames of a video; at least 1."""
+    ...
+
+  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """One decoded frame; raises DamagedRecord where that one cannot be read."""
+    ...
+
+
+class TfdsVideos:
+  """Random access to the frames of a dataset built by tfds_kinetics; reads only what is asked.
+
+  Attributes:
+    folder: of the version that was opened.
+    fingerprint: of the stored frames of all splits, and of which videos they are.
+  """
+
+  def __init__(self, folder: pathlib.Path, split: str) -> None:
+    """Opens a split.
+
+    Args:
+      folder: of one version.
+      split: of the dataset.
+
+    Raises:
+      UserError: the split is not there, or its files are missing, cut short or damaged.
+    """
+    self.folder, self._split = folder, split
+    try:
+      builder = tfds.builder_from_directory(folder)
+      info = builder.info.splits.get(split)
+      names = sorted(os.path.basename(path) for path in info.filenames) if info else []
+    except PROGRAM_ERRORS:
+      raise
+    except Exception as error:  # TFDS answers damaged metadata with whatever its parsers raise.
+      raise _damaged(folder, f'dataset_info.json or features.json: {error}') from error
+    if builder.version.major not in SUPPORTED_VERSIONS:
+      raise _other_version(folder, str(builder.version))
+    if info is None:
+      raise UserError(
+        f'{folder} has no split {split!r} that tfds_kinetics wrote; there are:'
+        f' {", ".join(builder.info.splits)}.'
+      )
+    self._check_shards(names, int(info.num_bytes))
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    self._records = builder.as_data_source(split, deserialize_method=raw)
+    self._first, self._frames, self.fingerprint = self._read_index()
+
+  def _check_shards(self, names: list[str], recorded: int) -> None:
+    """Compares the shard files with the names and bytes of the metadata; reads none of them."""
+    with os.scandir(self.folder) as entries:
+      sizes = {entry.name: entry.stat().st_size for entry in entries}
+    lacking = [name for name in names if not sizes.get(name)]
+    if lacking:
+      raise _damaged(
+        self.folder, f'{len(lacking)} of {len(names)} shards missing or empty: {lacking[0]}'
+      )
+    there = sum(sizes[name] for name in names)
+    if there != recorded:
+      raise _damaged(
+        self.folder,
+        f'the shards of {self._split} hold {there} bytes, not the {recorded} that were written',
+      )
+
+  def _read_index(self) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns each video's first record and number of frames, and the dataset's fingerprint."""
+    name = f'index-{self._split}.npz'
+    try:
+      with np.load(self.folder / name) as index:
+        first, frames, fingerprint = (index[key] for key in ('first', 'frames', 'fingerprint'))
+    except PROGRAM_ERRORS:
+      raise
+    except Exception as error:  # Zip, zlib, pickle and numpy each have their own for a bad file.
+      raise _damaged(self.folder, f'{name}: {_reason(error)}') from error
+    whole = first.dtype.kind == frames.dtype.kind == 'i' and first.shape == frames.shape
+    if not (whole and first.ndim == 1 and len(first)):
+      raise _damaged(self.folder, f'{name} does not list videos: {first.shape}, {frames.shape}')
+    if first.min() < 0 or frames.min() < 1 or (first + frames).max() > len(self._records):
+      raise _damaged(
+        self.folder, f'{name} points outside of the {len(self._records)} records of the split'
+      )
+    return first, frames, str(fingerprint)
+
+  def __len__(self) -> int:
+    return len(self._frames)
+
+  def num_frames(self, video: int) -> int:
+    """Frames of a video; at least 1."""
+    return int(self._frames[video])
+
+  def paths(self) -> np.ndarray:
+    """The path of every video below the root it was built from; reads the index anew."""
+    with np.load(self.folder / f'index-{self._split}.npz') as index:
+      return index['path']
+
+  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """Reads one record and decodes its JPEG to RGB.
+
+    Raises:
+      DamagedRecord: what was read is no picture.
+      UserError: the system does not let it be read.
+    """
+    record = int(self._first[video]) + number
+    for pause in (*RETRY_SECONDS, None):
+      try:
+        features = tf_example_pb2.Example.FromString(self._records[record]).features.feature
+        return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
+      except PROGRAM_ERRORS:
+        raise
+      except Exception as error:  # Whatever array_record, protobuf and simplejpeg have.
+        if pause is None:
+          raise self._unreadable(video, record, error) from error
+        time.sleep(pause)  # It may be the storage, for a moment.
+    raise AssertionError('unreachable')
+
+  def _unreadable(self, video: int, record: int, error: Exception) -> UserError:
+    instructions = self._records.dataset_info.splits[self._split].file_instructions
+    ends = np.cumsum([each.take for each in instructions])
+    if 'Too many open files' in str(error):
+      return UserError(
+        f'this process may not open the {len(instructions)} shards of {self.folder} at once; raise'
+        ' the hard limit of open files (ulimit -Hn, or LimitNOFILE and the like of a scheduler).'
+      )
+    if isinstance(error, OSError) or SYSTEM_CALL_FAILED.search(str(error)):
+      return UserError(
+        f'{self.folder} cannot be read ({error}); see to its storage, and give the same command'
+        ' again.'
+      )
+    file = instructions[int(np.searchsorted(ends, record, side='right'))].filename
+    try:
+      path = str(self.paths()[video])
+    except Exception:  # The record's error is the one to tell.
+      path = 'unknown path'
+    return DamagedRecord(
+      f'video {video} ({path}) cannot be read: record {record} of split {self._split}, in {file},'
+      f' is damaged ({_reason(error)}); {_remedy(self.folder)}.'
+    )
+
+
+def _reason(error: Exception) -> str:
+  """Says what went wrong on one line; a KeyError, for one, says it only by its type."""
+  text = ' '.join(str(error).split())
+  return f'{type(error).__name__}: {text}' if text else type(error).__name__
+
+
+def _remedy(folder: pathlib.Path) -> str:
+  return f'copy {folder} anew, or remove it and build it again with python -m tfds_kinetics'
+
+
+def _damaged(folder: pathlib.Path, what: str) -> UserError:
+  return UserError(f'{folder} is damaged: {" ".join(what.split())}; {_remedy(folder)}.')
+
+
+def _other_version(folder: pathlib.Path, version: str) -> UserError:
+  supported = ' or '.join(f'{major}.x.y' for major in sorted(SUPPORTED_VERSIONS))
+  return UserError(
+    f'{folder} is of format version {version}, and this code reads {supported}; build it anew with'
+    ' python -m tfds_kinetics of this code, or use the code that wrote it.'
+  )
+
+
+def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> VideoSource:
+  """Opens a dataset of tfds_kinetics, or one of a class of the user's own.
+
+  Args:
+    data_dir: what was given to the builder as --data_dir, or the version's folder itself.
+    dataset: TFDS name and config, such as 'kinetics_frames/folder'; or 'MODULE:CLASS', a class of
+      the protocol `VideoSource` that is made by CLASS(data_dir, split).
+    split: of the dataset.
+
+  Raises:
+    UserError: it is not there, and then names the command that builds it; or it cannot be read.
+  """
+  with os_errors_as_user_errors(
+    f'data_dir={data_dir!r} cannot be opened',
+    'give another data_dir, or mend its permissions and links.',
+  ):
+    if ':' in dataset:
+      return _open_class(data_dir, dataset, split)
+    return _open_tfds(data_dir, dataset, split)
+
+
+def _open_class(data_dir: str, dataset: str, split: str) -> VideoSource:
+  module, _, name = dataset.partition(':')
+  try:
+    cls = getattr(importlib.import_module(module), name)
+  except (ImportError, AttributeError) as error:
+    raise UserError(
+      f'dataset={dataset!r} cannot be imported ({error}); give MODULE:CLASS, of a module in the'
+      ' working directory or on PYTHONPATH.'
+    ) from error
+  videos = cls(data_dir, split)
+  if not isinstance(videos, VideoSource):
+    raise UserError(f'dataset={dataset!r} lacks __len__, num_frames or frame; add them.')
+  if not len(videos):
+    raise UserError(f'dataset={dataset!r} has no videos in data_dir={data_dir!r}; give another.')
+  return videos
+
+
+def fingerprint(videos: VideoSource) -> str:
+  """Returns the fingerprint of a dataset: its own, or one of its videos' numbers of frames."""
+  if hasattr(videos, 'fingerprint'):
+    return videos.fingerprint
+  digest = hashlib.sha256(f'{type(videos).__module__}:{type(videos).__qualname__}'.encode())
+  digest.update(np.array([videos.num_frames(each) for each in range(len(videos))]).tobytes())
+  return digest.hexdigest()
+
+
+def _open_tfds(data_dir: str, dataset: str, split: str) -> TfdsVideos:
+  """Opens the newest version of a dataset of tfds_kinetics."""
+  root = pathlib.Path(data_dir)
+  if is_version_folder(root):
+    return TfdsVideos(root, split)
+  versions = sorted(
+    (
+      info.parent
+      for info in (root / dataset).glob('*/dataset_info.json')
+      if re.fullmatch(r'\d+\.\d+\.\d+', info.parent.name)
+    ),
+    key=lambda folder: [int(part) for part in folder.name.split('.')],
+  )
+  if not versions:
+    config = dataset.rpartition('/')[2]
+    raise UserError(
+      f'there is no dataset {dataset} in data_dir={data_dir!r}; build it with:'
+      f' python -m tfds_kinetics --config={config} --videos=VIDEOS --data_dir={data_dir or "DIR"}'
+    )
+  newest = versions[-1]
+  # Before it is parsed: another format's metadata need not be ones that this TFDS reads.
+  if int(newest.name.partition('.')[0]) not in SUPPORTED_VERSIONS:
+    raise _other_version(newest, newest.name)
+  return TfdsVideos(newest, split)
+
+
+def is_version_folder(folder: pathlib.Path) -> bool:
+  """Whether a folder is a version of a dataset, not a data directory."""
+  return os.path.exists(folder / 'dataset_info.json')

@@ -1,0 +1,1 @@
+"""What a checkpoint has learned, and what it is trained on: pictures."""

@@ -1,0 +1,266 @@
+"""Shows a dataset as training sees it, before anything is trained on it.
+
+    dropmae-inspect --data_dir=DIR --output=FILE.png [--dataset=...] [--seed=N]
+
+prints what the split holds, of each dataset if they are several, and draws the first pairs that
+training with this seed is fed: both whole frames with the boxes of their crops, the two crops, and
+below all how far apart the frames of pairs are. Numbers come from the index; of the frames, only
+those that are drawn are read.
+"""
+
+import argparse
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageDraw
+
+from dropmae_jax.config import DataOptions
+from dropmae_jax.data import augment, frame_pairs, loader_process, pair_stream
+from dropmae_jax.data.frame_pairs import DrawnPair
+from dropmae_jax.data.mixture import Mixture, open_mixture
+from dropmae_jax.evaluation import reconstruction
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError, did_you_mean
+from dropmae_jax.train_step import derive_seeds
+
+GAP_DRAWS = 10_000
+GAP_BARS = 25
+BAR_WIDTH = 50  # Characters of the longest printed bar.
+MARGIN, CAPTION, CHART = 8, 20, 140
+BOX_COLOUR = (255, 210, 0)
+
+
+class Index(NamedTuple):
+  """What is known of a split without reading its frames; an entry of each array per clip."""
+
+  dataset: str
+  frames: Int[np.ndarray, ' n']
+  label: Int[np.ndarray, ' n']
+  path: np.ndarray
+  classes: np.ndarray
+  num_bytes: int
+
+
+class ShownPair(NamedTuple):
+  """A pair of the training stream with all that led to it."""
+
+  dataset: int
+  drawn: DrawnPair
+  crops: UInt8[np.ndarray, 'f size size c']
+
+
+def first_pairs(
+  videos: Mixture, options: DataOptions, *, image_size: int, seed: int, count: int
+) -> list[ShownPair]:
+  """Makes the first pairs that training with this seed is fed."""
+  keys, maker = (
+    pair_stream.pair_keys(videos, seed),
+    frame_pairs.PairMaker(videos, options, image_size),
+  )
+  pairs = []
+  for number in range(count):
+    drawn = maker.draw(keys[number])
+    pairs.append(ShownPair(keys[number].dataset, drawn, maker.crop(drawn)))
+  return pairs
+
+
+def read_index(folder: pathlib.Path, split: str) -> Index:
+  """Reads the index of a split, and the sizes of its shards.
+
+  Args:
+    folder: of the dataset's version.
+    split: of it.
+  """
+  shards = folder.glob(f'*-{split}.array_record*')
+  with np.load(folder / f'index-{split}.npz') as index:
+    columns = {name: index[name] for name in ('frames', 'label', 'path', 'classes')}
+  dataset = '/'.join(folder.parts[-3:-1])
+  return Index(dataset, **columns, num_bytes=sum(path.stat().st_size for path in shards))
+
+
+def class_of(index: Index, video: int) -> str:
+  """Returns the name of a clip's class; '-' where there are no classes."""
+  return str(index.classes[index.label[video]]) or '-'
+
+
+def gap_counts(
+  frames: Int[np.ndarray, ' n'], frame_gap: int, *, seed: int, draws: int
+) -> Int[np.ndarray, ' g']:
+  """Counts the gaps, from 0 on, of pairs drawn by the law of training from random clips.
+
+  They are not the pairs of the stream, of which most would be read for their numbers alone.
+
+  Args:
+    frames: of each clip.
+    frame_gap: of the law.
+    seed: of clips and pairs.
+    draws: number of pairs.
+  """
+  rng = np.random.default_rng(seed)
+  pairs = [
+    frame_pairs.sample_pair(rng.random, int(num_frames), frame_gap)
+    for num_frames in rng.choice(frames, draws)
+  ]
+  return np.bincount([later - earlier for earlier, later in pairs], minlength=frame_gap)
+
+
+def bars(counts: Int[np.ndarray, ' g']) -> list[tuple[str, int]]:
+  """Gathers gaps in bars of equal width: the range of each, such as '1-2', and its count."""
+  width = -(-(len(counts) - 1) // GAP_BARS)
+  found = [('0', int(counts[0]))] if counts[0] else []
+  for low in range(1, len(counts), width):
+    high = min(low + width, len(counts)) - 1
+    name = str(low) if low == high else f'{low}-{high}'
+    found.append((name, int(counts[low : high + 1].sum())))
+  return found
+
+
+def statistics(index: Index, counts: Int[np.ndarray, ' g']) -> str:
+  """Returns what the split holds and how far apart its pairs are, as text."""
+  frames = index.frames
+  total, gathered = int(frames.sum()), bars(counts)
+  most = max(count for _, count in gathered)
+  lines = [
+    f'dataset           {index.dataset}',
+    f'clips             {len(frames)}',
+    f'frames            {total}',
+    f'frames per clip   least {frames.min()}, median {np.median(frames):g}, most {frames.max()}',
+    f'classes           {sum(name != "" for name in index.classes)}',
+    f'bytes on disk     {index.num_bytes} ({index.num_bytes / total:.0f} per frame)',
+    f'frames between the two of a pair, {counts.sum()} pairs:',
+  ]
+  lines += [
+    f'{name:>9} {count / counts.sum():6.1%} {"#" * round(BAR_WIDTH * count / most)}'
+    for name, count in gathered
+  ]
+  return '\n'.join(lines)
+
+
+def draw_chart(pen: ImageDraw.ImageDraw, top: int, width: int, counts: np.ndarray) -> None:
+  """Draws the gaps as upright bars, under each its range."""
+  gathered = bars(counts)
+  most, step = max(count for _, count in gathered), (width - 2 * MARGIN) / len(gathered)
+  title = f'frames between the two of a pair, {counts.sum()} pairs'
+  pen.text((MARGIN, top), title, fill='black')
+  floor = top + CHART - CAPTION
+  for number, (name, count) in enumerate(gathered):
+    left = MARGIN + number * step
+    height = (CHART - 2 * CAPTION) * count / most
+    pen.rectangle((left, floor - height, left + max(1, step - 3), floor), fill=(70, 110, 180))
+    pen.text((left, floor + 3), name.partition('-')[0], fill='black')
+
+
+def contact_sheet(
+  pairs: list[ShownPair], indices: list[Index], counts: Int[np.ndarray, ' g']
+) -> Image.Image:
+  """Draws a row for each pair, and the gaps below.
+
+  A row has a caption, the two frames pixel for pixel with their boxes, and the two crops; the
+  columns are as wide as the widest frame, and as a crop.
+  """
+  images = [image for pair in pairs for image in pair.drawn.images]
+  size = pairs[0].crops.shape[1]
+  wide = max(image.shape[1] for image in images)
+  high = max(size, *(image.shape[0] for image in images))
+  columns = [MARGIN, 2 * MARGIN + wide, 3 * MARGIN + 2 * wide, 4 * MARGIN + 2 * wide + size]
+  row_height = CAPTION + high + MARGIN
+  width, bottom = columns[-1] + size + MARGIN, MARGIN + len(pairs) * row_height
+  sheet = Image.new('RGB', (width, bottom + CHART), 'white')
+  pen = ImageDraw.Draw(sheet)
+  for row, pair in enumerate(pairs):
+    top = MARGIN + row * row_height
+    earlier, later = pair.drawn.frame_numbers
+    index, video = indices[pair.dataset], pair.drawn.video
+    caption = (
+      f'{index.dataset}   {index.path[video]}   class {class_of(index, video)}'
+      f'   frames {earlier} and {later} of {index.frames[video]}   gap {later - earlier}'
+    )
+    # The font that PIL always has knows few letters.
+    caption = caption.encode('ascii', 'backslashreplace').decode()
+    pen.text((MARGIN, top + 3), caption, fill='black')
+    panels = [*pair.drawn.images, *pair.crops]
+    for left, panel in zip(columns, panels, strict=True):
+      sheet.paste(Image.fromarray(panel), (left, top + CAPTION))
+    for left, box in zip(columns, pair.drawn.boxes, strict=False):
+      x, y = left + box.left, top + CAPTION + box.top
+      pen.rectangle((x, y, x + box.width - 1, y + box.height - 1), outline=BOX_COLOUR, width=2)
+  draw_chart(pen, bottom, width, counts)
+  return sheet
+
+
+def parse() -> tuple[argparse.Namespace, DataOptions]:
+  """Reads the command line.
+
+  Raises:
+    UserError: a flag is wrong.
+  """
+  defaults = DataOptions()
+  parser = cli.Parser(prog='dropmae-inspect', description=__doc__.splitlines()[0])
+  parser.add_argument('--data_dir', required=True, help='as in the config of a training')
+  parser.add_argument('--output', required=True, type=pathlib.Path, help='the PNG to write')
+  parser.add_argument(
+    '--dataset',
+    default='kinetics_frames/folder',
+    help='as in the config (%(default)s)',
+  )
+  parser.add_argument('--split', default='train', help='(%(default)s)')
+  parser.add_argument('--seed', type=int, default=0, help='of the training (%(default)s)')
+  parser.add_argument('--pairs', type=int, default=8, help='to draw (%(default)s)')
+  parser.add_argument('--image_size', type=int, default=224, help='of the crops (%(default)s)')
+  parser.add_argument('--frame_gap', type=int, default=defaults.frame_gap, help='(%(default)s)')
+  parser.add_argument('--resize', default=defaults.resize, help='(%(default)s)')
+  parser.add_argument('--shared_augmentation', action='store_true', help='one crop for both frames')
+  arguments = parser.parse_args()
+  for name, low, high in (
+    ('seed', 0, 2**32 - 1),
+    ('pairs', 1, 100),
+    ('image_size', 1, 4096),
+    ('frame_gap', 2, 10**6),
+  ):
+    if not low <= getattr(arguments, name) <= high:
+      raise UserError(f'--{name}={getattr(arguments, name)} is not in {low}..{high}.')
+  if arguments.resize not in augment.RESIZES:
+    near = did_you_mean(arguments.resize, augment.RESIZES)
+    raise UserError(f'--resize={arguments.resize} is unknown; {near}')
+  options = DataOptions(
+    frame_gap=arguments.frame_gap,
+    resize=arguments.resize,
+    shared_augmentation=arguments.shared_augmentation,
+    num_threads=0,
+  )
+  return arguments, options
+
+
+def main() -> None:
+  """The command line."""
+  arguments, options = parse()
+  loader_process.allow_many_files()
+  mixture = open_mixture(arguments.data_dir, arguments.dataset, arguments.split)
+  indices = [read_index(each.folder, arguments.split) for each in mixture.datasets]
+  counts = []
+  for index, weight in zip(indices, mixture.weights, strict=True):
+    draws = max(1, round(GAP_DRAWS * weight / sum(mixture.weights)))
+    counts.append(gap_counts(index.frames, options.frame_gap, seed=arguments.seed, draws=draws))
+    print(statistics(index, counts[-1]))
+  pairs = first_pairs(
+    mixture,
+    options,
+    image_size=arguments.image_size,
+    seed=derive_seeds(arguments.seed).data,
+    count=arguments.pairs,
+  )
+  for sentence in dict.fromkeys(each for pair in pairs for each in pair.drawn.damaged):
+    print(f'note: {sentence} Another video is taken instead.')
+  reconstruction.save_png(contact_sheet(pairs, indices, sum(counts)), arguments.output)
+  print(f'{arguments.output}: the first {len(pairs)} pairs of seed {arguments.seed}')
+
+
+def command() -> None:
+  """The entry point dropmae-inspect."""
+  cli.run(main)
+
+
+if __name__ == '__main__':
+  command()

@@ -1,0 +1,1 @@
+"""ASAD by kernels of TPUs and GPUs, and the choice among the implementations."""

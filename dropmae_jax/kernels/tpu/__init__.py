@@ -1,0 +1,1 @@
+"""ASAD as Pallas kernels of TPUs."""

@@ -1,0 +1,1 @@
+"""The autoencoder: its parts as pure functions and Flax modules."""

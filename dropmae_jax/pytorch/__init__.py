@@ -1,0 +1,1 @@
+"""Files of weights of PyTorch and safetensors, to and from ours."""

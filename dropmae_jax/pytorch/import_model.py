@@ -1,0 +1,192 @@
+"""Any file of the field as a whole model of ours: what is taken, dropped and freshly made.
+
+Read are the published DropMAE files and ours in every layout, MAE's (with and without decoder),
+timm's, and trained OSTrack and DropTrack trackers, of which the encoder is taken.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dropmae_jax.config import Architecture
+from dropmae_jax.model import mae, vit
+from dropmae_jax.pytorch import file_metadata, layouts
+from dropmae_jax.pytorch.weight_files import WeightFile
+from dropmae_jax.runtime.errors import UserError
+
+TRACKER_PREFIX = 'backbone.'
+# Tensors that a vision transformer of another kind computes with: dropping them would be silent.
+FOREIGN = ('blocks.', 'decoder_blocks.', 'norm_pre.', 'reg_token', 'patch_embed.')
+
+
+class Model(NamedTuple):
+  """A file of the field, completed to the full layout.
+
+  Attributes:
+    state: the full layout, float32.
+    architecture: of the model.
+    fresh: names of tensors that the file does not have, drawn from seed 0.
+    report: lines that say what was taken, dropped, converted and freshly made.
+  """
+
+  state: dict[str, np.ndarray]
+  architecture: Architecture
+  fresh: list[str]
+  report: list[str]
+
+
+def read_model(file: WeightFile, *, size: str | None = None) -> Model:
+  """Completes what a file holds to a whole model.
+
+  Args:
+    file: as `torch_files.read` returns it.
+    size: a row of `vit.SIZES`; needed where the tensors' shapes do not tell it.
+
+  Raises:
+    UserError: the size is unknown, or tensors of the encoder (or some, not all, of the decoder)
+      are missing, of another shape or of no floating point; names the first three.
+  """
+  tensors, dropped = _without_prefix(file.tensors)
+  if 'pos_embed' in tensors:
+    tensors['pos_embed'] = _with_class_slot(tensors['pos_embed'])
+  architecture = file_metadata.read(file.entries).architecture
+  if architecture is None or size is not None:
+    architecture = _architecture(tensors, size)
+  shapes = layouts.tensor_shapes(architecture)
+  optional = set(layouts.FRAME_IDENTITIES)
+  decoder = {name for name in shapes if layouts.is_of_decoder(name)}
+  decoder_identities = {f'decoder_{name}' for name in layouts.FRAME_IDENTITIES}
+  # A mask token alone is what trackers leave of a decoder.
+  if decoder & set(tensors) <= {'mask_token'} | decoder_identities:
+    optional |= decoder
+  else:
+    optional |= decoder_identities
+  fresh = [name for name in shapes if name in optional and name not in tensors]
+  if 'decoder_pred.weight' in fresh:
+    fresh = [name for name in shapes if name in decoder or name in fresh]
+
+  taken = {name: array for name, array in tensors.items() if name in shapes and name not in fresh}
+  left = {name: array for name, array in tensors.items() if name not in taken}
+  foreign = {name: array for name, array in left.items() if name.startswith(FOREIGN)}
+  dropped += list(left)
+  wanted = {name: shape for name, shape in shapes.items() if name not in fresh}
+  layouts.check_shapes(taken | foreign, wanted, architecture)
+  converted = layouts.as_float32(taken) | _fresh_tensors(architecture, fresh)
+  state = {name: converted[name] for name in shapes}
+  report = [f'taken: {len(taken)} tensors of {architecture}']
+  other = collections.Counter(str(a.dtype) for a in taken.values() if a.dtype != np.float32)
+  report += [f'converted to float32: {count} of {dtype}' for dtype, count in other.items()]
+  if dropped:
+    report.append(f'dropped: {grouped(dropped)}')
+    if any(name.endswith(layouts.CLASS_TOKEN) for name in dropped):
+      report.append('  (the class token: this method has none)')
+  if fresh:
+    report.append(f'freshly made (seed 0), since the file has none: {grouped(fresh)}')
+  return Model(state, architecture, fresh, report)
+
+
+def _without_prefix(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Returns the tensors of the backbone under plain names, and the names of all others."""
+  if not any(name.startswith(TRACKER_PREFIX) for name in tensors):
+    return dict(tensors), []
+  kept = {
+    name.removeprefix(TRACKER_PREFIX): array
+    for name, array in tensors.items()
+    if name.startswith(TRACKER_PREFIX)
+  }
+  return kept, [name for name in tensors if not name.startswith(TRACKER_PREFIX)]
+
+
+def _with_class_slot(table: np.ndarray) -> np.ndarray:
+  """Gives timm's table of plain tokens the zero slot that the others have."""
+  if table.ndim != 3 or round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:
+    return table
+  return np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
+
+
+def _architecture(tensors: Mapping[str, np.ndarray], size: str | None) -> Architecture:
+  """Reads the architecture off the shapes.
+
+  Head counts leave no trace in the shapes: they are those of the size table's row, and 16 in the
+  decoder, as published.
+  """
+  if size is not None and size not in vit.SIZES:
+    raise UserError(f'--model={size} is not in the size table; choose one of {_names(vit.SIZES)}.')
+  try:
+    width, _, patch_size, _ = tensors['patch_embed.proj.weight'].shape
+    hidden = tensors['blocks.0.mlp.fc1.weight'].shape[0]
+    tokens = tensors['pos_embed'].shape[1] - 1
+    decoder = {}
+    if 'decoder_embed.weight' in tensors:
+      decoder['decoder_width'] = tensors['decoder_embed.weight'].shape[0]
+      decoder['decoder_depth'] = _depth(tensors, 'decoder_blocks.')
+  except (KeyError, ValueError, IndexError) as error:
+    raise UserError(
+      f'the file holds no vision transformer ({error} is missing or misshapen); its tensors are'
+      f' {grouped(tensors)}.'
+    ) from error
+  if size is None:
+    rows = [name for name, row in vit.SIZES.items() if row.width == width]
+    if not rows:
+      raise UserError(
+        f'a width of {width} is in no row of the size table (they are'
+        f' {_names(f"{name}: {row.width}" for name, row in vit.SIZES.items())}), so the number of'
+        ' heads is unknown; give --model if it is one of these with other shapes.'
+      )
+    row = vit.SIZES[rows[0]]._asdict() | {'depth': _depth(tensors, 'blocks.')}
+    row |= {'width': width, 'patch_size': patch_size, 'mlp_ratio': hidden / width}
+  else:
+    row = vit.SIZES[size]._asdict()
+  grid = round(tokens**0.5)
+  try:
+    return Architecture(**row, image_size=grid * row['patch_size'], **decoder)
+  except ValueError as error:
+    raise UserError(f'the tensors of the file are of no model of ours: {error}') from error
+
+
+def _depth(tensors: Iterable[str], prefix: str) -> int:
+  return len({name.split('.')[1] for name in tensors if name.startswith(prefix)})
+
+
+def _fresh_tensors(architecture: Architecture, names: list[str]) -> dict[str, np.ndarray]:
+  """Draws the tensors of these names by the published rules; none is of an encoder's block."""
+  if not names:
+    return {}
+  shallow = dataclasses.replace(architecture, depth=1)
+  params = jax.jit(mae.init_params, static_argnums=1)(jax.random.key(0), shallow)
+  state = layouts.to_torch(params, shallow)
+  return {name: state[name] for name in names}
+
+
+def check_finite(state: Mapping[str, np.ndarray], where: str) -> None:
+  """Refuses weights of a run that has diverged.
+
+  Raises:
+    UserError: names the tensors that hold other values than numbers.
+  """
+  bad = [name for name, array in state.items() if not np.isfinite(array).all()]
+  if bad:
+    raise UserError(
+      f'{where} has values that are not finite, in {grouped(bad)}; give one from before the run'
+      ' diverged.'
+    )
+
+
+def grouped(names: Iterable[str]) -> str:
+  """Names tensors in a line: those with a common first part are counted together."""
+  names = list(names)
+  groups = collections.Counter(name.split('.')[0] for name in names)
+  return f'{len(names)} tensors: ' + _names(
+    next(name for name in names if name.split('.')[0] == group)
+    if count == 1
+    else f'{group}.* ({count})'
+    for group, count in groups.items()
+  )
+
+
+def _names(names: Iterable[str]) -> str:
+  return ', '.join(names)

@@ -1,0 +1,82 @@
+"""Looks into files of weights and checkpoints: which tensors they hold, how two of them differ."""
+
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from dropmae_jax.checkpoints import saved_weights
+from dropmae_jax.pytorch import layouts, weight_files
+from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors
+
+
+def tensors_of(path: pathlib.Path, *, step: int | None = None) -> weight_files.WeightFile:
+  """Reads a file of weights, or one of our checkpoints as if it were one."""
+  with os_errors_as_user_errors(f'{path} cannot be read', 'give a file or a folder that may be.'):
+    is_folder = path.is_dir()
+  if not is_folder:
+    if step is not None:
+      raise UserError(f'--step={step} goes with a checkpoint, and {path} is a file; leave it out.')
+    return weight_files.read(path)
+  weights = saved_weights.load_weights(path, step=step)
+  tensors = layouts.to_torch(weights.params, weights.architecture)
+  return weight_files.WeightFile('', tensors, {'step': weights.step, **weights.description})
+
+
+def table(path: pathlib.Path, *, step: int | None = None) -> Iterator[str]:
+  """Lists the tensors of a file or checkpoint: name, shape, dtype, Euclidean norm."""
+  file = tensors_of(path, step=step)
+  width = max(map(len, file.tensors))
+  yield f'{"name":{width}}  {"shape":>18}  {"dtype":>8}  {"norm":>12}'
+  for name, array in file.tensors.items():
+    shape = ' '.join(map(str, array.shape))
+    norm = float(np.linalg.norm(np.abs(array).astype(np.float64)))
+    yield f'{name:{width}}  {shape:>18}  {array.dtype!s:>8}  {norm:12.6g}'
+  values = sum(array.size for array in file.tensors.values())
+  under = f' under {file.key!r}' if file.key else ''
+  num_bytes = sum(array.nbytes for array in file.tensors.values())
+  yield f'{len(file.tensors)} tensors{under}, {values} values, {num_bytes} bytes'
+  if file.entries:
+    yield f'beside them: {", ".join(map(str, file.entries))}'
+
+
+def comparison(first: pathlib.Path, second: pathlib.Path) -> tuple[list[str], bool]:
+  """Compares two files or checkpoints tensor by tensor; NaNs at the same places are equal.
+
+  Returns:
+    Lines: what has no counterpart of its shape in the other; where the types differ; per tensor
+    the largest difference over the largest value of the first, largest first; and whether the two
+    are the same, in all of this.
+  """
+  one, other = tensors_of(first).tensors, tensors_of(second).tensors
+  both = sorted(one.keys() & other.keys())
+  reshaped = [name for name in both if one[name].shape != other[name].shape]
+  unmatched = [f'{n}: {one[n].shape} in {first}, {other[n].shape} in {second}' for n in reshaped]
+  for names, path in ((one.keys() - other.keys(), first), (other.keys() - one.keys(), second)):
+    unmatched += [f'{name}: only in {path}' for name in sorted(names)]
+  paired = [name for name in both if name not in reshaped]
+  retyped = [name for name in paired if one[name].dtype != other[name].dtype]
+  types = [f'{n}: {one[n].dtype} in {first}, {other[n].dtype} in {second}' for n in retyped]
+  differences = {name: _relative_difference(one[name], other[name]) for name in paired}
+  unequal = {name: value for name, value in differences.items() if value != 0}
+  ranked = sorted(unequal, key=lambda name: (-np.nan_to_num(unequal[name], nan=np.inf), name))
+  num_different = len({*unequal, *retyped})
+  total = (
+    f'{len(paired) - num_different} tensors are equal, {num_different} differ, {len(unmatched)}'
+    ' have no counterpart of their shape'
+  )
+  lines = [*unmatched, *types, *(f'{name}: {unequal[name]:.3g}' for name in ranked), total]
+  return lines, len(lines) == 1
+
+
+def _relative_difference(a: np.ndarray, b: np.ndarray) -> float:
+  if a.dtype == b.dtype and a.tobytes() == b.tobytes():
+    return 0.0
+  wide = np.result_type(a.dtype, b.dtype, np.float64)
+  a, b = a.astype(wide), b.astype(wide)
+  differ = (a != b) & ~(np.isnan(a) & np.isnan(b))
+  if not differ.any():
+    return 0.0
+  difference = np.max(np.abs(a[differ] - b[differ]))
+  largest = np.max(np.abs(a[np.isfinite(a)]), initial=0)
+  return float(difference / largest) if largest else float('inf')

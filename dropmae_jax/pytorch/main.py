@@ -1,0 +1,97 @@
+"""Checkpoints to PyTorch files and back; see docs/convert.md.
+
+dropmae-convert --checkpoint=WORKDIR --output=FILE.pth [--layout=encoder] [--step=N]
+dropmae-convert --from_torch=FILE.pth --output=DIR [--model=B]
+dropmae-convert --list=FILE_OR_DIR
+dropmae-convert --compare FILE_OR_DIR FILE_OR_DIR
+"""
+
+import argparse
+import pathlib
+
+from dropmae_jax.model import vit
+from dropmae_jax.pytorch import convert, file_checks, inspect, layouts
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
+
+# Which options go with which job; what is given beside them is refused.
+OPTIONS = {
+  'checkpoint': {'output', 'step', 'layout', 'format', 'with_optimizer', 'verify', 'image_size'},
+  'from_torch': {'output', 'model', 'with_optimizer', 'verify', 'image_size'},
+  'list': {'step'},
+  'compare': set(),
+}
+
+
+def _path(text: str) -> pathlib.Path:
+  if not text:
+    raise argparse.ArgumentTypeError('it is empty')
+  return pathlib.Path(text)
+
+
+def parse() -> argparse.Namespace:
+  """Reads the command line; an option that was not given is None."""
+  parser = cli.Parser(
+    prog='dropmae-convert',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  job = parser.add_mutually_exclusive_group(required=True)
+  job.add_argument('--checkpoint', type=_path, metavar='DIR', help='a training workdir to export')
+  job.add_argument(
+    '--from_torch', type=_path, metavar='FILE', help='a .pth or .safetensors to read'
+  )
+  job.add_argument('--list', type=_path, metavar='PATH', help='tensors of a file or checkpoint')
+  job.add_argument('--compare', type=_path, nargs=2, metavar='PATH', help='two of them, per tensor')
+  add = parser.add_argument
+  add('--output', type=_path, metavar='PATH', help='the file (or the folder) to write')
+  add('--step', type=int, metavar='N', help='of the checkpoint; default: the newest')
+  add('--layout', choices=layouts.LAYOUTS, help='who will load it; default: full')
+  add('--format', choices=file_checks.FORMATS, help="default: by the output's ending")
+  add(
+    '--model', metavar='SIZE', help=f'of the file, where it does not tell: {", ".join(vit.SIZES)}'
+  )
+  add('--with_optimizer', action='store_true', default=None, help="AdamW's moments too")
+  add(
+    '--verify', action=argparse.BooleanOptionalAction, help='run both networks and compare; default'
+  )
+  add('--image_size', type=int, metavar='PIXELS', help='resample the position tables (bicubic)')
+  return parser.parse_args()
+
+
+def main() -> int:
+  """The command line; `--compare` ends with status 1 where the two differ."""
+  given = {name: value for name, value in vars(parse()).items() if value is not None}
+  job = next(name for name in OPTIONS if name in given)
+  source = given.pop(job)
+  unfit = set(given) - OPTIONS[job]
+  if unfit:
+    raise UserError(f'--{min(unfit)} does not go with --{job}; leave it out.')
+  if 'output' in OPTIONS[job] and 'output' not in given:
+    raise UserError(f'--{job} needs --output, the path to write to.')
+  same = True
+  if job == 'checkpoint':
+    output, step = given.pop('output'), given.pop('step', None)
+    if 'format' in given:
+      given['file_format'] = given.pop('format')
+    lines = convert.export(source, output, convert.ExportOptions(**given), step=step)
+  elif job == 'from_torch':
+    lines = convert.import_(
+      source, size=given.pop('model', None), folder=given.pop('output'), **given
+    )
+  elif job == 'list':
+    lines = inspect.table(source, **given)
+  else:
+    lines, same = inspect.comparison(*source)
+  for line in lines:
+    print(line, flush=True)
+  return 0 if same else 1
+
+
+def command() -> None:
+  """The entry point dropmae-convert."""
+  cli.run(main)
+
+
+if __name__ == '__main__':
+  command()

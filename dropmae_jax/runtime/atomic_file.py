@@ -1,0 +1,134 @@
+"""Where results are put: refused before any work, written beside their place, moved there whole.
+
+Beside each file of weights lie `<file>.sha256`, for `sha256sum -c`, and `<file>.json`, a card that
+says what it holds.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors
+
+# Temporary folders; short, so that every name that fits the file system fits with it.
+PREFIX = '.partial.'
+
+
+def sha256_path(path: pathlib.Path) -> pathlib.Path:
+  """Returns where the sum of a file lies."""
+  return path.with_name(f'{path.name}.sha256')
+
+
+def card_path(path: pathlib.Path) -> pathlib.Path:
+  """Returns where the card of a file lies."""
+  return path.with_name(f'{path.name}.json')
+
+
+def check_file(path: pathlib.Path) -> pathlib.Path:
+  """Refuses a path that a file and what lies beside it cannot be put at, or should not.
+
+  Returns:
+    The path behind all symbolic links, which stay.
+
+  Raises:
+    UserError: it names no file, its folder is not there or not to be written to, or something else
+      than an earlier file and its card would be replaced.
+  """
+  if not path.name:
+    raise UserError(f'--output={path} names no file; give the path of one.')
+  with os_errors_as_user_errors(f'--output={path} cannot be written', 'give another path.'):
+    target = pathlib.Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+      raise UserError(f'the folder of --output={path} does not exist; make it first.')
+    for each in (target, sha256_path(target), card_path(target)):
+      if each.is_dir():
+        raise UserError(f'--output={path}: {each} is a folder; give the name of a file.')
+      if os.path.lexists(each) and (each.is_symlink() or not each.is_file()):
+        raise UserError(f'--output={path}: {each} is no regular file; give another name.')
+    if card_path(target).exists() and not _is_card(card_path(target)):
+      raise UserError(
+        f'--output={path}: {card_path(target)} is not the card of a file of weights and would be'
+        ' replaced; give another name, or move it.'
+      )
+    _check_writable(target.parent)
+  return target
+
+
+def check_folder(folder: pathlib.Path) -> None:
+  """Refuses a folder that cannot be made, or that holds something.
+
+  Raises:
+    UserError: so it is.
+  """
+  with os_errors_as_user_errors(f'--output={folder} cannot be written', 'give another folder.'):
+    if folder.exists():
+      if not folder.is_dir() or any(folder.iterdir()):
+        raise UserError(f'--output={folder} is not empty; give a new folder.')
+      _check_writable(folder)
+    _check_writable(next(each for each in folder.absolute().parents if each.exists()))
+
+
+def _check_writable(folder: pathlib.Path) -> None:
+  if not folder.is_dir():
+    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _is_card(path: pathlib.Path) -> bool:
+  try:
+    card = json.loads(path.read_bytes())
+  except (ValueError, RecursionError):
+    return False
+  return isinstance(card, dict) and {'file', 'sha256'} <= card.keys()
+
+
+@contextlib.contextmanager
+def staged(path: pathlib.Path, *, num_bytes: int) -> Iterator[pathlib.Path]:
+  """Yields another path to write to; at the end that file and its card take their places.
+
+  Until then what is at `path` stays, and on any failure it stays for good.
+
+  Args:
+    path: the file in the end; its folder must exist.
+    num_bytes: that will be written, at least.
+
+  Raises:
+    UserError: `check_file` refuses the path, or writing fails, as on a full disk.
+  """
+  target = check_file(path)
+  free = shutil.disk_usage(target.parent).free
+  if free < num_bytes:
+    raise UserError(
+      f'--output={path} needs {num_bytes / 1e6:.0f} MB and {free / 1e6:.0f} MB are free there;'
+      ' make room, or give another folder.'
+    )
+  with (
+    os_errors_as_user_errors(
+      f'--output={path} cannot be written', 'what was there before is untouched.'
+    ),
+    tempfile.TemporaryDirectory(prefix=PREFIX, dir=target.parent) as temporary,
+  ):
+    partial = pathlib.Path(temporary) / target.name
+    yield partial
+    check_file(path)
+    # Whenever this is cut off, no sum lies beside a file that it is not of.
+    sha256_path(target).unlink(missing_ok=True)
+    for written in [partial, *sorted(set(partial.parent.iterdir()) - {partial})]:
+      written.replace(target.with_name(written.name))
+
+
+def write_card(path: pathlib.Path, card: Mapping[str, Any]) -> None:
+  """Writes the sha256 and the json card of a file beside it; the card gets the sha256 too."""
+  with path.open('rb') as file:
+    digest = hashlib.file_digest(file, 'sha256').hexdigest()
+  sha256_path(path).write_text(f'{digest}  {path.name}\n')
+  text = json.dumps({'file': path.name, 'sha256': digest, **card}, indent=2)
+  card_path(path).write_text(text + '\n')

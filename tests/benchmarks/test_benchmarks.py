@@ -1,0 +1,225 @@
+"""The measurements run, measure what they say, and compare like with like. Nothing is timed."""
+
+import json
+import multiprocessing
+import time
+
+import av
+import cv2
+import numpy as np
+import pytest
+from conftest import run_python
+
+from benchmarks import baselines, clips, input_pipeline, loader_memory, resize_quality, stages
+from dropmae_jax.config import DataOptions
+from dropmae_jax.data import frame_pairs
+from dropmae_jax.data.synthetic_clips import ClipOptions, make_clip
+from dropmae_jax.runtime.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def moving():
+  """Frames that differ from one another everywhere."""
+  options = ClipOptions(frames=30, height=64, width=80)
+  return make_clip(np.random.default_rng(0), 'drifting', options)[0]
+
+
+def write_with_keyframes(path, frames, every):
+  with av.open(str(path), 'w') as container:
+    stream = container.add_stream('libx264', rate=25)
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt, stream.options = 'yuv420p', {'qp': '18', 'g': str(every), 'bf': '2'}
+    for frame in frames:
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, 'rgb24')))
+    container.mux(stream.encode())
+
+
+def nearest(image, frames):
+  return int(np.square(frames.astype(float) - image).mean(axis=(1, 2, 3)).argmin())
+
+
+@pytest.mark.parametrize('reader', baselines.installed())
+@pytest.mark.parametrize('every', [250, 7])
+def test_a_baseline_decodes_the_frames_asked_for(tmp_path, moving, reader, every):
+  path = tmp_path / 'clip.mp4'
+  write_with_keyframes(path, moving, every)
+  for earlier in range(0, 29, 3):
+    for later in (earlier + 1, min(29, earlier + 9)):
+      opened = baselines.READERS[reader](path)
+      assert nearest(opened.read(earlier), moving) == earlier
+      assert nearest(opened.read(later), moving) == later
+  assert nearest(baselines.READERS[reader](path).read(99), moving) == 29
+
+
+def test_pyav_decodes_from_the_keyframe_before_and_goes_on(tmp_path, moving):
+  path = tmp_path / 'clip.mp4'
+  write_with_keyframes(path, moving, 7)
+  reader, decoded = baselines.PyAvReader(path), []
+  decode = reader.decode
+  reader.decode = lambda: (decoded.append(frame) or frame for frame in decode())
+  reader.read(17)
+  assert decoded[0].key_frame
+  assert len(decoded) == 4  # Frames 14 to 17.
+  reader.read(19)
+  assert len(decoded) == 6
+
+
+def test_a_file_is_opened_once_for_a_pair_and_anew_for_the_next(monkeypatch):
+  opened = []
+
+  class Numbers:
+    def __init__(self, path):
+      opened.append(path)
+
+    def read(self, number):
+      return np.full((16, 16, 3), number, np.uint8)
+
+  monkeypatch.setitem(baselines.READERS, 'pyav', Numbers)
+  videos = baselines.FileVideos(('a',), [9], 'pyav')
+  for numbers in ((3, 5), (6, 8)):
+    assert [videos.frame(0, number)[0, 0, 0] for number in numbers] == list(numbers)
+  assert opened == ['a', 'a']
+
+
+def test_stages_make_the_training_stream(data_dir):
+  found = clips.open_clips(data_dir, 'kinetics_frames/folder', 'train', None)
+  for resize in ('fast', 'exact'):
+    options = DataOptions(frame_gap=4, num_threads=0, resize=resize)
+    taken, batches = stages.time_stages(found, options, image_size=32, seed=3, pairs=40)
+    assert set(taken) == set(stages.STAGES)
+    stream = frame_pairs.pair_batches(found.videos, options, image_size=32, batch_size=8, seed=3)
+    for start in range(0, 40, 8):
+      expected = next(stream)
+      for name, array in expected.items():
+        ours = np.concatenate([batch[name] for batch in batches])[start : start + 8]
+        np.testing.assert_array_equal(ours, array)
+    stream.close()
+
+
+def test_psnr_of_known_errors():
+  black = np.zeros((4, 4, 3), np.uint8)
+  assert resize_quality.psnr(black, black) == 100
+  assert resize_quality.psnr(black, black + np.uint8(255)) == pytest.approx(0)
+  assert resize_quality.psnr(black, black + np.uint8(1)) == pytest.approx(48.13, abs=0.01)
+
+
+def test_each_loss_is_of_its_own_cause(monkeypatch, moving):
+  frame = cv2.resize(moving[0], (340, 256), interpolation=cv2.INTER_CUBIC)
+
+  def losses():
+    return resize_quality.losses(frame, np.random.default_rng(0))
+
+  usual = losses()
+  assert all(20 < decibel < 70 for decibel in usual.values())
+  with monkeypatch.context() as patch:
+    patch.setitem(resize_quality.augment.RESIZES, 'fast', resize_quality.augment.resize_exact)
+    assert losses() == usual | {'fast_resize': 100}
+  options = resize_quality.FrameOptions(jpeg_quality=10)
+  monkeypatch.setattr(resize_quality, 'STORED', options)
+  worse = losses()
+  assert worse['storage'] < usual['storage'] - 3
+  assert worse['storage_resized'] < usual['storage_resized'] - 3
+
+
+def test_the_resize_is_compared_with_the_storage(clips, tmp_path):
+  output = tmp_path / 'out.json'
+  command = ['-m', 'benchmarks.resize_quality', f'--videos={clips}', f'--json={output}']
+  done = run_python(*command, '--crops=18')
+  assert done.returncode == 0, done.stderr
+  assert 'broken.mp4 is left out' in done.stdout
+  assert 'loses less, by' in done.stdout
+  result = json.loads(output.read_text())
+  assert (result['videos'], result['crops']) == (8, 16)
+  assert set(result['psnr']) == set(resize_quality.LOSSES)
+  assert all(10 < row['min'] <= row['mean'] < 100 for row in result['psnr'].values())
+  done = run_python(*command, '--crops=0')
+  assert (done.returncode, done.stderr.strip()) == (
+    2,
+    'error: --crops=0 is too small; give at least 1.',
+  )
+
+
+def spin(seconds, done, end):
+  while time.process_time() < seconds:
+    pass
+  done.set()
+  end.wait()
+
+
+def test_cpu_time_of_live_children_counts():
+  context = multiprocessing.get_context('spawn')
+  done, end = context.Event(), context.Event()
+  before = input_pipeline.cpu_seconds() - time.process_time()
+  child = context.Process(target=spin, args=(0.5, done, end), daemon=True)
+  child.start()
+  done.wait()
+  assert input_pipeline.cpu_seconds() - time.process_time() - before >= 0.45
+  end.set()
+  child.join()
+
+
+def test_the_input_pipeline_is_measured_from_end_to_end(clips, tmp_path):
+  command = ['-m', 'benchmarks.input_pipeline', f'--videos={clips}', '--rescale']
+  command += [f'--scratch={tmp_path / "scratch"}', f'--json={tmp_path / "out.json"}']
+  done = run_python(*command, '--repeats=1', '--pairs=8', '--workers=0,1')
+  assert done.returncode == 0, done.stderr
+  assert 'broken.mp4 is left out' in done.stdout
+  result = json.loads((tmp_path / 'out.json').read_text())
+  assert result['clips']['clips'] == 6
+  assert result['clips']['frames'] == 48
+  assert result['clips']['sizes'] == ['342x256']
+  assert result['machine']['cores'] > 0
+  assert result['machine']['libraries']['numpy'] == np.__version__
+  ways = {(row['source'], row['resize'], row['workers']) for row in result['rates']}
+  expected = {('dataset', resize, workers) for resize in ('fast', 'exact') for workers in (0, 1)}
+  expected |= {(name, 'fast', workers) for name in baselines.installed() for workers in (0, 1)}
+  assert ways == expected
+  for row in result['rates']:
+    assert 0 < row['per_host']['min'] <= row['per_host']['median'] <= row['per_host']['max']
+    assert row['per_core']['min'] > 0
+  assert {row['over'] for row in result['speedups']} == set(baselines.installed())
+  assert set(result['stages']) == {'fast', 'exact'}
+  assert set(result['stages']['fast']) == set(stages.STAGES)
+  assert 'The next gain is in "' in done.stdout
+  if 'decord' not in baselines.installed():
+    assert 'decord: not installed' in done.stdout
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ('', 'there are no clips; give --videos=FOLDER or --generated=500'),
+    ('--videos={tmp}', 'is not a folder with videos'),
+    ('--videos={tmp} --generated=3', 'are two sources of clips'),
+    ('--generated=0', '--generated=0 is too small'),
+    ('--videos={clips} --repeats=0', '--repeats=0 is too small'),
+    ('--videos={clips} --workers=two', '--workers=two is not a list of numbers'),
+    ('--videos={clips} --json={tmp}/none/out.json', 'does not exist; make it first'),
+    ('--videos={clips} --json={tmp}', 'is a folder; give the name of a file'),
+    ('--videos={clips} --scratch=README.md', 'is not a folder; give another name'),
+    ('--data_dir={tmp}', 'there is no dataset kinetics_frames/folder'),
+    ('--data_dir={data} --videos={tmp}', 'is not the video tree of this dataset'),
+    ('--data_dir={data} --rescale', 'leave out --generated and --rescale'),
+  ],
+)
+def test_bad_input(monkeypatch, capsys, tmp_path, request, flags, message):
+  values = {'tmp': tmp_path}
+  for name, fixture in (('clips', 'clips'), ('data', 'data_dir')):
+    if '{' + name + '}' in flags:
+      values[name] = request.getfixturevalue(fixture)
+  arguments = flags.format(**values).split()
+  monkeypatch.setattr('sys.argv', ['input_pipeline', *arguments])
+  with pytest.raises(SystemExit) as ended:
+    input_pipeline.command_line.run(input_pipeline.main)
+  assert ended.value.code == 2
+  errors = capsys.readouterr().err.splitlines()
+  assert len(errors) == 1
+  assert errors[0].startswith('error: ')
+  assert message in errors[0]
+
+
+@pytest.mark.parametrize('flag', ['num_videos=0', 'frames=0', 'pairs=-1', 'workers=0'])
+def test_the_memory_of_no_loader_is_not_measured(monkeypatch, flag):
+  monkeypatch.setattr('sys.argv', ['loader_memory', f'--{flag}'])
+  with pytest.raises(UserError, match=rf'^--{flag} is too small; give at least [01]\.$'):
+    loader_memory.parse()

@@ -1,0 +1,457 @@
+"""The law of frame pairs, and a stream that depends on (seed, step) alone."""
+
+import contextlib
+import hashlib
+import itertools
+from fractions import Fraction
+
+import cv2
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ROOT, run_python
+from sources import NumberedVideos, PictureVideos
+
+from dropmae_jax.config import DataOptions
+from dropmae_jax.data import augment, frame_pairs, loader
+from dropmae_jax.data import pair_stream as stream
+from dropmae_jax.data.damaged_records import DamagedRecords
+from dropmae_jax.data.mixture import Mixture
+from dropmae_jax.data.video_source import DamagedRecord, open_dataset
+
+OPTIONS = DataOptions(frame_gap=4, num_threads=0)
+
+
+def batches(videos, count, *, options=OPTIONS, **keywords):
+  keywords = {'image_size': 16, 'batch_size': 4, 'seed': 7} | keywords
+  stream = frame_pairs.pair_batches(videos, options, **keywords)
+  with contextlib.closing(stream):
+    return [{k: v.copy() for k, v in next(stream).items()} for _ in range(count)]
+
+
+def column(drawn, name):
+  return np.concatenate([batch[name] for batch in drawn])
+
+
+def assert_same(first, second):
+  assert len(first) == len(second)
+  for one, other in zip(first, second, strict=True):
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize(
+  ('num_frames', 'gap'),
+  [(1, 5), (2, 2), (2, 50), (3, 2), (3, 5), (5, 5), (6, 5), (30, 5), (250, 50)],
+)
+def test_pairs_follow_the_published_law(num_frames, gap):
+  rng = np.random.default_rng(0)
+  draws = 20_000
+  drawn = [frame_pairs.sample_pair(rng.random, num_frames, gap) for _ in range(draws)]
+  if num_frames == 1:
+    assert set(drawn) == {(0, 0)}
+    return
+  expected = {}
+  for start in range(num_frames - 1):
+    ends = range(start + 1, min(num_frames, start + gap))
+    expected |= {(start, end): 1 / (num_frames - 1) / len(ends) for end in ends}
+  assert sum(expected.values()) == pytest.approx(1)
+  pairs, counts = np.unique(np.array(drawn), axis=0, return_counts=True)
+  counts = {tuple(map(int, pair)): count for pair, count in zip(pairs, counts, strict=True)}
+  assert set(counts) <= set(expected)
+  if len(expected) > 1 and len(expected) < 2000:
+    observed = [counts.get(pair, 0) for pair in expected]
+    expected_counts = np.array(list(expected.values())) * draws
+    assert scipy.stats.chisquare(observed, expected_counts).pvalue > 1e-4
+  if (num_frames, gap) == (250, 50):
+    gaps = np.array([end - start for start, end in drawn])
+    assert gaps.max() == 49
+    assert gaps.mean() == pytest.approx(22.7, abs=0.4)
+
+
+def test_an_epoch_is_every_video_once_and_epochs_differ():
+  videos = NumberedVideos([10] * 8)
+  order = np.concatenate([batch['video'] for batch in batches(videos, 6)]).reshape(3, 8)
+  for epoch in order:
+    assert sorted(epoch) == list(range(8))
+  assert len({tuple(epoch) for epoch in order}) == 3
+
+
+def test_pairs_of_a_video_differ_between_epochs():
+  drawn = batches(NumberedVideos([30]), 10, batch_size=1)
+  assert len({tuple(batch['frame_numbers'][0]) for batch in drawn}) > 5
+
+
+def test_only_the_two_frames_are_read_and_they_are_the_right_ones():
+  videos = NumberedVideos([9, 9, 9, 9])
+  (batch,) = batches(videos, 1)
+  for frames, video, numbers in zip(
+    batch['frames'], batch['video'], batch['frame_numbers'], strict=True
+  ):
+    assert frames.dtype == np.uint8
+    for frame, number in zip(frames, numbers, strict=True):
+      assert (frame == 40 * video + number).all()
+  wanted = [
+    (int(v), int(n))
+    for v, pair in zip(batch['video'], batch['frame_numbers'], strict=True)
+    for n in pair
+  ]
+  assert sorted(videos.reads) == sorted(wanted)
+
+
+def test_the_seed_changes_everything():
+  many, one = NumberedVideos([30] * 8), PictureVideos([1])
+  first, second = batches(many, 2), batches(many, 2, seed=8)
+  for name in ('video', 'frame_numbers'):
+    assert (column(first, name) != column(second, name)).any(), name
+  # Of one video of one frame all that is left to chance are the crops.
+  assert (column(batches(one, 2), 'frames') != column(batches(one, 2, seed=8), 'frames')).any()
+
+
+@pytest.mark.parametrize('step', range(8))
+def test_a_stream_goes_on_at_any_step(step):
+  """Six videos in batches of four: epochs end inside of batches and between them."""
+  videos = NumberedVideos([10] * 6)
+  assert_same(batches(videos, 8)[step:], batches(videos, 8 - step, first_step=step))
+
+
+# Prints a digest of every pair of three batches, two epochs of the six videos.
+HOST = """
+import contextlib, hashlib, sys
+from absl import flags
+from dropmae_jax.data import frame_pairs, video_source
+if __name__ == '__main__':
+  flags.FLAGS.mark_as_parsed()
+  host, num_hosts, num_workers = map(int, sys.argv[2:])
+  dataset = video_source.open_dataset(sys.argv[1], 'kinetics_frames/folder')
+  options = DataOptions(frame_gap=4, num_workers=num_workers)
+  stream = frame_pairs.pair_batches(dataset, options, image_size=16, batch_size=4, seed=7,
+                             host=host, num_hosts=num_hosts)
+  with contextlib.closing(stream):
+    for batch in [next(stream) for _ in range(3)]:
+      pairs = zip(batch['frames'], batch['video'], batch['frame_numbers'], strict=True)
+      print(*(hashlib.sha256(b''.join(a.tobytes() for a in pair)).hexdigest() for pair in pairs))
+"""
+
+
+def test_two_epochs_are_the_same_on_any_processes_and_hosts(data_dir, tmp_path):
+  program = tmp_path / 'host.py'  # A file, because processes are started that import it.
+  program.write_text(HOST)
+
+  def digests(host, num_hosts, num_workers):
+    done = run_python(program, data_dir, host, num_hosts, num_workers)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+  whole = digests(0, 1, 1)
+  assert [len(batch) for batch in whole] == [4, 4, 4]
+  assert len({pair for batch in whole for pair in batch}) == 12
+  assert digests(0, 1, 3) == whole
+  halves = digests(0, 2, 1), digests(1, 2, 0)
+  assert [first + second for first, second in zip(*halves, strict=True)] == whole
+
+
+def test_pairs_follow_the_law_through_the_whole_pipeline():
+  """Clips of 1, 2, 3, gap and gap + 1 frames, in one stream; the law is written out here again."""
+  gap, lengths, epochs = 5, [1, 2, 3, 5, 6], 4000
+  videos = NumberedVideos(lengths)
+  options = DataOptions(frame_gap=gap, num_workers=2)  # They check no types, which takes longest.
+  drawn = batches(videos, epochs // 10, options=options, batch_size=50, image_size=2)
+  video, pairs = column(drawn, 'video'), column(drawn, 'frame_numbers')
+  for number, length in enumerate(lengths):
+    of_it = pairs[video == number]
+    assert len(of_it) == epochs
+    observed = np.zeros((length, length))
+    np.add.at(observed, tuple(of_it.T), 1)
+    expected = np.zeros((length, length))
+    for start in range(length - 1):
+      ends = [end for end in range(length) if 0 < end - start < gap]
+      expected[start, ends] = epochs / (length - 1) / len(ends)
+    if length == 1:
+      expected[0, 0] = epochs
+    possible = expected > 0
+    assert not observed[~possible].any()
+    if possible.sum() > 1:
+      assert scipy.stats.chisquare(observed[possible], expected[possible]).pvalue > 1e-4
+
+
+def test_the_stream_is_the_recorded_one():
+  """A run that was begun with this stream must go on with its pairs, whatever is changed here."""
+  drawn = batches(NumberedVideos([1, 2, 3, 10, 30, 300]), 12, options=DataOptions(num_threads=0))
+  content = b''.join(b['video'].tobytes() + b['frame_numbers'].tobytes() for b in drawn)
+  assert hashlib.sha256(content).hexdigest() == (
+    'f92cde411296cdc462b27304fe52ff8de7557bc59c18a68e1b11ccbdacd0810f'
+  )
+
+
+def test_hosts_share_the_global_batch():
+  videos = NumberedVideos([10] * 6)
+  whole = batches(videos, 3)
+  shares = [batches(videos, 3, host=host, num_hosts=2) for host in range(2)]
+  for step, batch in enumerate(whole):
+    for name, array in batch.items():
+      both = np.concatenate([share[step][name] for share in shares])
+      np.testing.assert_array_equal(array, both)
+
+
+@pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_batches_of_many_blocks_are_the_plain_stream(num_workers):
+  videos, size = NumberedVideos([10] * 50), 6 * loader.BLOCK_PAIRS[0]
+  options = DataOptions(frame_gap=4, num_workers=num_workers)
+  keys, make = stream.pair_keys(videos, 7), frame_pairs.PairMaker(videos, options, 16)
+  shares = [
+    batches(videos, 3, options=options, batch_size=size, first_step=2, host=host, num_hosts=2)
+    for host in range(2)
+  ]
+  expected = make([keys[number] for number in range(2 * size, 5 * size)])
+  assert set(expected) == {*shares[0][0], 'damaged'}
+  for name in shares[0][0]:
+    both = np.concatenate([column(share, name).reshape(3, size // 2, -1) for share in shares], 1)
+    np.testing.assert_array_equal(both.reshape(expected[name].shape), expected[name])
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_every_batch_has_memory_of_its_own(num_workers):
+  """A device of the host may read it without a copy, after the next ones are made."""
+  options = DataOptions(frame_gap=4, num_workers=num_workers)
+  stream = frame_pairs.pair_batches(
+    NumberedVideos([10] * 24), options, image_size=16, batch_size=32, seed=7
+  )
+  with contextlib.closing(stream):
+    drawn = [next(stream)['frames'] for _ in range(8)]
+  assert {type(frames) for frames in drawn} == {np.ndarray}
+  for one, other in itertools.combinations(drawn, 2):
+    assert not np.shares_memory(one, other)
+
+
+def test_hosts_that_do_not_divide_the_batch_are_refused():
+  with pytest.raises(ValueError, match=r'batch_size=5 is not divisible by num_hosts=2; .*size=6'):
+    batches(NumberedVideos([10]), 1, batch_size=5, num_hosts=2)
+
+
+def test_workers_and_threads_do_not_change_the_stream(data_dir):
+  videos = open_dataset(str(data_dir), 'kinetics_frames/folder')
+  plain = batches(videos, 4)
+  assert_same(plain, batches(videos, 4, options=DataOptions(frame_gap=4, num_threads=2)))
+  assert_same(plain, batches(videos, 4, options=DataOptions(frame_gap=4, num_workers=2)))
+
+
+MIXTURE = Mixture(
+  (NumberedVideos([10] * 4), NumberedVideos([20] * 6), NumberedVideos([1] * 3)),
+  (Fraction(3), Fraction('0.5'), Fraction('0.5')),
+)
+
+
+def test_a_mixture_keeps_its_proportions_everywhere():
+  """At no place in the stream is a dataset more than one pair from its exact share."""
+  drawn = column(batches(MIXTURE, 60), 'dataset')
+  assert drawn.dtype == np.int32
+  for number, share in enumerate((0.75, 0.125, 0.125)):
+    counts = np.cumsum(drawn == number)
+    assert np.abs(counts - share * np.arange(1, 241)).max() <= 1
+    assert counts[-1] == share * 240
+
+
+def test_every_dataset_of_a_mixture_has_its_own_epochs():
+  drawn = batches(MIXTURE, 60)
+  dataset, video = column(drawn, 'dataset'), column(drawn, 'video')
+  for number, source in enumerate(MIXTURE.datasets):
+    of_it = video[dataset == number]
+    epochs = of_it[: len(of_it) // len(source) * len(source)].reshape(-1, len(source))
+    assert (np.sort(epochs, axis=1) == np.arange(len(source))).all()
+    assert len({tuple(epoch) for epoch in epochs}) > 3
+  pairs = column(drawn, 'frame_numbers')
+  assert pairs[dataset == 1].max() > 9
+  assert (pairs[dataset == 2] == 0).all()
+
+
+def test_a_mixture_does_not_give_equal_datasets_the_same_order_and_pairs():
+  twin = NumberedVideos([50] * 40)
+  drawn = batches(Mixture((twin, twin), (Fraction(1), Fraction(1))), 20)
+  dataset, video = column(drawn, 'dataset'), column(drawn, 'video')
+  assert (video[dataset == 0] != video[dataset == 1]).mean() > 0.5
+
+
+def test_a_mixture_of_one_is_the_dataset_itself():
+  videos = NumberedVideos([10] * 6)
+  assert_same(batches(videos, 4), batches(Mixture((videos,), (Fraction(7),)), 4))
+
+
+def test_a_mixture_goes_on_at_any_step_on_any_hosts_and_workers():
+  plain = batches(MIXTURE, 9)
+  for step in (1, 4, 7):
+    assert_same(plain[step:], batches(MIXTURE, 9 - step, first_step=step))
+  shares = [batches(MIXTURE, 9, host=host, num_hosts=2) for host in range(2)]
+  for name in plain[0]:
+    both = np.concatenate([column(share, name).reshape(9, 2, -1) for share in shares], axis=1)
+    np.testing.assert_array_equal(column(plain, name).reshape(9, 4, -1), both)
+  assert_same(plain, batches(MIXTURE, 9, options=DataOptions(frame_gap=4, num_workers=2)))
+
+
+class DamagedVideos(NumberedVideos):
+  """Some frames cannot be read."""
+
+  def __init__(self, lengths, damaged):
+    super().__init__(lengths)
+    self.damaged = damaged
+
+  def frame(self, video, number):
+    if (video, number) in self.damaged:
+      raise DamagedRecord(f'video {video} frame {number} is damaged.')
+    return super().frame(video, number)
+
+
+def test_a_damaged_record_changes_its_own_pairs_and_no_others():
+  damaged = {(2, 3), (5, 0), (5, 1)}
+  whole, told = batches(NumberedVideos([6] * 8), 30), []
+  drawn = batches(DamagedVideos([6] * 8, damaged), 30, tell_damaged=told.append)
+  wanted = zip(column(whole, 'video'), column(whole, 'frame_numbers'), strict=True)
+  hit = np.array([any((v, n) in damaged for n in numbers) for v, numbers in wanted])
+  assert hit.sum() > 10
+  for name in whole[0]:
+    np.testing.assert_array_equal(column(whole, name)[~hit], column(drawn, name)[~hit])
+  read = zip(column(drawn, 'video'), column(drawn, 'frame_numbers'), strict=True)
+  assert not any((v, n) in damaged for v, numbers in read for n in numbers)
+  # Another video takes its place, not one and the same each time.
+  assert len(set(column(drawn, 'video')[hit])) > 3
+  assert set(told) == {f'video {v} frame {n} is damaged.' for v, n in damaged}
+  assert len(told) >= hit.sum()
+
+
+@pytest.mark.parametrize(('num_workers', 'first_step'), [(0, 7), (2, 0)])
+def test_what_takes_the_place_of_a_damaged_record_is_a_function_of_the_seed(
+  num_workers, first_step
+):
+  videos = DamagedVideos([6] * 8, {(2, 3), (5, 0), (5, 1)})
+  options, told = DataOptions(frame_gap=4, num_workers=num_workers), []
+  # Each record is told by whoever meets it, and counted once.
+  records = DamagedRecords(3, told.append)
+  again = batches(
+    videos, 30 - first_step, options=options, first_step=first_step, tell_damaged=records.tell
+  )
+  assert_same(batches(videos, 30)[first_step:], again)
+  assert len(told) == 3
+
+
+def test_a_pair_is_not_looked_for_for_ever():
+  videos = DamagedVideos([6] * 8, {(v, n) for v in range(8) for n in range(6)})
+  with pytest.raises(DamagedRecord, match=r'It is damaged record 11 of this start, and config'):
+    batches(videos, 1)
+  options = DataOptions(num_threads=0, max_damaged_records=0)
+  with pytest.raises(DamagedRecord, match=r'It is damaged record 1 of .*max_damaged_records=0'):
+    batches(videos, 1, options=options)
+
+
+def test_a_pair_may_meet_the_same_damaged_record_again():
+  """Of three records two are damaged, so many pairs meet one of them several times in a row."""
+  options = DataOptions(num_threads=0, max_damaged_records=2)
+  drawn = batches(DamagedVideos([1] * 3, {(0, 0), (1, 0)}), 20, options=options)
+  assert set(column(drawn, 'video')) == {2}
+  with pytest.raises(DamagedRecord, match=r'^video 0 frame 0 is damaged\. All of the 100 '):
+    batches(DamagedVideos([1], {(0, 0)}), 1)
+
+
+def test_the_stream_has_no_end_that_a_run_could_reach():
+  class Many(NumberedVideos):
+    def __len__(self):
+      return 650_000
+
+    def num_frames(self, video):
+      return 300
+
+  huge = Mixture((Many([]), Many([])), (Fraction(1, 1000), Fraction(1)))
+  keys = stream.pair_keys(huge, 7)
+  assert len(keys) > 10**12
+  first, second = keys[10**12 + 7], keys[10**12 + 7]
+  assert first.video == second.video
+  np.testing.assert_array_equal(first.uniforms, second.uniforms)
+  batch = batches(huge, 1, first_step=10**11)[0]
+  assert batch['frames'].shape == (4, 2, 16, 16, 3)
+
+
+def test_shared_augmentation_crops_both_frames_alike(monkeypatch):
+  boxes = []
+  real = augment.crop_and_resize
+  monkeypatch.setattr(
+    augment,
+    'crop_and_resize',
+    lambda f, box, *a, **k: (boxes.append(box), real(f, box, *a, **k))[1],
+  )
+  videos = NumberedVideos([9] * 4)
+  shared = DataOptions(frame_gap=4, num_threads=0, shared_augmentation=True)
+  batches(videos, 2, options=shared)
+  assert all(first == second for first, second in zip(boxes[::2], boxes[1::2], strict=True))
+  boxes.clear()
+  batches(videos, 2)
+  assert any(first != second for first, second in zip(boxes[::2], boxes[1::2], strict=True))
+
+
+def test_shared_augmentation_shows_the_same_place_of_frames_that_differ_in_size():
+  """Both frames are one picture, the later one stored in another shape."""
+
+  class Growing(NumberedVideos):
+    def frame(self, video, number):
+      rows, columns = np.mgrid[:120, :160]
+      picture = np.stack([2 * rows, columns, rows], axis=-1).astype(np.uint8)
+      return picture if number == 0 else cv2.resize(picture, (90, 160))
+
+  options = DataOptions(frame_gap=4, num_threads=0, shared_augmentation=True)
+  (drawn,) = batches(Growing([2] * 20), 1, options=options, batch_size=20, image_size=32)
+  earlier, later = drawn['frames'].astype(int).swapaxes(0, 1)
+  assert np.abs(earlier - later).max() <= 6
+
+
+def test_the_resize_is_the_one_asked_for(data_dir):
+  videos = open_dataset(str(data_dir), 'kinetics_frames/folder')
+  fast = batches(videos, 1)[0]['frames'].astype(int)
+  exact_options = DataOptions(frame_gap=4, num_threads=0, resize='exact')
+  exact = batches(videos, 1, options=exact_options)[0]['frames'].astype(int)
+  difference = np.abs(fast - exact)
+  assert 0 < difference.mean() < 8
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'frame_gap': 1}, 'frame_gap=1 leaves no second frame'),
+    ({'resize': 'nearest'}, "resize='nearest' is unknown; use one of fast, exact"),
+    ({'num_workers': -1}, 'num_workers=-1 is negative'),
+    ({'max_damaged_records': -1}, 'max_damaged_records=-1 is negative'),
+    ({'stall_seconds': 0.0}, 'stall_seconds=0.0 is not positive'),
+  ],
+)
+def test_impossible_options_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    DataOptions(**fields)
+
+
+def test_real_clips_where_they_exist():
+  folder = ROOT.parent / 'shared' / 'videos' / 'train'
+  if not folder.is_dir():
+    pytest.skip('the real clips are not part of the project; this machine does not have them')
+  from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
+
+  counts = {}
+  for path in sorted(folder.glob('*/*')):
+    try:
+      counts[path.name] = len(list(read_jpegs(str(path), FrameOptions())))
+    except UnusableVideo as reason:
+      counts[path.name] = str(reason)
+  assert counts.pop('corrupted.mp4').endswith('would take it')
+  assert counts == {
+    'demo.mp4': 280,
+    'flipping_a_pancake.mkv': 310,
+    'h265_10bits.mp4': 30,
+    'nasa_13013.mp4': 325,
+    'test.avi': 164,
+    'test.mp4': 300,
+    'bag.avi': 196,
+  }
+
+
+def test_opencv_adds_no_threads_to_the_loaders():
+  before = cv2.getNumThreads()
+  cv2.setNumThreads(2)
+  batches(NumberedVideos([10] * 4), 1)
+  assert cv2.getNumThreads() == 1
+  cv2.setNumThreads(before)

@@ -1,0 +1,361 @@
+"""Datasets as they are opened: found, and refused in one sentence where they cannot be read."""
+
+import errno
+import os
+import re
+import shutil
+import time
+from fractions import Fraction
+
+import cloudpickle
+import numpy as np
+import pytest
+import simplejpeg
+from conftest import run_python
+from sources import NumberedVideos
+from test_tfds_frames import stored
+
+from benchmarks import loader_memory
+from dropmae_jax.config import DataOptions
+from dropmae_jax.data import frame_pairs, mixture, video_source
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
+
+DATASET = 'kinetics_frames/folder'
+
+
+def version_folder(data_dir):
+  (folder,) = (info.parent for info in (data_dir / DATASET).glob('*/dataset_info.json'))
+  return folder
+
+
+@pytest.fixture
+def damaged(data_dir, tmp_path):
+  """A copy of the dataset, to be damaged: its data_dir and its folder."""
+  shutil.copytree(data_dir / DATASET, tmp_path / DATASET)
+  return tmp_path, version_folder(tmp_path)
+
+
+def assert_refused(data_dir, *parts):
+  with pytest.raises(UserError) as refusal:
+    video_source.open_dataset(str(data_dir), DATASET)
+  text = str(refusal.value)
+  assert '\n' not in text
+  for part in (*parts, str(version_folder(data_dir))):
+    assert part in text
+
+
+def test_a_dataset_is_found_by_its_root_or_its_own_folder(data_dir):
+  folder = version_folder(data_dir)
+  by_root = video_source.open_dataset(str(data_dir), 'kinetics_frames/folder')
+  by_folder = video_source.open_dataset(str(folder), 'anything')
+  assert len(by_root) == len(by_folder) == 6
+  np.testing.assert_array_equal(by_root.frame(3, 2), by_folder.frame(3, 2))
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_frames_are_those_of_the_records(data_dir, split):
+  folder = version_folder(data_dir)
+  expected = stored(folder, split)
+  for place in (data_dir, folder):
+    dataset = video_source.open_dataset(str(place), DATASET, split)
+    assert dataset.paths().tolist() == list(expected)
+    for video, jpegs in enumerate(expected.values()):
+      assert dataset.num_frames(video) == len(jpegs)
+      for number, jpeg in enumerate(jpegs):
+        image = simplejpeg.decode_jpeg(jpeg, 'RGB')
+        np.testing.assert_array_equal(dataset.frame(video, number), image)
+
+
+def test_only_whole_versions_are_opened(data_dir, tmp_path):
+  real = version_folder(data_dir)
+  for name in (real.name, '0.9.12', f'{real.name}.staging', f'{real.name}.bak'):
+    folder = tmp_path / 'kinetics_frames' / 'folder' / name
+    folder.mkdir(parents=True)
+    if name == real.name:
+      folder.rmdir()
+      folder.symlink_to(real)
+    else:
+      (folder / 'dataset_info.json').write_text('broken')
+  assert len(video_source.open_dataset(str(tmp_path), 'kinetics_frames/folder')) == 6
+  for name in ('2.9.0', '2.10.0'):
+    (tmp_path / DATASET / name).symlink_to(real)
+  assert video_source.open_dataset(str(tmp_path), DATASET).folder.name == '2.10.0'
+
+
+def test_a_dataset_that_is_not_there_names_its_builder(tmp_path, data_dir):
+  command = 'python -m tfds_kinetics --config=kinetics400 --videos=VIDEOS --data_dir='
+  with pytest.raises(UserError, match=re.escape(command)):
+    video_source.open_dataset(str(tmp_path), 'kinetics_frames/kinetics400')
+  with pytest.raises(UserError, match=r"no split 'tset' .* there are: (train, val|val, train)"):
+    video_source.open_dataset(str(data_dir), 'kinetics_frames/folder', 'tset')
+
+
+@pytest.mark.parametrize('version', ['0.3.0', '3.0.0'])
+def test_another_format_is_refused_before_it_is_parsed(damaged, version):
+  data_dir, folder = damaged
+  folder.rename(folder.with_name(version))
+  (folder.with_name(version) / 'dataset_info.json').write_text('of another format')
+  assert_refused(data_dir, f'format version {version}, and this code reads', 'build it anew')
+
+
+def test_a_version_folder_that_is_given_itself_tells_its_format(damaged):
+  _, folder = damaged
+  info = folder / 'dataset_info.json'
+  info.write_text(info.read_text().replace(f'"version": "{folder.name}"', '"version": "7.0.0"'))
+  with pytest.raises(UserError, match=r'is of format version 7\.0\.0, and this code reads'):
+    video_source.open_dataset(str(folder), DATASET)
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('dataset_info.json', b'{"na', 'dataset_info.json'),
+    ('dataset_info.json', b'{}', 'dataset_info.json'),
+    ('dataset_info.json', (b'{SPLIT}', b'{SPLIP}'), 'dataset_info.json'),
+    ('features.json', None, 'features.json'),
+    ('index-train.npz', None, 'index-train.npz: FileNotFoundError'),
+    ('index-train.npz', b'', 'index-train.npz: EOFError'),
+    ('index-train.npz', b'PK\3\4 cut short', 'index-train.npz: BadZipFile'),
+  ],
+)
+def test_damaged_metadata_are_refused(damaged, name, content, message):
+  data_dir, folder = damaged
+  if content is None:
+    (folder / name).unlink()
+  elif isinstance(content, tuple):
+    before = (folder / name).read_bytes()
+    assert content[0] in before
+    (folder / name).write_bytes(before.replace(*content))
+  else:
+    (folder / name).write_bytes(content)
+  assert_refused(data_dir, message, 'build it again with python -m tfds_kinetics')
+
+
+@pytest.mark.parametrize(
+  ('arrays', 'message'),
+  [
+    ({'first': [0, 8]}, 'index-train.npz: KeyError'),
+    ({'first': [0, 8], 'frames': [8]}, 'does not list videos: (2,), (1,)'),
+    ({'first': [0.0], 'frames': [8.0]}, 'does not list videos'),
+    ({'first': [], 'frames': []}, 'does not list videos'),
+    ({'first': [0, 41], 'frames': [8, 8]}, 'outside of the 48 records'),
+    ({'first': [-1], 'frames': [8]}, 'outside of the 48 records'),
+    ({'first': [3], 'frames': [0]}, 'outside of the 48 records'),
+  ],
+)
+def test_an_index_that_does_not_fit_is_refused(damaged, arrays, message):
+  data_dir, folder = damaged
+  np.savez(folder / 'index-train.npz', fingerprint='of nothing', **arrays)
+  assert_refused(data_dir, message)
+
+
+@pytest.mark.parametrize(
+  ('damage', 'message'),
+  [
+    (lambda shard: shard.unlink(), '1 of 6 shards missing or empty'),
+    (lambda shard: os.truncate(shard, 0), '1 of 6 shards missing or empty'),
+    (lambda shard: os.truncate(shard, shard.stat().st_size // 2), 'that were written'),
+  ],
+)
+def test_shards_that_are_not_whole_are_refused(damaged, damage, message):
+  data_dir, folder = damaged
+  shard = sorted(folder.glob('*train.array_record*'))[2]
+  damage(shard)
+  assert_refused(data_dir, message, shard.name if 'missing' in message else 'shards of train')
+  assert len(video_source.open_dataset(str(data_dir), DATASET, 'val')) == 2
+
+
+def test_what_the_system_refuses_is_told_in_one_sentence(damaged, monkeypatch):
+  data_dir, folder = damaged
+  with pytest.raises(
+    UserError, match=r'^/x+/dataset_info.json cannot be opened \(File name too long\); give'
+  ):
+    mixture.open_mixture('/' + 300 * 'x', DATASET)
+  shard = sorted(folder.glob('*train.array_record*'))[2]
+  shard.rename(folder / 'elsewhere')
+  shard.symlink_to(folder / 'nowhere')
+  assert_refused(data_dir, f'{shard} cannot be opened (No such file or directory)', 'links')
+
+  def scandir(path):
+    raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+  monkeypatch.setattr(os, 'scandir', scandir)  # Tests may run as root, who may read everything.
+  with pytest.raises(
+    UserError, match=rf'^{folder} cannot be opened \(Permission denied\); .* mend'
+  ):
+    video_source.open_dataset(str(folder), DATASET)
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_a_damaged_record_is_named_when_it_is_read(damaged, num_workers):
+  data_dir, folder = damaged
+  dataset = video_source.open_dataset(str(data_dir), DATASET)
+  shards = sorted(folder.glob('*train.array_record*'))
+  for shard in shards:
+    with shard.open('r+b') as file:  # The first record of the shard, and no other.
+      file.seek(500)
+      file.write(b'damage')
+  shard, path = shards[3], str(dataset.paths()[3])
+  assert path.endswith('.mp4')
+  message = re.escape(f'video 3 ({path}) cannot be read: record 24 of split train, in {shard}')
+  with pytest.raises(UserError, match=message):
+    dataset.frame(3, 0)
+  assert dataset.frame(3, 1).shape == (48, 64, 3)
+  stream = frame_pairs.pair_batches(
+    dataset,
+    DataOptions(num_threads=0, num_workers=num_workers, max_damaged_records=0),
+    image_size=16,
+    batch_size=6,
+    seed=0,
+  )
+  with pytest.raises(UserError, match=r'video \d .* is damaged .*; copy .* anew, or'):
+    for _ in range(20):
+      next(stream)
+  stream.close()
+
+
+def test_storage_that_fails_is_not_damage(data_dir, monkeypatch):
+  """A read is tried three times; then the run ends, as nothing is known of the record."""
+  monkeypatch.setattr(video_source, 'RETRY_SECONDS', (0.0, 0.0))
+  dataset = video_source.open_dataset(str(data_dir), DATASET)
+  expected, records, faults = dataset.frame(2, 1), dataset._records, []
+
+  class Failing:
+    dataset_info = records.dataset_info
+
+    def __getitem__(self, record):
+      if faults:
+        raise faults.pop()
+      return records[record]
+
+  dataset._records = Failing()
+  faults += 2 * [OSError(errno.EIO, 'Input/output error')]
+  np.testing.assert_array_equal(dataset.frame(2, 1), expected)
+  faults += 3 * [OSError(errno.ESTALE, 'Stale file handle')]
+  with pytest.raises(UserError, match=r'cannot be read \(.*Stale file handle\); see to') as told:
+    dataset.frame(2, 1)
+  assert not isinstance(told.value, video_source.DamagedRecord)
+  faults += 3 * [RuntimeError('pread() failed: Bad file descriptor; reading a.array_record')]
+  with pytest.raises(UserError, match=r'cannot be read \(pread.*see to its storage'):
+    dataset.frame(2, 1)
+  faults += 3 * [RuntimeError('DATA_LOSS')]
+  with pytest.raises(video_source.DamagedRecord, match=r'video 2 .* is damaged'):
+    dataset.frame(2, 1)
+
+
+def planted(error):
+  def failing(*_, **__):
+    raise error
+
+  return failing
+
+
+@pytest.mark.parametrize('error', cli.PROGRAM_ERRORS)
+def test_mistakes_in_a_program_are_no_damage(data_dir, monkeypatch, error):
+  """They are told as what they are, at once: nothing is to be copied, built or read anew."""
+  dataset = video_source.open_dataset(str(data_dir), DATASET)
+  monkeypatch.setattr(video_source, 'RETRY_SECONDS', (1e6,))
+  with monkeypatch.context() as patch, pytest.raises(error, match='planted'):
+    patch.setattr(video_source.simplejpeg, 'decode_jpeg', planted(error('planted')))
+    dataset.frame(2, 1)
+  for module, name in ((video_source.tfds, 'builder_from_directory'), (video_source.np, 'load')):
+    with monkeypatch.context() as patch, pytest.raises(error, match='planted'):
+      patch.setattr(module, name, planted(error('planted')))
+      video_source.open_dataset(str(data_dir), DATASET)
+
+
+def test_a_mixture_opens_its_datasets(data_dir, tmp_path):
+  (tmp_path / 'kinetics_frames').mkdir()
+  for name in ('folder', 'other'):
+    (tmp_path / 'kinetics_frames' / name).symlink_to(data_dir / DATASET)
+  one = mixture.open_mixture(str(tmp_path), DATASET)
+  assert (len(one), one.weights) == (6, (1,))
+  assert one.fingerprint == video_source.open_dataset(str(tmp_path), DATASET).fingerprint
+  text = f'{DATASET}=0.3, kinetics_frames/other=1/10'
+  two = mixture.open_mixture(str(tmp_path), text)
+  assert (len(two), two.weights) == (12, (Fraction(3, 10), Fraction(1, 10)))
+  prints = {
+    mixture.open_mixture(str(tmp_path), f'{DATASET}={weights}').fingerprint
+    for weights in ('3,kinetics_frames/other=1', '6,kinetics_frames/other=2')
+  }
+  assert prints == {two.fingerprint}
+  assert mixture.open_mixture(str(tmp_path), text.replace('0.3', '0.4')).fingerprint not in prints
+  turned = mixture.open_mixture(str(tmp_path), f'kinetics_frames/other=1,{DATASET}=3')
+  assert [each.folder.parent.name for each in turned.datasets] == ['other', 'folder']
+  assert turned.weights == (1, 3)
+  with pytest.raises(
+    UserError, match=r'is the folder of one dataset, and .* names 2; give the fold'
+  ):
+    mixture.open_mixture(str(version_folder(data_dir)), text)
+
+
+def test_the_fingerprint_of_a_mixture_is_of_all_that_is_fed():
+  def fingerprint(names, weights):
+    datasets = []
+    for name in names:
+      datasets.append(NumberedVideos([3]))
+      datasets[-1].fingerprint = name
+    return mixture.Mixture(tuple(datasets), tuple(map(Fraction, weights))).fingerprint
+
+  mixtures = [('ab', (1, 2)), ('ac', (1, 2)), ('cb', (1, 2)), ('ba', (1, 2)), ('ab', (2, 1))]
+  assert len({fingerprint(*each) for each in mixtures}) == len(mixtures)
+  assert fingerprint('ab', (2, 4)) == fingerprint('ab', (1, 2))
+
+
+@pytest.mark.parametrize(
+  ('text', 'part'),
+  [
+    ('a,b', "'a'"),
+    ('a=1,b', "'b'"),
+    ('a=0,b=1', "'a=0'"),
+    ('a=-1', "'a=-1'"),
+    ('a=nan,b=1', "'a=nan'"),
+    ('a=inf', "'a=inf'"),
+    ('a=1/0', "'a=1/0'"),
+    ('a=much', "'a=much'"),
+    ('a=1,', "''"),
+    ('=1', "'=1'"),
+    ('a=1,a=2', "'a=2'"),
+  ],
+)
+def test_a_mixture_that_is_not_one_is_refused(data_dir, text, part):
+  with pytest.raises(UserError, match=re.escape(f'dataset={text!r} is not understood at {part};')):
+    mixture.open_mixture(str(data_dir), text)
+
+
+LIMITED = """
+import os, resource, sys
+from dropmae_jax.data import video_source
+from dropmae_jax.runtime import cli
+dataset = video_source.open_dataset(sys.argv[1], 'kinetics_frames/folder')
+opened = len(os.listdir('/proc/self/fd'))
+resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 1, opened + 1))
+cli.run(lambda: [dataset.frame(video, 0) for video in range(6)])
+"""
+
+
+def test_too_few_open_files_are_not_taken_for_damage(data_dir):
+  done = run_python('-c', LIMITED, data_dir)
+  assert done.returncode == 2, done.stderr
+  assert 'may not open the 6 shards of' in done.stderr
+  assert 'ulimit -Hn' in done.stderr
+
+
+def test_a_whole_kinetics_opens_fast_and_travels_light(tmp_path):
+  """Every loader process is sent the opened dataset, and opens shards only as it reads them."""
+  loader_memory.write_dataset(tmp_path, num_videos=240_000, num_frames=300)
+  began = time.monotonic()
+  dataset = video_source.open_dataset(str(tmp_path), loader_memory.DATASET)
+  assert time.monotonic() - began < 10
+  assert len(dataset) == 240_000
+  before = len(os.listdir('/proc/self/fd'))
+  sent = cloudpickle.dumps(dataset)
+  assert len(sent) < 8e6
+  arrived = cloudpickle.loads(sent)
+  assert arrived.frame(239_999, 299).shape == arrived.frame(0, 0).shape == (256, 340, 3)
+  assert len(os.listdir('/proc/self/fd')) <= before + 2
+  found = loader_memory.measure(tmp_path, num_pairs=256, num_workers=1)
+  assert found['seconds_to_first_batch'] < 10
+  assert len(found['processes']) == 2  # One, at the start and at the end.
+  assert all(row['rss_mb'] < 1000 for row in found['processes'])

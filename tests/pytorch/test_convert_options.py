@@ -1,0 +1,252 @@
+"""What a converted file says, number by number; every option is noticed where it is ignored.
+
+All numbers of the checkpoint differ from the defaults and from one another.
+"""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from flax import traverse_util
+from test_torch_export import TINY as ARCHITECTURE
+from test_torch_export import random_state
+
+from dropmae_jax import optimizer
+from dropmae_jax.checkpoints import saved_weights
+from dropmae_jax.config import Objective
+from dropmae_jax.model import position_embedding
+from dropmae_jax.optimizer import Moments
+from dropmae_jax.pytorch import layouts, torch_clients, weight_files
+from dropmae_jax.pytorch import main as convert_to_torch
+from dropmae_jax.runtime.errors import UserError
+
+DESCRIPTION = saved_weights.describe(
+  ARCHITECTURE,
+  Objective(mask_ratio=0.6, attention_dropout=0.2, normalise_targets=False),
+  frame_gap=7,
+  steps_per_epoch=3,
+  data_fingerprint='abc',
+  seed_version=2,
+  score=0.5,
+  score_steps=4,
+  config={
+    'batch_size': 96,
+    'num_steps': 20,
+    'optimizer': {
+      'base_learning_rate': 0.01, 'min_learning_rate': 0.002, 'warmup_steps': 5,
+      'weight_decay': 0.3, 'beta1': 0.8, 'beta2': 0.7,
+    },
+  },
+)  # fmt: skip
+# The optimizer may have counted other updates than the run, as after an import.
+STEP, OTHER_STEP, COUNT = 8, 4, 6
+
+
+@pytest.fixture(scope='module')
+def trees():
+  """Parameters of both steps, and both moments."""
+  names = (STEP, OTHER_STEP, 'mean', 'square')
+  return {
+    name: layouts.from_torch(random_state(ARCHITECTURE, seed), ARCHITECTURE)
+    for seed, name in enumerate(names)
+  }
+
+
+@pytest.fixture(scope='module')
+def run(trees, tmp_path_factory):
+  """A workdir with two checkpoints."""
+  folder = tmp_path_factory.mktemp('convert')
+  for step in (STEP, OTHER_STEP):
+    moments = Moments(COUNT, trees['mean'], trees['square'])
+    saved_weights.save_weights(folder / str(step), trees[step], step, DESCRIPTION, moments=moments)
+  made = folder / str(STEP) / saved_weights.FOLDER / str(OTHER_STEP)
+  (folder / str(OTHER_STEP) / saved_weights.FOLDER / str(OTHER_STEP)).rename(made)
+  return folder / str(STEP)
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys):
+  """Runs the command line in this process; returns what it says."""
+
+  def convert(*arguments):
+    monkeypatch.setattr(sys, 'argv', ['convert_to_torch.py', *map(str, arguments)])
+    assert convert_to_torch.main() == 0
+    return capsys.readouterr().out
+
+  return convert
+
+
+def tensors_by_hand(tree):
+  """The state dict of a parameter tree, from the published names and layouts."""
+  tensors = {}
+  for (*path, leaf), array in traverse_util.flatten_dict(tree).items():
+    name = '.'.join(map(str, (*path, {'kernel': 'weight', 'scale': 'weight'}.get(leaf, leaf))))
+    if name == 'patch_embed.proj.weight':
+      # The kernel's rows run over row, column and colour of a patch; PyTorch has the colour first.
+      array = np.einsum('ijcw->wcij', np.reshape(array, (8, 8, 3, 64)))
+    tensors[name] = array.T if leaf == 'kernel' and array.ndim == 2 else array
+  return tensors
+
+
+def assert_same(found, expected):
+  assert found.keys() == expected.keys()
+  for name, array in expected.items():
+    np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+# Of a base rate of 0.01 per 256 pairs, at 3 of the 15 steps after the warm-up.
+LEARNING_RATE = 0.002 + (0.01 * 96 / 256 - 0.002) * (1 + math.cos(math.pi * 3 / 15)) / 2
+
+
+def test_a_file_says_what_the_checkpoint_is(run, trees, tmp_path, convert):
+  torch = pytest.importorskip('torch', reason='.pth files need PyTorch')
+  path = tmp_path / 'out.pth'
+  convert(f'--checkpoint={run}', f'--output={path}', '--with_optimizer', '--no-verify')
+  content = torch.load(path, weights_only=True)
+  assert list(content) == ['model', 'epoch', 'args', 'optimizer']
+  # Two epochs of three steps are done; the last of them is number 1.
+  assert content['epoch'] == 1
+  args = json.loads(json.dumps(DESCRIPTION)) | {'step': STEP}
+  assert json.loads(json.dumps(content['args'])) == args
+  assert_same(content['model'], tensors_by_hand(trees[STEP]))
+
+  plain = [name for name, tensor in content['model'].items() if tensor.ndim == 1]
+  fixed = {*plain, 'pos_embed', 'decoder_pos_embed'}
+  decayed = [name for name in content['model'] if name not in fixed]
+  states, groups = content['optimizer']['state'], content['optimizer']['param_groups']
+  for group, names, decay in zip(groups, (plain, decayed), (0.0, 0.3), strict=True):
+    first = 0 if names is plain else len(plain)
+    assert group == {
+      'lr': pytest.approx(LEARNING_RATE, rel=1e-6), 'betas': (0.8, 0.7), 'eps': 1e-8,
+      'weight_decay': decay, 'amsgrad': False, 'params': list(range(first, first + len(names))),
+    }  # fmt: skip
+  for moment, tree in (('exp_avg', 'mean'), ('exp_avg_sq', 'square')):
+    found = {name: states[i][moment] for i, name in enumerate([*plain, *decayed])}
+    expected = {n: a for n, a in tensors_by_hand(trees[tree]).items() if n in found}
+    assert_same(found, expected)
+  assert {float(state['step']) for state in states.values()} == {COUNT}
+
+  card = json.loads((tmp_path / 'out.pth.json').read_text())
+  named = ('versions', 'sha256', 'file')
+  assert {name: value for name, value in card.items() if name not in named} == {
+    'layout': 'full', 'format': 'pth', 'step': STEP, 'epoch': 1, 'normalised_targets': False,
+    'data_fingerprint': 'abc', 'score': 0.5, 'args': args, 'largest_relative_difference': None,
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize('with_optimizer', [True, False])
+def test_a_file_that_is_read_in_is_the_same_checkpoint(
+  run, trees, tmp_path, convert, with_optimizer
+):
+  pytest.importorskip('torch', reason='.pth files need PyTorch')
+  path, back = tmp_path / 'out.pth', tmp_path / 'back'
+  convert(f'--checkpoint={run}', f'--output={path}', '--with_optimizer', '--no-verify')
+  more = ['--with_optimizer'] if with_optimizer else []
+  convert(f'--from_torch={path}', f'--output={back}', '--no-verify', *more)
+  weights = saved_weights.load_weights(back, with_moments=with_optimizer)
+  assert weights.step == (COUNT if with_optimizer else STEP)
+  assert (weights.architecture, weights.objective) == (
+    ARCHITECTURE, Objective(**DESCRIPTION['objective']),
+  )  # fmt: skip
+  assert_same(*(traverse_util.flatten_dict(tree) for tree in (weights.params, trees[STEP])))
+  described = dict(weights.description)
+  groups = described.pop('optimizer_groups', None)
+  assert described == json.loads(json.dumps(DESCRIPTION))
+  if with_optimizer:
+    assert [group['weight_decay'] for group in groups] == [0.0, 0.3]
+    assert weights.moments.count == COUNT
+    for found, tree in ((weights.moments.mean, 'mean'), (weights.moments.square, 'square')):
+      # The fixed tables have no moments.
+      expected = traverse_util.flatten_dict(trees[tree])
+      expected |= {(name,): 0 * expected[name,] for name in optimizer.FIXED}
+      assert_same(traverse_util.flatten_dict(found), expected)
+  else:
+    assert groups is None
+    with pytest.raises(UserError, match='without optimizer state'):
+      saved_weights.load_weights(back, with_moments=True)
+
+
+# What each option changes, of the file that was written, its card, and what was said.
+EXPORTS = [
+  (['--step=4'], lambda file, card, out: (card['step'], ' of step 4, ' in out), (4, True)),
+  (['--layout=timm'], lambda file, *_: file.tensors['pos_embed'].shape, (1, 16, 64)),
+  (['--format=pth'], lambda file, card, _: (file.key, card['format']), ('model', 'pth')),
+  (['--format=safetensors'], lambda file, card, _: (file.key, card['format']), ('', 'safetensors')),
+  (['--with_optimizer', '--format=pth'], lambda file, *_: 'optimizer' in file.entries, True),
+  (['--no-verify'], lambda file, card, out: 'not verified: --no-verify' in out, True),
+  (['--image_size=48'], lambda file, *_: file.tensors['pos_embed'].shape, (1, 37, 64)),
+]
+
+
+def test_the_closing_lines_are_on_what_was_written(run, tmp_path, convert, monkeypatch):
+  told = []
+
+  def closing_lines(*arguments, **options):
+    told.append((arguments, options))
+    return []
+
+  monkeypatch.setattr(torch_clients, 'closing_lines', closing_lines)
+  path = tmp_path / 'out.safetensors'
+  convert(f'--checkpoint={run}', f'--output={path}', '--layout=mae', '--no-verify')
+  assert told == [((path, ARCHITECTURE), {'layout': 'mae', 'file_format': 'safetensors'})]
+  entries, card = (
+    weight_files.read(path).entries,
+    json.loads(path.with_name(f'{path.name}.json').read_text()),
+  )
+  assert {name: entries[name] for name in ('layout', 'epoch', 'args', 'versions')} == {
+    name: card[name] for name in ('layout', 'epoch', 'args', 'versions')
+  }
+
+
+@pytest.mark.parametrize(('options', 'of', 'expected'), EXPORTS)
+def test_every_option_of_an_export_counts(run, trees, tmp_path, convert, options, of, expected):
+  if '--format=pth' in options:
+    pytest.importorskip('torch', reason='.pth files need PyTorch')
+  # Where the format is given, the ending says nothing.
+  path = tmp_path / ('out.weights' if 'format' in str(options) else 'out.safetensors')
+  quick = [] if '--no-verify' in options else ['--no-verify']
+  out = convert(f'--checkpoint={run}', f'--output={path}', *options, *quick)
+  file, card = weight_files.read(path), json.loads((tmp_path / f'{path.name}.json').read_text())
+  assert of(file, card, out) == expected
+  values = tensors_by_hand(trees[card['step']])
+  tables = {name: values.pop(name) for name in layouts.POSITION_TABLES}
+  same = {name: array for name, array in file.tensors.items() if name in values}
+  assert len(same) >= len(file.tensors) - 2
+  assert_same(same, {name: values[name] for name in same})
+  if '--image_size=48' in options:
+    for name, table in tables.items():
+      np.testing.assert_array_equal(file.tensors[name], position_embedding.resample_table(table, 6))
+    assert card['args']['architecture']['image_size'] == 48
+
+
+IMPORTS = [
+  ([], lambda weights, out: ('verified: ' in out, weights.architecture), (True, ARCHITECTURE)),
+  (['--model=XXS'], lambda weights, _: weights.architecture.decoder_num_heads, 16),
+  (['--no-verify'], lambda _, out: 'not verified: --no-verify' in out, True),
+]
+
+
+@pytest.mark.parametrize(('options', 'of', 'expected'), IMPORTS)
+def test_every_option_of_an_import_counts(run, trees, tmp_path, convert, options, of, expected):
+  if not options:
+    pytest.importorskip('torch', reason='verifying needs PyTorch')
+  path, back = tmp_path / 'out.safetensors', tmp_path / 'back'
+  convert(f'--checkpoint={run}', f'--output={path}', '--no-verify')
+  quick = [] if not options or '--no-verify' in options else ['--no-verify']
+  out = convert(f'--from_torch={path}', f'--output={back}', *options, *quick)
+  weights = saved_weights.load_weights(back)
+  assert of(weights, out) == expected
+  np.testing.assert_array_equal(weights.params['norm']['scale'], trees[STEP]['norm']['scale'])
+
+
+@pytest.mark.parametrize('job', ['checkpoint', 'from_torch'])
+def test_verification_that_is_asked_for_is_not_left_out(run, tmp_path, convert, monkeypatch, job):
+  """Where PyTorch is missing, it is left out only if nobody has asked for it."""
+  path = tmp_path / 'out.safetensors'
+  monkeypatch.setattr(weight_files, 'torch_fault', lambda: 'PyTorch is gone')
+  assert 'not verified: PyTorch is gone' in convert(f'--checkpoint={run}', f'--output={path}')
+  source = run if job == 'checkpoint' else path
+  with pytest.raises(UserError, match='PyTorch is gone, and --verify runs the network in it'):
+    convert(f'--{job}={source}', f'--output={tmp_path}/other.safetensors', '--verify')

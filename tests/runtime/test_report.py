@@ -1,0 +1,249 @@
+"""What a run tells of its steps: exact numbers, on a clock that the tests move.
+
+Intervals, batch sizes and first steps are all different, so that none can stand for another.
+"""
+
+import io
+import json
+import logging
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from dropmae_jax.runtime import report
+from dropmae_jax.runtime.report import NonFiniteLoss, Report
+from dropmae_jax.train_step import Metrics
+
+
+class OnDevice:
+  """A number that a device computes until it is told to be done."""
+
+  def __init__(self, value, *, is_done):
+    self.value, self.done = np.float32(value), threading.Event()
+    if is_done:
+      self.done.set()
+
+  def block_until_ready(self):
+    assert self.done.wait(30)
+    return self
+
+  def __array__(self, *_, **__):
+    return np.asarray(self.value)
+
+
+def metrics_at(step, *, is_done=True, **other):
+  values = {'loss': step / 4, 'learning_rate': step / 1024, 'gradient_norm': step * 2.0, **other}
+  return Metrics(**{name: OnDevice(value, is_done=is_done) for name, value in values.items()})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """The time, which stands still unless a test sets `now`."""
+  clock = types.SimpleNamespace(now=100.0)
+  clock.perf_counter = lambda: clock.now
+  monkeypatch.setattr(report, 'time', clock)
+  return clock
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+  """Opens reports, and closes at the end what a test has not."""
+  closed, real = [], Report.close
+  monkeypatch.setattr(Report, 'close', lambda reporter: closed.append(reporter) or real(reporter))
+  reports = []
+
+  def make(**options):
+    defaults = {'first_step': 0, 'num_steps': 18, 'batch_size': 3, 'log_every': 5}
+    reports.append(Report(tmp_path, **(defaults | options)))
+    return reports[-1]
+
+  yield make
+  for each in reports:
+    if each not in closed:
+      each.close()
+
+
+def metrics_of(folder):
+  return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def take_steps(reporter, clock, times):
+  """Reports steps, each at its time."""
+  for step, now in times.items():
+    clock.now = now
+    reporter.after_step(step, metrics_at(step))
+
+
+def test_lines_tell_of_their_window(tmp_path, clock, opened):
+  reporter = opened(first_step=7)
+  take_steps(reporter, clock, {8: 129.0})
+  clock.now = 130.0
+  reporter.compiled(8)
+  take_steps(reporter, clock, {9: 131.0, 10: 134.0, 11: 139.0, 12: 140.0, 13: 142.0, 14: 143.0})
+  take_steps(reporter, clock, {15: 146.5, 16: 147.0, 17: 147.5, 18: 148.5})
+  reporter.close()
+  rows = metrics_of(tmp_path)
+  # Three pairs a step: two steps in 4 s, five in 12.5 s, and three in 2 s.
+  assert [(row['step'], row['pairs_per_second']) for row in rows] == [
+    (10, 1.5), (15, 1.2), (18, 4.5),
+  ]  # fmt: skip
+  for row in rows:
+    step = row['step']
+    assert (row['loss'], row['learning_rate']) == (step / 4, step / 1024)
+    assert (row['gradient_norm'], row['data_wait']) == (step * 2, 0)
+  lines = [line.split(' ', 2)[2] for line in (tmp_path / 'log.txt').read_text().splitlines()]
+  assert lines == [
+    'first step, compilation included: 30.0 s',
+    # What is left: eight steps of 2 s, three of 2.5 s, none.
+    'step 10/18  loss 2.5000  lr 9.77e-03  grad 20.000  1.5 pairs/s  data wait 0%  left 16 s',
+    'step 15/18  loss 3.7500  lr 1.46e-02  grad 30.000  1.2 pairs/s  data wait 0%  left 8 s',
+    'step 18/18  loss 4.5000  lr 1.76e-02  grad 36.000  4.5 pairs/s  data wait 0%  left 0 s',
+  ]
+  assert_same_in_tensorboard(tmp_path, rows)
+
+
+def assert_same_in_tensorboard(folder, rows):
+  """The events, as TensorBoard reads them, have the steps and the values of the lines."""
+  events = EventAccumulator(str(folder / 'tensorboard'))
+  events.Reload()
+  names = set(rows[0]) - {'step'}
+  assert set(events.Tags()['tensors']) == names
+  for name in names:
+    found = [
+      (event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
+      for event in events.Tensors(name)
+    ]
+    assert found == [(row['step'], pytest.approx(row[name])) for row in rows]
+
+
+def test_a_line_of_the_first_step_counts_what_compiling_took(tmp_path, clock, opened):
+  reporter = opened(first_step=9)
+  take_steps(reporter, clock, {10: 112.0})
+  reporter.compiled(10)
+  take_steps(reporter, clock, dict.fromkeys(range(11, 16), 122.0))
+  reporter.close()
+  assert [row['pairs_per_second'] for row in metrics_of(tmp_path)] == [3 / 12, 15 / 10]
+
+
+def test_only_waiting_while_nothing_is_computed_is_a_wait_for_data(tmp_path, clock, opened):
+  reporter = opened(first_step=5)
+
+  def take(step, *, asked, came):
+    clock.now = came
+    reporter.batch_arrived(asked)
+    metrics = metrics_at(step, is_done=False)
+    reporter.after_step(step, metrics)
+    return metrics, reporter._finished
+
+  def finish(step, now):
+    clock.now = now
+    metrics, finished = step
+    for each in metrics:
+      each.done.set()
+    finished.result(30)  # Another thread waits for the device.
+
+  sixth = take(6, asked=100.0, came=104.0)  # The first batch is part of the start.
+  seventh = take(7, asked=104.0, came=107.0)  # The step is computed meanwhile.
+  finish(sixth, 107.5)
+  finish(seventh, 108.0)
+  eighth = take(8, asked=109.0, came=111.0)  # Done before it was asked for: 2 s.
+  finish(eighth, 112.5)
+  ninth = take(9, asked=111.5, came=113.0)  # Done meanwhile: 0.5 s.
+  finish(ninth, 114.0)
+  clock.now = 120.0
+  reporter.after_step(10, metrics_at(10))
+  reporter._finished.result(30)
+  clock.now = 121.0
+  reporter.compiled(10)
+  eleventh = take(11, asked=119.0, came=122.0)  # Of these seconds, this window has the last.
+  finish(eleventh, 123.0)
+  take_steps(reporter, clock, {12: 123.0, 13: 123.0, 14: 123.0, 15: 125.0})
+  reporter.close()
+  assert [row['data_wait'] for row in metrics_of(tmp_path)] == [2.5 / 20, 1 / 4]
+  assert 'data wait 12%' in (tmp_path / 'log.txt').read_text()
+
+
+def test_every_loss_is_taken_once(opened):
+  reporter, found = opened(first_step=7, num_steps=19), {}
+  for step in range(8, 20):
+    reporter.after_step(step, metrics_at(step))
+    if step in (9, 10, 17, 19):  # Between lines, at a line, after one, and at the end.
+      found[step] = [loss * 4 for loss in reporter.take_losses()]
+  assert found == {9: [8, 9], 10: [10], 17: [11, 12, 13, 14, 15, 16, 17], 19: [18, 19]}
+  assert reporter.take_losses() == []
+
+
+@pytest.mark.parametrize('bad', ['loss', 'gradient_norm'])
+@pytest.mark.parametrize('number', [0, 1])
+def test_what_is_not_finite_is_named_by_its_step_on_every_process(
+  tmp_path, opened, monkeypatch, bad, number
+):
+  """At the next line, or before the losses are taken for a checkpoint."""
+  monkeypatch.setattr(report.jax, 'process_index', lambda: number)
+  reporter = opened(first_step=6)
+  for step in (7, 8, 9):
+    reporter.after_step(step, metrics_at(step, **{bad: np.nan} if step > 7 else {}))
+  for find in (reporter.take_losses, lambda: reporter.after_step(10, metrics_at(10))):
+    with pytest.raises(NonFiniteLoss, match=f'the {bad} of step 8 is nan; the last') as caught:
+      find()
+    assert caught.value.step == 8
+  reporter.close()
+  if number == 0:
+    assert metrics_of(tmp_path) == []
+
+
+def test_only_the_first_process_writes(tmp_path, opened, monkeypatch, capsys):
+  monkeypatch.setattr(report.jax, 'process_index', lambda: 2)
+  reporter = opened()
+  reporter.say('a note')
+  reporter.warn('a fault')
+  reporter.after_step(5, metrics_at(5))
+  reporter.compiled(5)
+  assert reporter.take_losses() == [1.25]
+  reporter.close()
+  assert list(tmp_path.iterdir()) == []
+  assert capsys.readouterr() == ('', 'process 2: a fault\n')
+
+
+def test_a_restart_drops_the_lines_of_steps_that_are_done_anew(tmp_path, opened):
+  lines = [json.dumps({'step': step, 'loss': 1.0}) for step in (5, 10, 11, 15)]
+  whole = '\n'.join([*lines, 'no json', '{"loss": 3}', '{"step": 1'])  # A kill cut the last short.
+  (tmp_path / 'metrics.jsonl').write_text(whole)
+  reporter = opened(first_step=10)
+  assert (tmp_path / 'metrics.jsonl').read_text() == f'{lines[0]}\n{lines[1]}\n'
+  reporter.after_step(15, metrics_at(15))
+  reporter.close()
+  assert [row['step'] for row in metrics_of(tmp_path)] == [5, 10, 15]
+  assert not list(tmp_path.glob('*.partial'))
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+@pytest.mark.parametrize('is_terminal', [False, True])
+def test_lines_are_shown_once_and_a_terminal_has_a_bar(
+  tmp_path, opened, monkeypatch, capsys, is_terminal
+):
+  errors = Terminal() if is_terminal else io.StringIO()
+  monkeypatch.setattr(sys, 'stderr', errors)
+  log = logging.getLogger('dropmae_jax')
+  handlers = list(log.handlers)
+  reporter = opened(first_step=8, log_every=2)
+  for name in ('say', 'warn'):
+    getattr(reporter, name)(f'a line to {name}')
+  for step in (9, 10):
+    reporter.after_step(step, metrics_at(step))
+  reporter.close()
+  assert log.handlers == handlers
+  shown, kept = capsys.readouterr().out, (tmp_path / 'log.txt').read_text()
+  for text in (shown, kept):
+    assert [text.count(f'a line to {name}\n') for name in ('say', 'warn')] == [1, 1]
+  assert ('step 10/18' in shown) != is_terminal
+  assert ('10/18' in errors.getvalue()) == ('loss 2.5' in errors.getvalue()) == is_terminal

@@ -1,0 +1,187 @@
+"""Configs: all of them build, and what is wrong with one is said by name."""
+
+import functools
+import importlib
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT
+
+from dropmae_jax import config_file, optimizer
+from dropmae_jax.config import Architecture, Objective, may_change
+from dropmae_jax.model import mae, vit
+from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.train_step import init_state
+
+NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != '__init__')
+
+
+def config(name='quickstart'):
+  return (
+    importlib.import_module(f'configs.{name}').get_config().copy_and_resolve_references().to_dict()
+  )
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_config_builds_its_state(name):
+  made = config_file.from_dict(config(name))
+  schedule = optimizer.learning_rate(
+    peak=made.peak_learning_rate,
+    floor=made.optimizer.min_learning_rate,
+    warmup_steps=made.optimizer.warmup_steps,
+    num_steps=made.num_steps,
+  )
+  tx = optimizer.adamw(schedule, made.optimizer)
+  state = jax.eval_shape(
+    lambda key: init_state(key, architecture=made.model, tx=tx), jax.random.key(0)
+  )
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
+  assert mae.num_parameters(state.params) > 1e5
+
+
+def test_the_published_recipe():
+  made = config_file.from_dict(config('kinetics400_vit_b16'))
+  assert made.peak_learning_rate == pytest.approx(2.4e-3)
+  assert (made.num_steps, made.optimizer.warmup_steps) == (23_200, 2_320)
+  assert made.model == Architecture()
+  assert made.objective == Objective(0.75, 'random', 0.1, 'asad', True)
+  assert made.data.frame_gap == 50
+
+
+def test_the_published_recipe_is_complete():
+  """Its size row stands for the backbone's numbers; everything else is spelled out."""
+  backbone = {f'model.{field}' for field in vit.Size._fields}
+  values = config('kinetics400_vit_b16')
+  for name in set(config_file.field_types()) - backbone:
+    part = values
+    for key in name.split('.'):
+      assert key in part, name
+      part = part[key]
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'message'),
+  [
+    ('sede', 1, "config has no field 'sede'; did you mean 'seed'?"),
+    ('model.sizes', 'B', "config has no field 'model.sizes'; did you mean 'model.size'?"),
+    ('mask_ratio', 0.5, "no field 'mask_ratio'; did you mean 'objective.mask_ratio'?"),
+    ('zzz', 1, "config has no field 'zzz'; valid are: accumulation_steps"),
+    ('objective.masking', 'tube', "config.objective.masking='tube' is unknown; valid are: random"),
+    (
+      'objective.dropout_rule',
+      'x',
+      "config.objective.dropout_rule='x' is unknown; valid are: asad",
+    ),
+    ('data.resize', 'exacts', "config.data.resize='exacts' is unknown; did you mean 'exact'?"),
+    ('remat', 'half', "config.remat='half' is unknown; valid are: dots, full, none"),
+    ('objective.mask_ratio', 0.999, 'config.objective.mask_ratio=0.999 leaves 0 of 128 tokens'),
+    ('model.image_size', 100, 'config.model.image_size=100 is not a multiple of patch_size=8'),
+    ('model.size', 'M', "config.model.size='M' is unknown; valid are: B, H, L, S, XS, XXS"),
+    ('dtype', 'float16', "config.dtype='float16' is unknown; use one of float32, bfloat16"),
+    ('attention', 'flash', "config.attention='flash' is unknown; valid are: auto, fused, xla"),
+    ('num_steps', 10.5, 'config.num_steps=10.5 is not of type int'),
+    ('num_steps', True, 'config.num_steps=True is not of type int'),
+    ('data', 3, 'config.data=3 should be a group of fields'),
+    ('model', 3, 'config.model=3 should be a group of fields'),
+    ('optimizer.min_learning_rate', 1.0, 'config.optimizer.min_learning_rate=1.0 is more than'),
+  ],
+)
+def test_what_is_wrong_is_said_by_name(name, value, message):
+  values = config()
+  *groups, leaf = name.split('.')
+  part = values
+  for group in groups:
+    part = part[group]
+  part[leaf] = value
+  with pytest.raises(UserError, match=re.escape(message)):
+    config_file.from_dict(values)
+
+
+# Of every number in a config, values that it must not have.
+OUT_OF_RANGE = {
+  'num_steps': [0],
+  'batch_size': [0],
+  'seed': [-1, 2**32],
+  'accumulation_steps': [0],
+  'log_every': [0],
+  'step_stall_seconds': [0.0, math.nan],
+  'model.image_size': [0],
+  'model.patch_size': [0],
+  'model.width': [0],
+  'model.depth': [0],
+  'model.num_heads': [0],
+  'model.decoder_width': [0],
+  'model.decoder_depth': [0],
+  'model.decoder_num_heads': [0],
+  'model.mlp_ratio': [0.0, math.nan, math.inf],
+  'objective.mask_ratio': [0.0, 1.0, math.nan],
+  'objective.attention_dropout': [-0.1, 1.1, math.nan],
+  'data.frame_gap': [1],
+  'data.num_workers': [-1],
+  'data.num_threads': [-1],
+  'data.stall_seconds': [0.0, math.nan],
+  'data.max_damaged_records': [-1],
+  'optimizer.base_learning_rate': [0.0, math.nan, math.inf],
+  'optimizer.min_learning_rate': [-1e-9, math.nan, math.inf],
+  'optimizer.warmup_steps': [-1],
+  'optimizer.weight_decay': [-1e-9, math.nan, math.inf],
+  'optimizer.beta1': [-1e-9, 1.0, math.nan],
+  'optimizer.beta2': [-1e-9, 1.0, math.nan],
+  'mesh.data': [-1],
+  'mesh.fsdp': [0],
+  'checkpoint.every_steps': [0],
+  'checkpoint.keep_last': [0],
+  'checkpoint.keep_every': [-1],
+}
+
+
+def test_every_number_has_a_range():
+  numbers = {name for name, kind in config_file.field_types().items() if kind in (int, float)}
+  assert set(OUT_OF_RANGE) == numbers
+
+
+@pytest.mark.parametrize('name', OUT_OF_RANGE)
+def test_values_out_of_range_are_refused(name):
+  for value in OUT_OF_RANGE[name]:
+    values = config()
+    *groups, leaf = name.split('.')
+    part = functools.reduce(lambda part, group: part[group], groups, values)
+    part[leaf] = value
+    with pytest.raises(UserError, match=rf'config\.{name}={value} is out of range; use '):
+      config_file.from_dict(values)
+
+
+def test_what_a_run_may_go_on_with_changed():
+  """All but what its pairs, its noise and what it learns are made of."""
+  may_not = {'dataset', 'split', 'seed', 'batch_size'} | {
+    name
+    for name in config_file.field_types()
+    if name.startswith(('model.', 'objective.'))
+    or name in ('data.frame_gap', 'data.resize', 'data.shared_augmentation')
+  }
+  assert {name for name in config_file.field_types() if not may_change(name)} == may_not
+  assert not may_change('data_fingerprint')
+  assert not may_change('seed_version')
+
+
+def test_a_missing_field_is_named():
+  values = config()
+  del values['num_steps']
+  with pytest.raises(UserError, match="config lacks the field 'num_steps'"):
+    config_file.from_dict(values)
+
+
+def test_a_size_brings_its_patch_size():
+  values = config('kinetics400_vit_b16')
+  values['model']['size'] = 'H'
+  assert config_file.from_dict(values).model.patch_size == 14
+
+
+def test_numbers_of_the_backbone_can_be_set():
+  values = config()
+  values['model'] |= {'width': 96, 'depth': 1}
+  made = config_file.from_dict(values)
+  assert (made.model.width, made.model.depth, made.model.num_heads) == (96, 1, 3)
