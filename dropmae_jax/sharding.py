@@ -18,13 +18,14 @@ AXES = ('data', 'fsdp')
 
 
 def make_mesh(
-  devices: Sequence[jax.Device] | None = None, options: MeshOptions = MeshOptions()
+  devices: Sequence[jax.Device] | None = None, options: MeshOptions | None = None
 ) -> Mesh:
   """Returns a mesh of the given devices, or of all devices of all processes.
 
   Raises:
     ValueError: the options ask for another number of devices than there are.
   """
+  options = options or MeshOptions()
   devices = sorted(devices or jax.devices(), key=_by_neighbourhood)
   shape = (options.data or len(devices) // options.fsdp, options.fsdp)
   if shape[0] * shape[1] != len(devices):

@@ -1,4 +1,4 @@
-"""The command lines as a user meets them: the whole road, stops and restarts, and bad input."""
+"""The command lines as a user meets them: the whole pipeline, stops and restarts, and bad input."""
 
 import contextlib
 import json
@@ -31,13 +31,6 @@ def losses(workdir):
   return [(row['step'], row['loss']) for row in metrics_of(workdir)]
 
 
-def assert_score(workdir, step, num_steps):
-  """The score of a checkpoint is the mean loss of the last so many steps."""
-  told = saved_weights.load_weights(workdir, step=step).description
-  expected = np.mean([loss for _, loss in losses(workdir)][step - num_steps : step])
-  assert (told['score'], told['score_steps']) == (pytest.approx(expected, rel=1e-12), num_steps)
-
-
 def assert_same_weights(first, second):
   import jax
 
@@ -67,25 +60,25 @@ def test_a_finished_run_says_so_and_changes_nothing(trained, data_dir):
   before = (trained / 'metrics.jsonl').read_text()
   done = run_python(*train_arguments(data_dir, trained, '--config.num_steps=8'))
   assert done.returncode == 0, done.stderr
-  assert 'going on after step 8 of 8' in done.stdout
+  assert 'resuming after step 8 of 8' in done.stdout
   assert (trained / 'metrics.jsonl').read_text() == before
 
 
 # Kills itself without warning after step 5, once the checkpoint of step 3 is on disk.
 KILLED = """
-import os, pathlib, signal, time
-from absl import app
+import os, pathlib, signal, sys, time
 from dropmae_jax import main
 from dropmae_jax.runtime import cli, report
 real = report.Report.after_step
+workdir = next(each.partition('=')[2] for each in sys.argv if each.startswith('--workdir='))
 def after_step(self, step, metrics):
   real(self, step, metrics)
   if step == 5:
-    while not pathlib.Path(main._WORKDIR.value, 'checkpoints', '3').exists():
+    while not pathlib.Path(workdir, 'checkpoints', '3').exists():
       time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 report.Report.after_step = after_step
-cli.run(lambda: app.run(main.main, flags_parser=main.parse))
+cli.run(main.main)
 """
 
 
@@ -99,11 +92,9 @@ def test_resuming_is_exact(trained, data_dir, tmp_path):
   assert [row['step'] for row in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
   done = run_python(*arguments)
   assert done.returncode == 0, done.stderr
-  assert 'going on after step 3 of 8' in done.stdout
+  assert 'resuming after step 3 of 8' in done.stdout
   assert losses(tmp_path) == losses(trained)
   assert_same_weights(tmp_path, trained)
-  for step, num_steps in ((6, 3), (8, 2)):
-    assert_score(tmp_path, step, num_steps)
 
 
 @pytest.mark.parametrize(
@@ -136,22 +127,19 @@ def test_a_signal_saves_and_the_next_start_goes_on(data_dir, tmp_path, number, w
   assert 'Traceback' not in errors
   name = signal.Signals(number).name
   (told,) = [line for line in output.splitlines() if name in line]
-  if when == 'steps per epoch' and 'no step was made; the same command begins anew' in told:
+  if when == 'steps per epoch' and 'no step was made; the same command starts again' in told:
     step = 0  # The first batch had not come.
   else:
-    assert 'the same command goes on from there' in told
+    assert 'the same command resumes from there' in told
     step = int(told.split('saved at step ')[1].split()[0])
-    assert_score(tmp_path, step, step)
   assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 1))
   again = train_arguments(data_dir, tmp_path, f'--config.num_steps={step + 2}')
   done = run_python(*again)
   assert done.returncode == 0, done.stderr
-  assert (f'going on after step {step} of {step + 2}' in done.stdout) == (step > 0)
+  assert (f'resuming after step {step} of {step + 2}' in done.stdout) == (step > 0)
   if step:
     assert f'changed since that checkpoint: num_steps: 100000 -> {step + 2}' in done.stdout
   assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 3))
-  # As if nothing had stopped it.
-  assert_score(tmp_path, step + 2, step + 2)
 
 
 def test_loader_processes_and_training_end_cleanly(trained, data_dir, tmp_path):
@@ -241,8 +229,7 @@ def test_bad_training_input(data_dir, tmp_path, override, message):
 def test_a_batch_that_the_devices_do_not_divide(data_dir, tmp_path):
   program = (
     'import jax, sys; jax.config.update("jax_num_cpu_devices", 3);'
-    'from absl import app; from dropmae_jax import main; from dropmae_jax.runtime import cli;'
-    'cli.run(lambda: app.run(main.main, flags_parser=main.parse))'
+    'from dropmae_jax import main; from dropmae_jax.runtime import cli; cli.run(main.main)'
   )
   done = run_python('-c', program, *train_arguments(data_dir, tmp_path / 'run')[2:])
   assert_one_sentence(done, 'batch_size=4 is not divisible by 3 devices')
@@ -308,23 +295,23 @@ def test_a_run_does_not_go_on_with_another_dataset_of_the_same_name(begun, clips
   ('command', 'message'),
   [
     (
-      '-m dropmae_jax.evaluation.reconstruction --checkpoint={tmp} --video=v --output=o',
+      '{figures} --checkpoint={tmp} --video=v --output=o',
       'holds no checkpoint',
     ),
     (
-      '-m dropmae_jax.evaluation.reconstruction --checkpoint={run} --video={tmp}/v --output=o',
+      '{figures} --checkpoint={run} --video={tmp}/v --output=o',
       'is not a file',
     ),
     (
-      '-m dropmae_jax.evaluation.reconstruction --checkpoint={run} --video=README.md --output=o',
+      '{figures} --checkpoint={run} --video=README.md --output=o',
       'cannot be decoded',
     ),
     (
-      '-m dropmae_jax.evaluation.reconstruction --checkpoint={run} --video=v --output=o --frames 5 2',
+      '{figures} --checkpoint={run} --video=v --output=o --frames 5 2',
       '--frames=',
     ),
     (
-      '-m dropmae_jax.evaluation.reconstruction --checkpoint={run} --video={video} --output={tmp}',
+      '{figures} --checkpoint={run} --video={video} --output={tmp}',
       'is a folder',
     ),
     ('tests/parity.py --case=README.md --output=o', 'is not a whole recorded case'),

@@ -1,105 +1,95 @@
 """Rules of the code base that a reader relies on."""
 
 import ast
+import functools
+import importlib
 import inspect
-import pathlib
 import re
 
 import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / 'dropmae_jax'
+# Packages, and modules beside them: an import points to the right only.
+ORDER = (
+  'main api config_file train evaluation pytorch checkpoints data train_step optimizer sharding'
+  ' kernels model runtime config'
+).split()
+MOST_MODULES = 12  # Of a package.
+LONGEST_PACKAGE_CHAIN, LONGEST_MODULE_CHAIN = 7, 11
 
-# An import points to a lower layer only.
-LAYERS = [
-  {
-    'asad_gpu_tile',
-    'command_line',
-    'config',
-    'masking',
-    'on_each_device',
-    'patches',
-    'pixels',
-    'position',
-    'sampling',
-  },
-  {'asad_tpu_search', 'groups', 'loader_process', 'retention', 'stalls', 'videos'},
-  {'asad'},
-  {'asad_gpu_backward', 'asad_gpu_forward', 'asad_tpu_kernels'},
-  {'asad_gpu', 'asad_tpu'},
-  {
-    'attention',
-    'vit',
-    'augment',
-    'blocks',
-    'synthetic_clips',
-    'mixture',
-    'damaged_records',
-    'destination',
-  },
-  {'mae', 'stream'},
-  {
-    'data',
-    'hosts',
-    'optimizer',
-    'sharding',
-    'train_step',
-    'torch_export',
-    'file_checks',
-    'torch_arguments',
-  },
-  {
-    'checkpoint',
-    'feed',
-    'report',
-    'torch_adamw',
-    'torch_clients',
-    'torch_files',
-    'torch_reference',
-  },
-  {'run_checkpoints', 'torch_import'},
-  {'convert', 'torch_inspect', 'warm_start'},
-  {'figures', 'recipe'},
-  {'bad_batch', 'program'},
-  {'run', 'inspect_data'},
-  {'train'},
-  {'main'},
+FILES = {
+  '.'.join(path.relative_to(ROOT).with_suffix('').parts): path
+  for path in sorted(PACKAGE.rglob('*.py'))
+  if path.name != '__init__.py' and 'configs' not in path.parts
+}
+SOURCES = [
+  *FILES.values(),
+  *sorted((ROOT / 'tfds_kinetics').glob('*.py')),
+  *sorted((ROOT / 'benchmarks').rglob('*.py')),
+  ROOT / 'convert_to_torch.py',
 ]
-SOURCES = sorted(
-  [
-    *PACKAGE.glob('*.py'),
-    *(ROOT / 'tfds_kinetics').glob('*.py'),
-    *(ROOT / 'benchmarks').glob('*.py'),
-    ROOT / 'convert_to_torch.py',
-  ]
-)
 
 
-def imported_modules(path: pathlib.Path) -> set[str]:
-  """The modules of this package that a file imports, wherever in it."""
+def part_of(module):
+  return module.split('.')[1]
+
+
+@functools.cache
+def imports_of(module):
+  """The modules of the package that one imports, wherever in it."""
   found = set()
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in ast.walk(ast.parse(FILES[module].read_text())):
     if isinstance(node, ast.Import):
       found |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom) and node.module:
       found |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
-  return {name.split('.')[1] for name in found if name.startswith('dropmae_jax.')} & {
-    module for layer in LAYERS for module in layer
+  return found & FILES.keys()
+
+
+def longest_chain(nodes, edges):
+  """The longest path through a graph without circles."""
+
+  @functools.cache
+  def chain(node):
+    return max(((node, *chain(each)) for each in edges(node)), key=len, default=(node,))
+
+  return max(map(chain, nodes), key=len)
+
+
+def test_every_part_has_its_place():
+  assert {part_of(module) for module in FILES} == set(ORDER)
+
+
+@pytest.mark.parametrize('module', FILES)
+def test_imports_point_to_the_right(module):
+  part = part_of(module)
+  wrong = {
+    each
+    for each in imports_of(module)
+    if part_of(each) != part and ORDER.index(part_of(each)) <= ORDER.index(part)
   }
+  assert not wrong
 
 
-def test_every_module_has_a_layer():
-  modules = {p.stem for p in PACKAGE.glob('*.py')} - {'__init__'}
-  assert modules == set().union(*LAYERS)
+def test_chains_of_imports_are_short():
+  def parts_of(part):
+    mine = [module for module in FILES if part_of(module) == part]
+    return {part_of(each) for module in mine for each in imports_of(module)} - {part}
+
+  assert len(longest_chain(ORDER, parts_of)) <= LONGEST_PACKAGE_CHAIN
+  # A circle would be a RecursionError.
+  assert len(longest_chain(FILES, imports_of)) <= LONGEST_MODULE_CHAIN
 
 
-@pytest.mark.parametrize('number', range(len(LAYERS)))
-def test_imports_point_downwards(number):
-  below = set().union(*LAYERS[:number])
-  # Attention lists the attentions that vit uses; both are the transformer's layer.
-  below |= {'attention'} if 'vit' in LAYERS[number] else set()
-  for module in LAYERS[number]:
-    assert imported_modules(PACKAGE / f'{module}.py') - {module} <= below, module
+def test_packages_can_be_taken_in_at_a_glance():
+  sizes = {
+    folder.name: len(list(folder.glob('*.py')))
+    for folder in PACKAGE.rglob('*')
+    if folder.is_dir() and not folder.is_symlink()
+  }
+  # Its __init__.py is not counted.
+  assert {name: size for name, size in sizes.items() if size - 1 > MOST_MODULES} == {}
 
 
 def test_the_dataset_builder_stands_alone():
@@ -107,12 +97,13 @@ def test_the_dataset_builder_stands_alone():
     assert 'dropmae_jax' not in re.sub(r'""".*?"""', '', path.read_text(), flags=re.DOTALL), path
 
 
-def test_importing_the_package_is_light():
-  tree = ast.parse((PACKAGE / '__init__.py').read_text())
+@pytest.mark.parametrize('package', sorted(PACKAGE.rglob('__init__.py')))
+def test_importing_a_package_is_light(path):
+  tree = ast.parse(path.read_text())
   assert all(isinstance(node, ast.Expr) for node in tree.body)
 
 
-@pytest.mark.parametrize('path', SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_public_functions_are_documented_and_annotated(path):
   tree = ast.parse(path.read_text())
   classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -128,20 +119,11 @@ def test_public_functions_are_documented_and_annotated(path):
         )
 
 
-def test_files_stay_small():
-  assert {
-    p.name: len(p.read_text().splitlines())
-    for p in SOURCES
-    if len(p.read_text().splitlines()) > 300
-  } == {}
-
-
-def test_random_functions_do_not_make_keys_optional():
-  from dropmae_jax import train_step
-  from dropmae_jax.model import attention, fast_asad, mae, masking, pixels
-
-  for module in (fast_asad, attention, pixels, mae, masking, train_step):
-    for _, function in inspect.getmembers(module, inspect.isfunction):
-      for name, parameter in inspect.signature(function).parameters.items():
-        if 'key' in name:
-          assert parameter.default is inspect.Parameter.empty
+@pytest.mark.parametrize(
+  'module', [*(each for each in FILES if part_of(each) == 'model'), 'dropmae_jax.train_step']
+)
+def test_random_functions_do_not_make_keys_optional(module):
+  for _, function in inspect.getmembers(importlib.import_module(module), inspect.isfunction):
+    for name, parameter in inspect.signature(function).parameters.items():
+      if 'key' in name:
+        assert parameter.default is inspect.Parameter.empty
