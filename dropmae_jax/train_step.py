@@ -94,7 +94,7 @@ def train_step(
   objective: Objective,
   shared_flip: bool,
   accumulation_steps: int,
-  attention_programs: attention.Implementations,
+  implementations: attention.Implementations,
 ) -> tuple[TrainState, Metrics]:
   """Augments a batch of raw pairs, and updates the state by the gradient of the pre-training loss.
 
@@ -108,7 +108,7 @@ def train_step(
     objective: what is learned.
     shared_flip: both frames of a pair are mirrored alike.
     accumulation_steps: micro-batches that the batch is split into.
-    attention_programs: how attention is computed.
+    implementations: how attention is computed.
   """
 
   def loss_fn(params: dict, batch: tuple[Array, StepKeys]) -> Float[Array, '']:
@@ -119,7 +119,7 @@ def train_step(
       masking_keys=keys.masking,
       asad_keys=keys.asad,
       objective=objective,
-      attention_programs=attention_programs,
+      implementations=implementations,
     )
 
   keys = step_keys(seed_key, state.step, frames.shape[0])

@@ -320,5 +320,7 @@ def test_a_run_does_not_go_on_with_another_dataset_of_the_same_name(begun, clips
 )
 def test_bad_input_of_the_other_commands(trained, clips, tmp_path, command, message):
   video = next(clips.glob('val/*/*.mp4'))
-  done = run_python(*command.format(tmp=tmp_path, run=trained, video=video).split())
+  places = {'tmp': tmp_path, 'run': trained, 'video': video}
+  places['figures'] = '-m dropmae_jax.evaluation.reconstruction'
+  done = run_python(*command.format(**places).split())
   assert_one_sentence(done, message)

@@ -24,7 +24,7 @@ from dropmae_jax.config import Objective
 from dropmae_jax.data import frame_pairs
 from dropmae_jax.data.prefetch import LoaderStalled
 from dropmae_jax.data.video_source import DamagedRecord, TfdsVideos
-from dropmae_jax.model import mae, masking
+from dropmae_jax.model import asad, mae, masking
 from dropmae_jax.runtime.errors import UserError
 from dropmae_jax.train_step import Metrics
 
@@ -72,7 +72,7 @@ PROGRAM = {
   'objective.mask_ratio': 0.5,
   'objective.masking': 'last',
   'objective.attention_dropout': 0.7,
-  'objective.dropout_rule': 'none',
+  'objective.dropout_rule': 'first',
   'objective.normalise_targets': False,
   'data.shared_augmentation': True,
   'optimizer.base_learning_rate': 1e-3,
@@ -131,6 +131,12 @@ def last_masking(keys, *, num_tokens, mask_ratio):
   return masking.masking_from_noise(noise, masking.num_visible(num_tokens, mask_ratio))
 
 
+def first_dropped(keys, logits, *, drop_rate):
+  """Drops each query's first key, unless that is itself."""
+  n = logits.own.shape[-1]
+  return jnp.broadcast_to((jnp.arange(n) == 0) & ~jnp.eye(n, dtype=bool), logits.own.shape)
+
+
 def test_every_field_is_among_them():
   assert {*PROGRAM, *RUN} == set(config_file.field_types())
 
@@ -154,6 +160,7 @@ def base_program():
 @pytest.mark.parametrize('name', PROGRAM)
 def test_a_field_changes_the_program(name, base_program, monkeypatch):
   monkeypatch.setitem(masking.MASKING_SCHEMES, 'last', last_masking)
+  monkeypatch.setitem(asad.ATTENTION_DROPOUTS, 'first', first_dropped)
   assert traced(config_with(name, PROGRAM[name])) != base_program
 
 

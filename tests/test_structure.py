@@ -97,7 +97,7 @@ def test_the_dataset_builder_stands_alone():
     assert 'dropmae_jax' not in re.sub(r'""".*?"""', '', path.read_text(), flags=re.DOTALL), path
 
 
-@pytest.mark.parametrize('package', sorted(PACKAGE.rglob('__init__.py')))
+@pytest.mark.parametrize('path', sorted(PACKAGE.rglob('__init__.py')))
 def test_importing_a_package_is_light(path):
   tree = ast.parse(path.read_text())
   assert all(isinstance(node, ast.Expr) for node in tree.body)

@@ -333,7 +333,7 @@ def test_a_signal_while_a_batch_is_waited_for_saves_what_there_is(
     assert 'SIGTERM: saved at step 3 of 11' in log_of(tmp_path)
   else:
     assert saved == []
-    assert 'SIGTERM: no step was made; the same command begins anew' in log_of(tmp_path)
+    assert 'SIGTERM: no step was made; the same command starts again' in log_of(tmp_path)
 
 
 @pytest.mark.parametrize(('bad', 'saved'), [(4, []), (5, ['4']), (11, ['4', '8'])])
@@ -343,7 +343,7 @@ def test_a_step_that_diverges_is_not_saved_and_its_batch_is_listed(fakes, tmp_pa
   with pytest.raises(NonFiniteLoss, match=f'the loss of step {bad} is nan; .* are in ') as caught:
     train.train(RECIPE, tmp_path)
   assert caught.value.step == bad
-  assert ('watch', 'listing the bad batch', True) in fakes.events
+  assert ('watch', 'listing the pairs of the batch', True) in fakes.events
   assert max(fakes.fed) == {4: 4, 5: 6, 11: 11}[bad]
   assert sorted(path.name for path in (tmp_path / saved_weights.FOLDER).iterdir()) == saved
   listed = json.loads((tmp_path / f'bad_batch_{bad}.json').read_text())
