@@ -37,12 +37,12 @@ class Encoder:
   architecture: Architecture
 
   def encode(
-    self, frames: UInt8[np.ndarray, '*f h w c'], *, size: int | None = None
-  ) -> Float[np.ndarray, '*f gh gw d']:
+    self, frames: np.ndarray, *, size: int | None = None
+  ) -> Float[np.ndarray, '... gh gw d']:
     """Returns the last layer's normalised tokens, nothing masked.
 
     Args:
-      frames: RGB bytes. One frame [h, w, 3] is encoded alone, without a frame identity. A pair
+      frames: uint8 RGB. One frame [h, w, 3] is encoded alone, without a frame identity. A pair
         [2, h, w, 3], the earlier frame first, is encoded jointly: each token attends to both.
       size: side in pixels that frames are resized to (bicubic); a multiple of the patch size. The
         position table is resampled to it. By default the size that the model was trained at.
@@ -60,9 +60,8 @@ class Encoder:
         ' [2, h, w, 3].'
       )
     try:
-      resized = dataclasses.replace(
-        self.architecture, image_size=size or self.architecture.image_size
-      )
+      image_size = self.architecture.image_size if size is None else size
+      resized = dataclasses.replace(self.architecture, image_size=image_size)
     except ValueError as error:
       raise UserError(f'size={size} does not fit: {error}') from error
     height, width = frames.shape[-3:-1]
@@ -87,8 +86,8 @@ def _encode(
 ) -> Float[Array, 'l d']:
   model = nnx.merge(mae.abstract_model(architecture)[0], params)
   vectors = patches.patchify(pixels.normalise(frames)[None], architecture.patch_size)
-  everything = jnp.arange(vectors.shape[1])[None]
-  return model.encode(vectors, Masking(visible=everything, masked=everything[:, :0]))[0]
+  all_tokens = jnp.arange(vectors.shape[1])[None]
+  return model.encode(vectors, Masking(visible=all_tokens, masked=all_tokens[:, :0]))[0]
 
 
 def load_encoder(path: str | os.PathLike, *, step: int | None = None) -> Encoder:

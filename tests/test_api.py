@@ -29,7 +29,7 @@ def test_a_pair_is_encoded_jointly(encoder, trained, pair):
   graphdef, _ = mae.abstract_model(weights.architecture)
   images = [Image.fromarray(frame).resize((32, 32), Image.Resampling.BICUBIC) for frame in pair]
   vectors = patches.patchify(pixels.normalise(jnp.asarray(np.stack(images)))[None], 8)
-  all_tokens = np.arange(32)[None]
+  all_tokens = jnp.arange(32)[None]
   model = nnx.merge(graphdef, weights.params)
   expected = model.encode(vectors, Masking(all_tokens, all_tokens[:, :0]))
   features = encoder.encode(pair)
