@@ -1,4 +1,4 @@
-"""Checkpoints to PyTorch files and back: the same as dropmae-convert, without installing."""
+"""Converts checkpoints to PyTorch files and back: dropmae-convert for a checkout."""
 
 from dropmae_jax.pytorch.main import command
 

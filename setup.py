@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-# All of its extras want the same release.
+# JAX and its extras must have the same version.
 JAX = '>=0.10.2,<0.13'
 
 setup(
@@ -11,7 +11,7 @@ setup(
   description='DropMAE in JAX: masked autoencoding of frame pairs with attention dropout',
   license='Apache-2.0',
   python_requires='>=3.11',
-  # dropmae_jax/configs is a link to configs/.
+  # Includes dropmae_jax.configs, a symbolic link to configs/.
   packages=find_packages(include=['dropmae_jax', 'dropmae_jax.*', 'tfds_kinetics']),
   entry_points={
     'console_scripts': [
@@ -23,7 +23,7 @@ setup(
       'dropmae-train = dropmae_jax.main:command',
     ]
   },
-  # Each ends below the first major release, of 0.x the first minor one, that was not tested.
+  # Upper bounds: the first major release (of 0.x, minor release) that was not tested.
   install_requires=[
     'absl-py>=2,<3',
     'array-record>=0.8.6,<0.9',
@@ -49,7 +49,7 @@ setup(
     'cuda': [f'jax[cuda]{JAX}'],
     'tpu': [f'jax[tpu]{JAX}'],
     'torch': ['torch>=2.6,<3'],
-    # Of the tests, where there is PyTorch.
+    # For the tests, if PyTorch is installed.
     'timm': ['timm>=1.0,<2'],
     'beam': ['apache-beam>=2.77,<3'],
     'dev': [

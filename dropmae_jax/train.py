@@ -345,7 +345,7 @@ def first_state(
     if not config.init_from:
       return state, []
     start = init_from.read(pathlib.Path(config.init_from), config.model)
-    return state.replace(params=init_from.put(start.taken, state.params)), start.report
+    return state.replace(params=init_from.replace(state.params, start.params)), start.report
   state, notes = checkpoints.restore(model.abstract_state)
   changes = checkpoints.changes()
   refused = [f'{name}: {change}' for name, change in changes.items() if not may_change(name)]

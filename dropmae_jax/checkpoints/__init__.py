@@ -1,1 +1,1 @@
-"""Checkpoints: of a run that trains, and for those who read them."""
+"""Checkpoints: written and restored by training (`manager`), read by others (`saved_weights`)."""

@@ -1,7 +1,7 @@
-"""The checkpoints of a run in training: written in the background, and read by whoever goes on.
+"""Writes the checkpoints of a run in the background, and restores the newest when it resumes.
 
-No fault of a disk ends a run: what cannot be written is told, and what cannot be read any more
-is set aside for the checkpoint before it.
+Disk faults do not end a run. A checkpoint that cannot be written is reported and skipped. One that
+cannot be read is renamed, and the run resumes from the one before it.
 """
 
 import contextlib
@@ -30,20 +30,20 @@ class NotSaved(RunFailed):
 class Checkpoints:
   """Writes and restores the training state of one run.
 
-  `description` is stored with every checkpoint; its architecture must be that of what is there.
+  `description` is stored with every checkpoint; `restore` checks that the architecture is the same.
   """
 
   def __init__(
     self, workdir: pathlib.Path, options: CheckpointOptions, description: dict[str, Any]
   ) -> None:
     self._description = description
-    kept: list[Any] = [checkpoint_managers.LatestN(options.keep_last)]
+    policies: list[Any] = [checkpoint_managers.LatestN(options.keep_last)]
     if options.keep_every:
-      kept.append(checkpoint_managers.EveryNSteps(options.keep_every))
+      policies.append(checkpoint_managers.EveryNSteps(options.keep_every))
     self._options = ocp.CheckpointManagerOptions(
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
       enable_async_checkpointing=True,
-      cleanup_tmp_directories=True,  # Of saves that a kill broke off.
+      cleanup_tmp_directories=True,  # Left by a process that was killed while it saved.
     )
     self._folder = (workdir / saved_weights.FOLDER).absolute()
     self._manager = ocp.CheckpointManager(self._folder, options=self._options)
@@ -54,11 +54,11 @@ class Checkpoints:
 
   @property
   def latest_step(self) -> int | None:
-    """The newest step that is stored whole."""
+    """The newest step that is completely stored."""
     return self._manager.latest_step()
 
   def is_due(self, step: int) -> bool:
-    """Whether a checkpoint belongs at this step."""
+    """Returns whether a checkpoint is to be saved at this step."""
     return step % self._every_steps == 0
 
   def save(
@@ -79,13 +79,13 @@ class Checkpoints:
     self._remove_given_up()
     if step == self.latest_step:
       return
-    # The training loop forbids implicit transfers, which orbax's copies off the devices are.
+    # The training loop forbids implicit transfers, but orbax copies from the devices by them.
     with jax.transfer_guard('allow'):
       arrays = {'params': state.params, 'opt_state': state.opt_state}
       sums = {name: saved_weights.checksums(tree) for name, tree in arrays.items()}
       items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
       description = {**self._description, 'checksums': sums}
-      items['description'] = ocp.args.JsonSave(saved_weights.seal(description))
+      items['description'] = ocp.args.JsonSave(saved_weights.add_digest(description))
       self._pending = step
       try:
         self._manager.save(step, args=ocp.args.Composite(**items))
@@ -121,11 +121,11 @@ class Checkpoints:
     )
 
   def _remove_given_up(self) -> None:
-    """Removes what is left of those; threads of orbax may write a while after one has failed."""
+    """Removes the files of all failed saves; threads of orbax may still write after a failure."""
     if jax.process_index() == 0:
       for step in self._given_up:
-        for left in self._folder.glob(f'{step}.*-tmp*'):
-          shutil.rmtree(left, ignore_errors=True)
+        for remains in self._folder.glob(f'{step}.*-tmp*'):
+          shutil.rmtree(remains, ignore_errors=True)
 
   def finish(
     self,
@@ -149,17 +149,17 @@ class Checkpoints:
       )
 
   def restore(self, abstract: TrainState) -> tuple[TrainState, list[str]]:
-    """Reads the newest state that is whole, onto the shapes and places of `abstract`.
+    """Reads the newest state that is not damaged, with the shapes and shardings of `abstract`.
 
-    Damaged ones are set aside under another name. Damage of its json makes orbax raise what a
-    mistake in a program does, but such a mistake meets all of them.
+    Damaged checkpoints are renamed. A bug would make every checkpoint fail with an error such as
+    TypeError; damaged json makes orbax raise such errors for one.
 
     Returns:
-      The state, and a sentence on each that was damaged.
+      The state, and a sentence on each damaged checkpoint.
 
     Raises:
-      UserError: it is of another architecture, holds weights alone, or none is whole.
-      TypeError and the like: none can be read, by a mistake in a program.
+      UserError: it has another architecture or no optimizer state, or all are damaged.
+      TypeError and the like: all fail with such errors, so it is probably a bug.
     """
     damaged: dict[int, Exception] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
@@ -178,51 +178,51 @@ class Checkpoints:
     )
 
   def _set_aside(self, step: int, error: Exception) -> str:
-    """Renames a damaged checkpoint, so that it is neither read nor in the way of a new one."""
+    """Renames a damaged checkpoint, so that it is not read again and its step can be saved."""
     name, reason = f'{step}.damaged', saved_weights.first_line(error)
     if jax.process_index() == 0:
       shutil.rmtree(self._folder / name, ignore_errors=True)
       (self._folder / str(step)).rename(self._folder / name)
-    multihost.any_of(False)  # All wait for the first.
+    multihost.any_of(False)  # All processes wait until the first one has renamed it.
     self._manager.reload()
     return f'the checkpoint of step {step} is damaged ({reason}); it is set aside as {name}'
 
   def _restore_step(
     self, step: int, abstract: TrainState
   ) -> tuple[TrainState | None, Exception | None]:
-    """Returns the state of a step, or None and what is wrong with it.
+    """Returns the state of a step and None, or None and the error.
 
-    All processes come to the same end: in each stage, what one finds, all hear of before the next.
+    After each stage the processes tell each other whether it failed, so all return the same.
     """
     arrays = {'params': abstract.params, 'opt_state': abstract.opt_state}
 
-    def describe() -> dict[str, Any]:
+    def read_description() -> dict[str, Any]:
       stored = self._stored_description(step)
-      self._refuse_another_model(step, stored)
+      self._check_same_model(step, stored)
       return stored
 
-    def read() -> Any:
+    def read_arrays() -> Any:
       items = {name: ocp.args.StandardRestore(tree) for name, tree in arrays.items()}
       return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-    def examine() -> None:
+    def check_arrays() -> None:
       for name in arrays:
         saved_weights.check(name, restored[name], stored)
 
-    stored, error = _together(describe)
+    stored, error = _on_all_processes(read_description)
     if not error:
-      restored, error = _together(read)
+      restored, error = _on_all_processes(read_arrays)
     if not error:
-      _, error = _together(examine)
+      _, error = _on_all_processes(check_arrays)
     if error:
       return None, error
     count = jax.device_put(np.int32(step), abstract.step.sharding)
     return TrainState(step=count, params=restored.params, opt_state=restored.opt_state), None
 
-  def _refuse_another_model(self, step: int, stored: dict[str, Any]) -> None:
-    mine, its = self._description['architecture'], stored['architecture']
+  def _check_same_model(self, step: int, stored: dict[str, Any]) -> None:
+    here, there = self._description['architecture'], stored['architecture']
     changed = [
-      f'{k} is {its.get(k)} there and {mine[k]} here' for k in mine if mine[k] != its.get(k)
+      f'{k} is {there.get(k)} there and {here[k]} here' for k in here if here[k] != there.get(k)
     ]
     if changed:
       raise UserError(
@@ -231,19 +231,19 @@ class Checkpoints:
       )
     if not (self._folder / str(step) / 'opt_state').exists():
       raise UserError(
-        f'{self._folder} holds weights without optimizer state, so training cannot go on from it;'
+        f'{self._folder} holds weights without optimizer state, so training cannot resume from it;'
         ' give another --workdir, and this one as --config.init_from.'
       )
 
   def _stored_description(self, step: int) -> dict[str, Any]:
     items = ocp.args.Composite(description=ocp.args.JsonRestore())
-    return saved_weights.unseal(self._manager.restore(step, args=items).description)
+    return saved_weights.verify_digest(self._manager.restore(step, args=items).description)
 
   def changes(self) -> dict[str, str]:
-    """Returns the config fields that differ from those of the newest checkpoint, 'old -> new'.
+    """Returns the config fields that differ from the newest checkpoint's: name to 'old -> new'.
 
-    `data_fingerprint` is among them, if the dataset is another one, and `seed_version`, if the code
-    draws other numbers from a seed.
+    Also `data_fingerprint` if the dataset has changed, and `seed_version` if this version of the
+    code draws other random numbers from the same seed.
     """
     stored = self._stored_description(self.latest_step)
     old, new = (
@@ -257,23 +257,23 @@ class Checkpoints:
     }
 
   def close(self) -> None:
-    """Ends the writing in the background; `finish` has told how that of the last state went."""
+    """Stops writing in the background; `finish` has reported whether the last state was saved."""
     with contextlib.suppress(Exception):
       self._manager.wait_until_finished()
     self._manager.close()
     self._remove_given_up()
 
 
-def _together(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
-  """Runs a stage on all processes; returns its result, or why it failed on this one or another.
+def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
+  """Runs a stage on all processes; returns its result, or why it failed on this or another one.
 
   Raises:
-    UserError: of the stage, once the others have heard that it failed here.
+    UserError: raised by the stage; the other processes are told first that it failed here.
   """
   result = failure = None
   try:
     result = stage()
-  except Exception as error:  # Orbax answers damage with whatever its parts have.
+  except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
     failure = error
   failed_somewhere = multihost.any_of(failure is not None)
   if isinstance(failure, UserError):

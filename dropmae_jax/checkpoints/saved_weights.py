@@ -1,9 +1,9 @@
-"""A trained model on disk, as its consumers read it: `<workdir>/checkpoints/<step>/`.
+"""Reads the weights of a checkpoint, `<workdir>/checkpoints/<step>/`, and writes imported weights.
 
-A checkpoint has the items `params`, `opt_state` (absent where the weights came from elsewhere)
-and `description`, a json dict: `architecture`, `objective`, `frame_gap`, `steps_per_epoch`, the
-whole `config`, and the `checksums` of the arrays. Orbax writes to a temporary name and renames, so
-what is listed was whole once. Training writes them by `run_checkpoints`.
+A checkpoint has the items `params`, `opt_state` (not if the weights were imported without it) and
+`description`, a json dict: `architecture`, `objective`, `frame_gap`, `steps_per_epoch`, the whole
+`config`, and the `checksums` of the arrays. Orbax writes to a temporary name and then renames, so
+every listed checkpoint was complete when it was written. Training writes them in `manager`.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ FOLDER = 'checkpoints'
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """A trained model, as its consumers need it; all arrays are numpy's."""
+  """A trained model; all arrays are numpy arrays."""
 
   params: dict
   step: int
@@ -52,25 +52,25 @@ def describe(architecture: Architecture, objective: Objective, **other: Any) -> 
 
 
 def first_line(error: Exception) -> str:
-  """Returns what an error says in short, or what it is if it says nothing."""
+  """Returns the first line of an error's message, or its type if it has no message."""
   return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
 
 
 def checksums(tree: Any) -> list[int]:
-  """Sums the bits of each array of a tree, as 32-bit words, modulo 2**32.
+  """Returns a checksum per array of a tree: the sum of its bits as 32-bit words, modulo 2**32.
 
-  The same on any mesh, as such a sum does not depend on its order. Storage may flip bits unseen:
-  the arrays in a checkpoint have no sums of their own.
+  The checksum is the same on any mesh, because the order of such a sum does not matter. Orbax
+  stores no checksums of the arrays, so it would not notice bits that storage has flipped.
 
   Args:
-    tree: arrays of 32-bit numbers, on the devices or numpy's.
+    tree: arrays of 32-bit numbers, on devices or in numpy.
   """
-  return [int(number) for number, _ in jax.device_get(_examined(jax.tree.leaves(tree)))]
+  return [int(number) for number, _ in jax.device_get(_checksums_and_finite(jax.tree.leaves(tree)))]
 
 
 @jax.jit
-def _examined(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-  """Returns the sum of each array's bits, and whether its numbers are finite."""
+def _checksums_and_finite(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+  """Returns the checksum of each array, and whether all its numbers are finite."""
   words = [jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in leaves]
   return [
     (each.sum(dtype=jnp.uint32), jnp.isfinite(leaf).all())
@@ -78,13 +78,13 @@ def _examined(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
   ]
 
 
-def seal(description: dict[str, Any]) -> dict[str, Any]:
-  """Adds the `sha256` of a description to it, by which `unseal` notices damage."""
+def add_digest(description: dict[str, Any]) -> dict[str, Any]:
+  """Returns a description with its `sha256`, which `verify_digest` checks."""
   return {**description, 'sha256': _sha256(description)}
 
 
-def unseal(stored: dict[str, Any]) -> dict[str, Any]:
-  """Returns a description without its seal; older ones have none, and no sums.
+def verify_digest(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns a stored description without its `sha256`; the oldest ones have none.
 
   Raises:
     ValueError: it is not what was saved.
@@ -99,24 +99,24 @@ def unseal(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sha256(description: dict[str, Any]) -> str:
-  # As it comes back: with lists for tuples.
+  # Tuples become lists, as they do when the description is read.
   plain = json.loads(json.dumps(description))
   return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def check(name: str, tree: Any, description: dict[str, Any]) -> None:
-  """Refuses arrays that are not those that were saved, or not finite.
+  """Checks that arrays are those that were saved, and finite.
 
   Args:
     name: of the item, 'params' or 'opt_state'.
     tree: the item as it was read.
-    description: of the checkpoint. Older ones have no sums.
+    description: of the checkpoint. The oldest ones have no checksums.
 
   Raises:
     ValueError: names the item and the first array.
   """
   paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
-  found = jax.device_get(_examined(jax.tree.leaves(tree)))
+  found = jax.device_get(_checksums_and_finite(jax.tree.leaves(tree)))
   expected = description.get('checksums', {}).get(name, [number for number, _ in found])
   for path, (number, is_finite), saved in zip(paths, found, expected, strict=True):
     if number != saved:
@@ -136,9 +136,9 @@ def load_weights(
     with_moments: read the optimizer's moments too.
 
   Raises:
-    UserError: there is no checkpoint, not this one, none with moments, or it cannot be read.
+    UserError: there is no checkpoint, not this step, it has no moments, or it cannot be read.
   """
-  with os_errors_as_user_errors(f'{folder} cannot be read', 'give a folder that may be.'):
+  with os_errors_as_user_errors(f'{folder} cannot be read', 'give another folder.'):
     root, steps = _stored_steps(folder.absolute())
   if not steps:
     raise UserError(
@@ -156,16 +156,17 @@ def load_weights(
   try:
     with ocp.CheckpointManager(root) as manager:
       return _restore_weights(manager, step, with_moments)
-  except Exception as error:  # Orbax answers damage with whatever its parts have, with this too.
-    # Usually these are a bug, but damaged json makes orbax raise them too, and a bug meets all.
-    if isinstance(error, PROGRAM_ERRORS) and not _any_is_whole(root, steps, with_moments):
+  except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
+    # Errors such as TypeError are usually bugs, but damaged json makes orbax raise them too. A bug
+    # fails for every checkpoint; damage does not.
+    if isinstance(error, PROGRAM_ERRORS) and not _can_read_any(root, steps, with_moments):
       error.add_note(f'If step {step} of {folder} is damaged, {remedy}.')
       raise
     reason = first_line(error)
     raise UserError(f'step {step} of {folder} cannot be read ({reason}); {remedy}.') from error
 
 
-def _any_is_whole(root: pathlib.Path, steps: list[int], with_moments: bool) -> bool:
+def _can_read_any(root: pathlib.Path, steps: list[int], with_moments: bool) -> bool:
   for step in steps:
     with contextlib.suppress(Exception), ocp.CheckpointManager(root) as manager:
       _restore_weights(manager, step, with_moments)
@@ -174,7 +175,7 @@ def _any_is_whole(root: pathlib.Path, steps: list[int], with_moments: bool) -> b
 
 
 def _stored_steps(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
-  """Returns the folder that holds a run's checkpoints, and the steps in it: one, if it is one's."""
+  """Returns the folder of a run's checkpoints and its steps; one step if `folder` is that step."""
   root = folder / FOLDER if (folder / FOLDER).is_dir() else folder
   names = os.listdir(root) if root.is_dir() else []
   if root.name.isdecimal() and 'params' in names:
@@ -183,25 +184,25 @@ def _stored_steps(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
 
 
 def _check_known(options: type, stored: dict[str, Any]) -> None:
-  """Raises a ValueError where a description has options that other code than this has written."""
+  """Raises a ValueError if a description has options that this version of the code lacks."""
   unknown = stored.keys() - {field.name for field in dataclasses.fields(options)}
   if unknown:
-    raise ValueError(f'it has {", ".join(sorted(unknown))}, which this code does not know')
+    raise ValueError(f'it has {", ".join(sorted(unknown))}, which this version does not know')
 
 
 def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bool) -> Weights:
   stored = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
-  description = unseal(stored.description)
+  description = verify_digest(stored.description)
   _check_known(Architecture, description['architecture'])
   _check_known(Objective, description['objective'])
   architecture = Architecture(**description['architecture'])
-  # None is what a file that was read in did not tell.
+  # Values are None where an imported file did not tell them.
   objective = description['objective']
   _, abstract = mae.abstract_model(architecture)
   items = {'params': abstract}
   if with_moments:
     items['opt_state'] = optimizer.abstract_state(abstract)
-  # Consumers run on one device, whatever the mesh that wrote the file.
+  # Those who read weights run on one device, whatever mesh has written them.
   place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   items = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), items)
   restored = manager.restore(
@@ -229,12 +230,19 @@ def save_weights(
   *,
   moments: Moments | None = None,
 ) -> None:
-  """Writes a checkpoint that `load_weights` reads and, if it has moments, training goes on from.
+  """Writes a checkpoint for `load_weights`; with moments, training can resume from it.
 
-  Written under a temporary name first: on failure nothing is there.
+  It is written under a temporary name first, so a failure leaves nothing behind.
+
+  Args:
+    folder: the new workdir.
+    params: the pure parameter dict.
+    step: number of updates.
+    description: see `describe`.
+    moments: of the optimizer.
 
   Raises:
-    UserError: the folder holds something already, or cannot be written.
+    UserError: the folder is not empty, or cannot be written.
   """
   atomic_file.check_folder(folder)
   arrays = {'params': params}
@@ -242,7 +250,7 @@ def save_weights(
     arrays['opt_state'] = optimizer.state_of(moments)
   sums = {name: checksums(tree) for name, tree in arrays.items()}
   items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-  items['description'] = ocp.args.JsonSave(seal({**description, 'checksums': sums}))
+  items['description'] = ocp.args.JsonSave(add_digest({**description, 'checksums': sums}))
   try:
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -255,7 +263,7 @@ def save_weights(
       folder.mkdir(exist_ok=True)
       staged.replace(folder / FOLDER)
   except (OSError, ValueError) as error:
-    # Orbax reports what the system refuses as a ValueError of many lines.
+    # Orbax reports an I/O error as a ValueError of many lines.
     reason = getattr(error, 'strerror', None) or str(error).strip().splitlines()[0]
     raise UserError(
       f'--output={folder} cannot be written ({reason}); give another folder.'

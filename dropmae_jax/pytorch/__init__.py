@@ -1,1 +1,1 @@
-"""Files of weights of PyTorch and safetensors, to and from ours."""
+"""Converts checkpoints to PyTorch and safetensors weight files, and back."""

@@ -1,9 +1,10 @@
-"""AdamW's moments as `torch.optim.AdamW.state_dict()` of the published code, and back.
+"""Converts AdamW's moments to the `torch.optim.AdamW.state_dict()` of the published code, and back.
 
-That code groups parameters as timm does: group 0 without decay (1-D tensors and biases), group 1
-with decay. The fixed position tables are in neither. Integer ids run over group 0 in the order of
-the state dict, then over group 1. PyTorch checks no shape when it loads such a state: a moment that
-was not transposed fails at the first update, and a square one never, so shapes are checked here.
+The published code groups parameters as timm does: group 0 without weight decay (1-D tensors and
+biases), group 1 with it. The fixed position tables are in neither. Integer ids run over group 0 in
+the order of the state dict, then over group 1. PyTorch does not check shapes when it loads such a
+state. A moment that was not transposed fails at the first update, or never if it is square, so
+shapes are checked here.
 """
 
 from collections.abc import Mapping
@@ -20,32 +21,32 @@ MOMENTS = {'exp_avg': 'mean', 'exp_avg_sq': 'square'}
 
 
 class TorchAdamW(NamedTuple):
-  """What a file's optimizer state holds; `groups` are the two groups' options, without ids."""
+  """The optimizer state of a file; `groups` are the options of both groups, without ids."""
 
   moments: Moments
   groups: tuple[dict[str, Any], dict[str, Any]]
 
 
 def parameter_groups(architecture: Architecture) -> tuple[list[str], list[str]]:
-  """Returns the names of what does not decay and of what does, in the order of their ids."""
+  """Returns the names of the tensors without and with weight decay, in the order of their ids."""
   trained = [t for t in layouts.tensors(architecture) if t.name not in layouts.POSITION_TABLES]
-  plain = [t.name for t in trained if len(t.shape) == 1]
-  return plain, [t.name for t in trained if len(t.shape) > 1]
+  without_decay = [t.name for t in trained if len(t.shape) == 1]
+  return without_decay, [t.name for t in trained if len(t.shape) > 1]
 
 
 def group_options(
   *, learning_rate: float, beta1: float, beta2: float, weight_decay: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the options of both groups, as every PyTorch since 1.9 knows them."""
+  """Returns the options of both groups; every PyTorch since 1.9 knows all of them."""
   shared = {'lr': learning_rate, 'betas': (beta1, beta2), 'eps': 1e-8}
   return tuple(shared | {'weight_decay': decay, 'amsgrad': False} for decay in (0.0, weight_decay))
 
 
 def to_torch(adamw: TorchAdamW, architecture: Architecture) -> dict[str, Any]:
-  """Returns the optimizer's state dict, with numpy arrays for tensors.
+  """Returns the optimizer's state dict, with numpy arrays instead of tensors.
 
   Args:
-    adamw: moments shaped like the parameters, and the options of both groups.
+    adamw: moments with the shapes of the parameters, and the options of both groups.
     architecture: of the model.
   """
   groups = parameter_groups(architecture)
@@ -58,17 +59,17 @@ def to_torch(adamw: TorchAdamW, architecture: Architecture) -> dict[str, Any]:
     ids = range(len(states), len(states) + len(names))
     param_groups.append({**options, 'betas': tuple(options['betas']), 'params': list(ids)})
     for identity, name in zip(ids, names, strict=True):
-      # One array each: PyTorch counts in place, and a shared one would count once per tensor.
+      # One array per tensor: PyTorch increments it in place, and a shared one once per tensor.
       step = np.array(adamw.moments.count, np.float32)
       states[identity] = {'step': step, **{key: arrays[name] for key, arrays in named.items()}}
   return {'state': states, 'param_groups': param_groups}
 
 
 def from_torch(optimizer: Mapping[str, Any], architecture: Architecture) -> TorchAdamW:
-  """Returns the moments of an optimizer's state dict; undoes `to_torch`.
+  """Returns the moments of an optimizer's state dict; inverse of `to_torch`.
 
-  The fixed tables get zero moments. Where a file's tensors have taken different numbers of
-  updates, it is refused: ours share one count.
+  The fixed tables get zero moments. All tensors must have the same number of updates, because our
+  optimizer has one count.
 
   Raises:
     UserError: ids, groups, shapes or counts are not those of the published code.
@@ -92,21 +93,21 @@ def from_torch(optimizer: Mapping[str, Any], architecture: Architecture) -> Torc
       _check_options(each)
   except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
     raise UserError(
-      f'the optimizer state is not that of AdamW over the {len(names)} trained tensors of'
+      f'the optimizer state is not that of AdamW for the {len(names)} trained tensors of'
       f' {architecture} ({type(error).__name__}: {error}); leave --with_optimizer out.'
     ) from error
   shapes = layouts.tensor_shapes(architecture)
   problems, sizes = [], [len(group) for group in groups]
   if [len(group) for group in listed] != sizes or ids != list(range(len(names))):
-    problems.append(f'its groups are not of {sizes[0]} and {sizes[1]} tensors with ids in order')
+    problems.append(f'its groups do not have {sizes[0]} and {sizes[1]} tensors with ids in order')
   problems += [
-    f'{key} of id {i} is {array.shape}, and {name} is {shapes[name]}'
+    f'{key} of id {i} is {array.shape}, but {name} is {shapes[name]}'
     for i, (name, pair) in zip(ids, arrays.items(), strict=True)
     for key, array in pair.items()
     if array.shape != shapes[name]
   ]
   if len(counts) != 1 or not 0 <= min(counts) < 2**31:
-    problems.append(f'its tensors have taken {min(counts)} to {max(counts)} updates')
+    problems.append(f'its tensors have had {min(counts)} to {max(counts)} updates')
   if problems:
     raise UserError(
       f'the optimizer state does not fit {architecture}: {"; ".join(problems[:3])};'
@@ -121,8 +122,8 @@ def from_torch(optimizer: Mapping[str, Any], architecture: Architecture) -> Torc
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-  """Raises an error where a group's options cannot be kept and written out again."""
+  """Raises an error if a group's options cannot be stored in json and written out again."""
   beta1, beta2 = options['betas']
   numbers = (options['lr'], options['weight_decay'], beta1, beta2)
   if not (all(isinstance(x, int | float) for x in numbers) and file_metadata.is_plain(options)):
-    raise ValueError('options of a group are no plain values')
+    raise ValueError('the options of a group are not plain values')

@@ -1,9 +1,9 @@
-"""Checkpoints of ours to the field's files of weights and back, verified by running both."""
+"""Exports checkpoints as PyTorch weight files and imports them, verified by running both models."""
 
 import dataclasses
 import importlib.metadata
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,16 @@ from dropmae_jax.checkpoints.saved_weights import Weights
 from dropmae_jax.config import Architecture, Objective, OptimizerOptions
 from dropmae_jax.pytorch import (
   adamw_state,
-  file_checks,
   file_metadata,
   import_model,
   layouts,
-  torch_clients,
   weight_files,
 )
 from dropmae_jax.pytorch.adamw_state import TorchAdamW
 from dropmae_jax.runtime import atomic_file
 from dropmae_jax.runtime.errors import UserError
 
-# Models of other patches fit no program of the field, so they keep the tables they have.
+# No published program has models of other patch sizes, so those keep the tables they have.
 PUBLISHED_PATCH_SIZES = (14, 16)
 
 
@@ -34,12 +32,12 @@ class ExportOptions:
   """How a checkpoint is written.
 
   Attributes:
-    layout: one of `torch_export.LAYOUTS`.
-    file_format: one of `file_checks.FORMATS`; None takes it from the file's ending.
-    with_optimizer: write AdamW's moments too; full layout in a .pth only.
-    verify: compare the written file with the checkpoint; None does so where PyTorch is installed.
-    image_size: resample the position tables to this resolution; None leaves them as they are,
-      or gives those of 224 pixels to a model that was trained at another resolution.
+    layout: one of `layouts.LAYOUTS`.
+    file_format: one of `weight_files.FORMATS`; None takes it from the file's ending.
+    with_optimizer: write AdamW's moments too; only in the full layout and a .pth.
+    verify: run the written network in PyTorch and compare; None does so if PyTorch is installed.
+    image_size: in pixels; resample the position tables to this resolution. None keeps them for a
+      model of 224 pixels and writes those for 224 pixels for any other.
   """
 
   layout: str = 'full'
@@ -52,11 +50,17 @@ class ExportOptions:
 def export(
   folder: pathlib.Path, path: pathlib.Path, options: ExportOptions, *, step: int | None = None
 ) -> Iterator[str]:
-  """Writes a checkpoint as a file of weights, with its sha256 and card; yields lines of progress.
+  """Writes a checkpoint as a file of weights, with its .sha256 and .json; yields progress lines.
+
+  Args:
+    folder: the workdir of a run.
+    path: the file to write.
+    options: how it is written.
+    step: which checkpoint; the newest by default.
 
   Raises:
-    UserError: there is no such checkpoint, the options do not fit one another, or the file cannot
-      be written or is not what the checkpoint is; then nothing is written.
+    UserError: there is no such checkpoint, the options contradict each other, the file cannot be
+      written, or it does not reproduce the checkpoint; then nothing is written.
   """
   file_format = _checked_format(path, options)
   atomic_file.check_file(path)
@@ -64,7 +68,8 @@ def export(
   state = layouts.to_torch(weights.params, weights.architecture)
   state, architecture = _at_resolution(state, weights.architecture, options.image_size)
   if architecture.image_size != weights.architecture.image_size:
-    yield f'position tables: of {architecture.image_size} pixels' + (
+    yield (
+      f'position tables: for {architecture.image_size} pixels'
       f' (trained at {weights.architecture.image_size})'
     )
   tensors = layouts.in_layout(state, options.layout)
@@ -84,7 +89,9 @@ def export(
     layouts.check_shapes(written, layouts.tensor_shapes(architecture, options.layout), architecture)
     changed = [name for name in tensors if not np.array_equal(written[name], tensors[name])]
     if changed:
-      raise UserError(f'--output={path} does not read back as written, in {changed[0]}; try again.')
+      raise UserError(
+        f'--output={path} does not read back as written, first in {changed[0]}; try again.'
+      )
     params = weights.params | {name: state[name] for name in layouts.POSITION_TABLES}
     difference = yield from _verified(written, params, architecture, options.layout, options.verify)
     atomic_file.write_card(partial, card | {'largest_relative_difference': difference})
@@ -93,12 +100,25 @@ def export(
     name for name in weights.description.get('source', {}).get('fresh', []) if name in tensors
   ]
   if fresh:
-    yield f'Note: {len(fresh)} of them are fresh: what was read in had none ({fresh[0]}, ...)'
+    yield (
+      f'Note: {len(fresh)} of them were newly initialised, because the imported file did not have'
+      f' them ({fresh[0]}, ...)'
+    )
   if options.with_optimizer and 'epoch' not in entries:
-    yield 'Note: its epoch is unknown, and without one the published code takes the weights alone'
-  yield from torch_clients.closing_lines(
-    path, architecture, layout=options.layout, file_format=file_format
+    yield 'Note: its epoch is unknown; the published code then resumes from the weights alone'
+  yield (
+    'See docs/convert.md for the missing and unexpected keys that each program prints for this'
+    ' layout; they are expected.'
   )
+  if 'OSTrack' in path.name:
+    yield (
+      'Warning: trackers take a file with "OSTrack" in its name for one of their own checkpoints;'
+      f' rename {path.name}.'
+    )
+  if 'npz' in str(path.absolute()):
+    yield (
+      f'Warning: trackers take a path with "npz" in it for a file of another format; move {path}.'
+    )
 
 
 def import_(
@@ -110,14 +130,22 @@ def import_(
   verify: bool | None = None,
   image_size: int | None = None,
 ) -> Iterator[str]:
-  """Makes a checkpoint of ours from any file of the field; yields lines of progress.
+  """Makes a checkpoint from any weight file that `import_model` reads; yields progress lines.
+
+  Args:
+    path: the weight file.
+    folder: the workdir to write to.
+    size: a row of `vit.SIZES`; needed only if the shapes do not tell it.
+    with_optimizer: take AdamW's moments too.
+    verify: as in `ExportOptions`.
+    image_size: in pixels; resample the position tables to this resolution.
 
   Raises:
-    UserError: the file cannot be read or fits no model of ours; then nothing is written.
+    UserError: the file cannot be read or fits no model; then nothing is written.
   """
   atomic_file.check_folder(folder)
   file = weight_files.read(path)
-  yield file.wholeness
+  yield file.integrity
   model = import_model.read_model(file, size=size)
   state, architecture = model.state, model.architecture
   yield from model.report
@@ -125,19 +153,19 @@ def import_(
   if image_size not in (None, architecture.image_size):
     yield f'position tables: resampled from {architecture.image_size} to {image_size} pixels'
     state, architecture = _at_resolution(state, architecture, image_size)
-  arguments = file_metadata.read(file.entries)
-  step, known, adamw = arguments.step, dict(arguments.kept), None
+  metadata = file_metadata.read(file.entries)
+  step, described, adamw = metadata.step, dict(metadata.description), None
   if with_optimizer:
     if 'optimizer' not in file.entries:
       raise UserError(f'{path} holds no optimizer state; leave --with_optimizer out.')
     adamw = adamw_state.from_torch(file.entries['optimizer'], architecture)
     step = adamw.moments.count
-    known['optimizer_groups'] = adamw.groups
-  if model.fresh or not arguments.is_ours:
-    fresh = [*known.get('source', {}).get('fresh', []), *model.fresh]
-    known['source'] = {'file': path.name, 'fresh': list(dict.fromkeys(fresh))}
-  description = saved_weights.describe(architecture, Objective(), **known)
-  description['objective'] = arguments.objective
+    described['optimizer_groups'] = adamw.groups
+  if model.fresh or not metadata.is_ours:
+    fresh = [*described.get('source', {}).get('fresh', []), *model.fresh]
+    described['source'] = {'file': path.name, 'fresh': list(dict.fromkeys(fresh))}
+  description = saved_weights.describe(architecture, Objective(), **described)
+  description['objective'] = metadata.objective
   params = layouts.from_torch(state, architecture)
   yield from _verified(state, params, architecture, 'full', verify)
   moments = adamw.moments if adamw is not None else None
@@ -146,11 +174,11 @@ def import_(
 
 
 def _checked_format(path: pathlib.Path, options: ExportOptions) -> str:
-  file_format = options.file_format or file_checks.format_of(path)
-  if file_format != file_checks.ENDINGS.get(path.suffix, file_format):
+  file_format = options.file_format or weight_files.format_of(path)
+  if file_format != weight_files.ENDINGS.get(path.suffix, file_format):
     raise UserError(
-      f'--output={path} and --format={file_format} do not go together: loaders tell the format by'
-      ' the ending; let .safetensors end files of that format, and no other.'
+      f'--output={path} and --format={file_format} do not go together, because loaders tell the'
+      ' format by the ending; use .safetensors for that format only.'
     )
   if options.with_optimizer and (options.layout, file_format) != ('full', 'pth'):
     raise UserError(
@@ -158,7 +186,7 @@ def _checked_format(path: pathlib.Path, options: ExportOptions) -> str:
       f' {options.layout} and {file_format}; leave it out.'
     )
   if file_format == 'pth':
-    weight_files.torch_or_refuse()
+    weight_files.import_torch()
   return file_format
 
 
@@ -177,7 +205,7 @@ def _at_resolution(
 
 
 def _optimizer_state(weights: Weights) -> dict[str, Any]:
-  """Returns AdamW's state with the options it was read with, or those of the run's config."""
+  """Returns AdamW's state with the options of the imported file, or else of the run's config."""
   groups = weights.description.get('optimizer_groups')
   if groups is None:
     config = weights.description['config']
@@ -200,11 +228,11 @@ def _optimizer_state(weights: Weights) -> dict[str, Any]:
 def _card(
   weights: Weights, architecture: Architecture, layout: str, file_format: str
 ) -> dict[str, Any]:
-  """Returns what the json beside a file says of it, but for the file itself."""
+  """Returns what the .json beside a file says about its weights."""
   description = weights.description
   epoch = description.get('epoch')
   if epoch is None and 'steps_per_epoch' in description:
-    # As published: the number, from 0, of the last epoch that is done.
+    # As in the published code: the last finished epoch, counted from 0.
     epoch = weights.step // description['steps_per_epoch'] - 1
   shape = dataclasses.asdict(architecture)
   return {
@@ -231,29 +259,36 @@ def _verified(
   architecture: Architecture,
   layout: str,
   verify: bool | None,
-) -> Iterator[str]:
-  """Compares tensors with parameters through both networks; returns the difference, or None."""
+) -> Generator[str, None, float | None]:
+  """Compares the outputs of the PyTorch and the JAX network; returns their largest difference.
+
+  Returns None if it does not run them.
+  """
   if verify is False:
     yield 'not verified: --no-verify'
     return None
   fault = weight_files.torch_fault()
+  # A layout that was added to the table may have names of its own.
+  missing = layouts.tensor_shapes(architecture, 'timm').keys() - tensors.keys()
+  if missing and not fault:
+    fault = f'layout {layout} has no {min(missing)}'
   if fault and verify:
-    raise UserError(f'{fault}, and --verify runs the network in it; leave --verify out.')
+    raise UserError(f'{fault}, so --verify cannot run the network; leave --verify out.')
   if fault:
     yield f'not verified: {fault}'
     return None
   from dropmae_jax.pytorch import reference
 
-  difference = reference.largest_difference(tensors, params, architecture, layout)
+  difference = reference.largest_difference(tensors, params, architecture)
   tolerance, reason = reference.TOLERANCE, ''
   if difference > tolerance:
     rounding = reference.rounding(tensors, architecture)
     tolerance = reference.tolerance_of(rounding)
-    reason = f'; rounding alone makes {rounding:.1e} of these weights'
+    reason = f'; rounding alone makes {rounding:.1e} with these weights'
   if not difference <= tolerance:
     raise UserError(
-      f'the network gives features in PyTorch that differ by {difference:.2g} (relative; at most'
-      f' {tolerance:.0e}) from those in JAX, so nothing is written; please report this, or give'
+      f'the features in PyTorch and in JAX differ by {difference:.2g} (relative; at most'
+      f' {tolerance:.0e} is allowed), so nothing is written; please report this, or give'
       ' --no-verify.'
     )
   yield f'verified: features in PyTorch and in JAX differ by {difference:.1e} (relative){reason}'

@@ -1,7 +1,7 @@
-"""What a file says of itself, in `args` and beside it: checked before anything is made of it.
+"""Reads and checks the metadata of a weight file: its entries `args` and `epoch`.
 
-Ours say everything: the architecture, the objective, the step and the description of the run. The
-published code's arguments tell the objective; those of other programs mean other things.
+Files written by this project hold the architecture, the objective, the step and the description of
+the run. Files of the published code hold the objective. Arguments of other programs are ignored.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dropmae_jax.config import Architecture, Objective
 from dropmae_jax.runtime.errors import UserError
 
-# Of the published code's arguments, those that say what the model was trained to do.
+# Arguments of the published code to fields of `Objective`.
 PUBLISHED_OBJECTIVE = {
   'mask_ratio': 'mask_ratio',
   'P': 'attention_dropout',
@@ -20,37 +20,37 @@ PUBLISHED_OBJECTIVE = {
 }
 
 
-class Arguments(NamedTuple):
-  """What is known of the model in a file, as plain values.
+class Metadata(NamedTuple):
+  """What a file tells about its model, as plain values.
 
   Attributes:
-    is_ours: this program wrote them.
-    architecture: None where the file does not tell it.
-    objective: all fields of an `Objective`; None where the file does not tell one.
-    step: updates that were made; 0 where the file does not tell it.
-    kept: what a checkpoint's description keeps through a file and back.
+    is_ours: whether this project wrote the file.
+    architecture: None if the file does not tell it.
+    objective: the fields of `Objective`; the value is None if the file does not tell it.
+    step: number of updates; 0 if the file does not tell it.
+    description: the entries of a checkpoint's description that an export and an import preserve.
   """
 
   is_ours: bool
   architecture: Architecture | None
   objective: dict[str, Any]
   step: int
-  kept: dict[str, Any]
+  description: dict[str, Any]
 
 
-class _Law(NamedTuple):
-  """What a value must be, and how this is told."""
+class _Check(NamedTuple):
+  """What a value must be: a predicate, and its wording in an error message."""
 
-  holds: Callable[[Any], bool]
-  says: str
+  accepts: Callable[[Any], bool]
+  wording: str
 
 
-def _whole_from(lowest: int) -> _Law:
-  return _Law(lambda value: _is_a(value, int) and value >= lowest, f'a whole number from {lowest}')
+def _integer_from(least: int) -> _Check:
+  return _Check(lambda value: _is_a(value, int) and value >= least, f'an integer from {least}')
 
 
 def _is_a(value: Any, kind: type) -> bool:
-  """As isinstance, but that no bool is a number, whole ones are floats, and all have 32 bits."""
+  """Like isinstance, but a bool is no number, an int is a float, and numbers are below 2**31."""
   if kind not in (int, float):
     return isinstance(value, kind)
   is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
@@ -58,7 +58,7 @@ def _is_a(value: Any, kind: type) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-  """Whether json can keep a value."""
+  """Returns whether json can store a value."""
   try:
     json.dumps(value)
   except (TypeError, ValueError, RecursionError):
@@ -71,70 +71,77 @@ def _is_source(value: Any) -> bool:
   return isinstance(fresh, list) and all(isinstance(name, str) for name in fresh)
 
 
-_STEP = _whole_from(0)
-_KEPT = {
-  'frame_gap': _whole_from(2),
-  'steps_per_epoch': _whole_from(1),
-  'epoch': _whole_from(-1),
-  'config': _Law(lambda value: isinstance(value, dict), 'a dict of plain values'),
-  'data_fingerprint': _Law(lambda value: value is None or isinstance(value, str), 'a text'),
-  'source': _Law(_is_source, 'a dict with a list of names under "fresh"'),
-  'seed_version': _whole_from(1),
+_STEP = _integer_from(0)
+# Older files have a score too, which is not read.
+_DESCRIPTION = {
+  'frame_gap': _integer_from(2),
+  'steps_per_epoch': _integer_from(1),
+  'epoch': _integer_from(-1),
+  'config': _Check(lambda value: isinstance(value, dict), 'a dict of plain values'),
+  'data_fingerprint': _Check(lambda value: value is None or isinstance(value, str), 'a string'),
+  'source': _Check(_is_source, 'a dict with a list of names under "fresh"'),
+  'seed_version': _integer_from(1),
 }
 
 
-def read(entries: Mapping[str, Any]) -> Arguments:
-  """Reads what a file has beside its tensors.
+def read(entries: Mapping[str, Any]) -> Metadata:
+  """Returns the metadata of a file.
+
+  Args:
+    entries: the file's top-level entries other than its tensors.
 
   Raises:
-    UserError: a value is not what its name stands for; names the first.
+    UserError: a value is of the wrong type or out of its range; names the first.
   """
-  said = entries.get('args')
-  said = said if isinstance(said, dict) else {}
-  if 'architecture' not in said:
-    known = {name: said[theirs] for theirs, name in PUBLISHED_OBJECTIVE.items() if theirs in said}
-    kept = {'epoch': entries['epoch']} if _KEPT['epoch'].holds(entries.get('epoch')) else {}
-    return Arguments(False, None, _objective(known), 0, kept)
-  for name, law in {'step': _STEP, **_KEPT}.items():
-    if name in said and not (law.holds(said[name]) and is_plain(said[name])):
-      raise _refused(f'{name}={_shown(said[name])} and not {law.says}')
-  return Arguments(
+  args = entries.get('args')
+  args = args if isinstance(args, dict) else {}
+  if 'architecture' not in args:
+    objective = {
+      name: args[published] for published, name in PUBLISHED_OBJECTIVE.items() if published in args
+    }
+    epoch = entries.get('epoch')
+    description = {'epoch': epoch} if _DESCRIPTION['epoch'].accepts(epoch) else {}
+    return Metadata(False, None, _objective(objective), 0, description)
+  for name, check in {'step': _STEP, **_DESCRIPTION}.items():
+    if name in args and not (check.accepts(args[name]) and is_plain(args[name])):
+      raise _invalid(f'{name}={_short_repr(args[name])}, which is not {check.wording}')
+  return Metadata(
     is_ours=True,
-    architecture=Architecture(**_fields(Architecture, said['architecture'])),
-    objective=_objective(said.get('objective', {})),
-    step=said.get('step', 0),
-    kept={name: said[name] for name in _KEPT if name in said},
+    architecture=Architecture(**_fields(Architecture, args['architecture'])),
+    objective=_objective(args.get('objective', {})),
+    step=args.get('step', 0),
+    description={name: args[name] for name in _DESCRIPTION if name in args},
   )
 
 
-def _objective(said: Any) -> dict[str, Any]:
-  if isinstance(said, dict):
-    said = {name: value for name, value in said.items() if value is not None}
+def _objective(values: Any) -> dict[str, Any]:
+  if isinstance(values, dict):
+    values = {name: value for name, value in values.items() if value is not None}
   unknown = dict.fromkeys(field.name for field in dataclasses.fields(Objective))
-  return unknown | _fields(Objective, said)
+  return unknown | _fields(Objective, values)
 
 
-def _fields(kind: type, said: Any) -> dict[str, Any]:
-  """Returns values for fields of a dataclass, all of which have defaults of their type."""
+def _fields(kind: type, values: Any) -> dict[str, Any]:
+  """Returns `values` if they are fields of a dataclass; every field has a default of its type."""
   what = kind.__name__.lower()
-  if not isinstance(said, dict):
-    raise _refused(f'{what}={_shown(said)} and not a dict')
+  if not isinstance(values, dict):
+    raise _invalid(f'{what}={_short_repr(values)}, which is not a dict')
   defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-  for name, value in said.items():
+  for name, value in values.items():
     if name not in defaults:
-      raise _refused(f'{_shown(name)} in its {what}, which has no such field')
+      raise _invalid(f'{_short_repr(name)} in its {what}, which has no such field')
     if not _is_a(value, type(defaults[name])):
-      raise _refused(f'{name}={_shown(value)} in its {what}, where {defaults[name]} is usual')
+      raise _invalid(f'{name}={_short_repr(value)} in its {what} (the default: {defaults[name]})')
   try:
-    kind(**said)
+    kind(**values)
   except ValueError as error:
-    raise _refused(str(error).rstrip('.')) from error
-  return said
+    raise _invalid(str(error).rstrip('.')) from error
+  return values
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
   return ' '.join(repr(value).split())[:60]
 
 
-def _refused(what: str) -> UserError:
-  return UserError(f'the file says {what}; save it without "args", or correct them.')
+def _invalid(what: str) -> UserError:
+  return UserError(f'the file says {what}; correct its "args", or save it without them.')

@@ -1,7 +1,8 @@
-"""Any file of the field as a whole model of ours: what is taken, dropped and freshly made.
+"""Completes the tensors of a weight file to a whole model.
 
-Read are the published DropMAE files and ours in every layout, MAE's (with and without decoder),
-timm's, and trained OSTrack and DropTrack trackers, of which the encoder is taken.
+It accepts the published DropMAE files, ours in every layout, MAE's with and without decoder,
+timm's, and the encoders of trained OSTrack and DropTrack trackers. Tensors that the model does not
+have are dropped; optional tensors that the file does not have are newly initialised.
 """
 
 import collections
@@ -19,18 +20,19 @@ from dropmae_jax.pytorch.weight_files import WeightFile
 from dropmae_jax.runtime.errors import UserError
 
 TRACKER_PREFIX = 'backbone.'
-# Tensors that a vision transformer of another kind computes with: dropping them would be silent.
-FOREIGN = ('blocks.', 'decoder_blocks.', 'norm_pre.', 'reg_token', 'patch_embed.')
+# Tensors with these names change the features of another kind of vision transformer. A file with
+# one that our model does not have is refused; without it the features would be wrong.
+ENCODER_PREFIXES = ('blocks.', 'decoder_blocks.', 'norm_pre.', 'reg_token', 'patch_embed.')
 
 
 class Model(NamedTuple):
-  """A file of the field, completed to the full layout.
+  """The weights of a file, completed to the full layout.
 
   Attributes:
-    state: the full layout, float32.
+    state: a float32 state dict in the full layout.
     architecture: of the model.
-    fresh: names of tensors that the file does not have, drawn from seed 0.
-    report: lines that say what was taken, dropped, converted and freshly made.
+    fresh: names of the tensors that the file does not have; initialised from seed 0.
+    report: lines that say what was taken, converted, dropped and initialised.
   """
 
   state: dict[str, np.ndarray]
@@ -40,17 +42,17 @@ class Model(NamedTuple):
 
 
 def read_model(file: WeightFile, *, size: str | None = None) -> Model:
-  """Completes what a file holds to a whole model.
+  """Completes the tensors of a file to a whole model.
 
   Args:
-    file: as `torch_files.read` returns it.
-    size: a row of `vit.SIZES`; needed where the tensors' shapes do not tell it.
+    file: as `weight_files.read` returns it.
+    size: a row of `vit.SIZES`; needed only if the tensors' shapes do not tell it.
 
   Raises:
-    UserError: the size is unknown, or tensors of the encoder (or some, not all, of the decoder)
-      are missing, of another shape or of no floating point; names the first three.
+    UserError: the size is unknown; or tensors of the encoder, or some but not all of the decoder,
+      are missing, of another shape or not floating-point; names the first three.
   """
-  tensors, dropped = _without_prefix(file.tensors)
+  tensors, dropped = _without_tracker_prefix(file.tensors)
   if 'pos_embed' in tensors:
     tensors['pos_embed'] = _with_class_slot(tensors['pos_embed'])
   architecture = file_metadata.read(file.entries).architecture
@@ -60,7 +62,7 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   optional = set(layouts.FRAME_IDENTITIES)
   decoder = {name for name in shapes if layouts.is_of_decoder(name)}
   decoder_identities = {f'decoder_{name}' for name in layouts.FRAME_IDENTITIES}
-  # A mask token alone is what trackers leave of a decoder.
+  # Trackers save the mask token but no other tensor of the decoder.
   if decoder & set(tensors) <= {'mask_token'} | decoder_identities:
     optional |= decoder
   else:
@@ -70,11 +72,11 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
     fresh = [name for name in shapes if name in decoder or name in fresh]
 
   taken = {name: array for name, array in tensors.items() if name in shapes and name not in fresh}
-  left = {name: array for name, array in tensors.items() if name not in taken}
-  foreign = {name: array for name, array in left.items() if name.startswith(FOREIGN)}
-  dropped += list(left)
-  wanted = {name: shape for name, shape in shapes.items() if name not in fresh}
-  layouts.check_shapes(taken | foreign, wanted, architecture)
+  remaining = {name: array for name, array in tensors.items() if name not in taken}
+  unknown = {name: array for name, array in remaining.items() if name.startswith(ENCODER_PREFIXES)}
+  expected = {name: shape for name, shape in shapes.items() if name not in fresh}
+  layouts.check_shapes(taken | unknown, expected, architecture)
+  dropped += list(remaining)
   converted = layouts.as_float32(taken) | _fresh_tensors(architecture, fresh)
   state = {name: converted[name] for name in shapes}
   report = [f'taken: {len(taken)} tensors of {architecture}']
@@ -83,36 +85,38 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   if dropped:
     report.append(f'dropped: {grouped(dropped)}')
     if any(name.endswith(layouts.CLASS_TOKEN) for name in dropped):
-      report.append('  (the class token: this method has none)')
+      report.append('  (DropMAE has no class token)')
   if fresh:
-    report.append(f'freshly made (seed 0), since the file has none: {grouped(fresh)}')
+    report.append(f'initialised (seed 0), because the file does not have them: {grouped(fresh)}')
   return Model(state, architecture, fresh, report)
 
 
-def _without_prefix(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Returns the tensors of the backbone under plain names, and the names of all others."""
+def _without_tracker_prefix(
+  tensors: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Returns a tracker's backbone without the prefix of its names, and the names of the rest."""
   if not any(name.startswith(TRACKER_PREFIX) for name in tensors):
     return dict(tensors), []
-  kept = {
+  backbone = {
     name.removeprefix(TRACKER_PREFIX): array
     for name, array in tensors.items()
     if name.startswith(TRACKER_PREFIX)
   }
-  return kept, [name for name in tensors if not name.startswith(TRACKER_PREFIX)]
+  return backbone, [name for name in tensors if not name.startswith(TRACKER_PREFIX)]
 
 
 def _with_class_slot(table: np.ndarray) -> np.ndarray:
-  """Gives timm's table of plain tokens the zero slot that the others have."""
+  """Adds the zero slot of the class token to timm's position table, which has none."""
   if table.ndim != 3 or round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:
     return table
   return np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
 
 
 def _architecture(tensors: Mapping[str, np.ndarray], size: str | None) -> Architecture:
-  """Reads the architecture off the shapes.
+  """Derives the architecture from the shapes of the tensors.
 
-  Head counts leave no trace in the shapes: they are those of the size table's row, and 16 in the
-  decoder, as published.
+  Shapes do not tell the numbers of heads: the encoder's is that of its row in the size table, and
+  the decoder's is 16, as published.
   """
   if size is not None and size not in vit.SIZES:
     raise UserError(f'--model={size} is not in the size table; choose one of {_names(vit.SIZES)}.')
@@ -126,14 +130,14 @@ def _architecture(tensors: Mapping[str, np.ndarray], size: str | None) -> Archit
       decoder['decoder_depth'] = _depth(tensors, 'decoder_blocks.')
   except (KeyError, ValueError, IndexError) as error:
     raise UserError(
-      f'the file holds no vision transformer ({error} is missing or misshapen); its tensors are'
-      f' {grouped(tensors)}.'
+      f'the file does not hold a vision transformer ({error} is missing or has a wrong shape); it'
+      f' holds {grouped(tensors)}.'
     ) from error
   if size is None:
     rows = [name for name, row in vit.SIZES.items() if row.width == width]
     if not rows:
       raise UserError(
-        f'a width of {width} is in no row of the size table (they are'
+        f'no row of the size table has width {width} (widths are'
         f' {_names(f"{name}: {row.width}" for name, row in vit.SIZES.items())}), so the number of'
         ' heads is unknown; give --model if it is one of these with other shapes.'
       )
@@ -145,7 +149,7 @@ def _architecture(tensors: Mapping[str, np.ndarray], size: str | None) -> Archit
   try:
     return Architecture(**row, image_size=grid * row['patch_size'], **decoder)
   except ValueError as error:
-    raise UserError(f'the tensors of the file are of no model of ours: {error}') from error
+    raise UserError(f'the tensors of the file fit no model: {error}') from error
 
 
 def _depth(tensors: Iterable[str], prefix: str) -> int:
@@ -153,7 +157,7 @@ def _depth(tensors: Iterable[str], prefix: str) -> int:
 
 
 def _fresh_tensors(architecture: Architecture, names: list[str]) -> dict[str, np.ndarray]:
-  """Draws the tensors of these names by the published rules; none is of an encoder's block."""
+  """Initialises the named tensors as published; none of them is in a block of the encoder."""
   if not names:
     return {}
   shallow = dataclasses.replace(architecture, depth=1)
@@ -163,21 +167,25 @@ def _fresh_tensors(architecture: Architecture, names: list[str]) -> dict[str, np
 
 
 def check_finite(state: Mapping[str, np.ndarray], where: str) -> None:
-  """Refuses weights of a run that has diverged.
+  """Checks that all weights are finite.
+
+  Args:
+    state: the weights by name.
+    where: names their source in the error message.
 
   Raises:
-    UserError: names the tensors that hold other values than numbers.
+    UserError: some are not; names the tensors.
   """
   bad = [name for name, array in state.items() if not np.isfinite(array).all()]
   if bad:
     raise UserError(
-      f'{where} has values that are not finite, in {grouped(bad)}; give one from before the run'
-      ' diverged.'
+      f'{where} has values that are not finite, in {grouped(bad)}; give weights from before the'
+      ' run diverged.'
     )
 
 
 def grouped(names: Iterable[str]) -> str:
-  """Names tensors in a line: those with a common first part are counted together."""
+  """Returns the number and names of tensors as text; blocks and the like are counted."""
   names = list(names)
   groups = collections.Counter(name.split('.')[0] for name in names)
   return f'{len(names)} tensors: ' + _names(

@@ -1,4 +1,4 @@
-"""First parameters of a run that come from another one, or from a PyTorch file of the field."""
+"""Initialises a run from the weights of another run or of a weight file."""
 
 import pathlib
 from typing import NamedTuple
@@ -13,44 +13,44 @@ from dropmae_jax.pytorch import import_model, layouts, weight_files
 from dropmae_jax.runtime.errors import UserError
 
 
-class WarmStart(NamedTuple):
-  """What a run begins with, instead of what it would draw.
+class InitialParams(NamedTuple):
+  """Parameters that replace the newly initialised ones of a run.
 
   Attributes:
-    taken: parameters by their path in the pure parameter dict; numpy arrays.
-    report: lines that say what was taken, what is drawn afresh, and what was resampled.
+    params: numpy arrays by their path in the pure parameter dict.
+    report: lines that say what was loaded, initialised and resampled.
   """
 
-  taken: dict[tuple[str | int, ...], np.ndarray]
+  params: dict[tuple[str | int, ...], np.ndarray]
   report: list[str]
 
 
-def read(path: pathlib.Path, architecture: Architecture) -> WarmStart:
-  """Reads the parameters that fit a model: its whole encoder, and its decoder where it is there.
+def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
+  """Reads the parameters that fit a model: the whole encoder, and the decoder if it fits.
 
-  Position tables of another grid are resampled, as trackers do: the encoder has learned those
-  positions, and others would lie outside of them.
+  Position tables of another grid are resampled, as trackers do, because the encoder was trained
+  with the positions of that grid.
 
   Args:
-    path: a workdir of ours, or a file that `torch_import` reads (.pth needs PyTorch).
-    architecture: of the run that begins.
+    path: a workdir, or a file that `import_model` reads (.pth needs PyTorch).
+    architecture: of the new run.
 
   Raises:
-    UserError: it cannot be read, or its encoder is another; names the first three mismatches.
+    UserError: it cannot be read, or its encoder has other shapes; names the first three mismatches.
   """
   if path.is_dir():
     weights = saved_weights.load_weights(path)
     state = layouts.to_torch(weights.params, weights.architecture)
-    theirs, fresh = weights.architecture, set()
+    source, fresh = weights.architecture, set()
     report = [f'init_from {path}: step {weights.step}']
   else:
     model = import_model.read_model(weight_files.read(path))
-    state, theirs, fresh = model.state, model.architecture, set(model.fresh)
+    state, source, fresh = model.state, model.architecture, set(model.fresh)
     report = [f'init_from {path}: {line}' for line in model.report]
-  if theirs.image_size != architecture.image_size and theirs.patch_size == architecture.patch_size:
-    state, _ = layouts.at_resolution(state, theirs, architecture.image_size)
+  if source.image_size != architecture.image_size and source.patch_size == architecture.patch_size:
+    state, _ = layouts.at_resolution(state, source, architecture.image_size)
     report.append(
-      f'position tables: resampled from {theirs.image_size} to {architecture.image_size} pixels'
+      f'position tables: resampled from {source.image_size} to {architecture.image_size} pixels'
     )
   expected = layouts.tensors(architecture)
   encoder = {t.name: t.shape for t in expected if not layouts.is_of_decoder(t.name)}
@@ -61,32 +61,32 @@ def read(path: pathlib.Path, architecture: Architecture) -> WarmStart:
       architecture,
     )
   except UserError as error:
-    raise UserError(f'init_from={path} is of another encoder: {error}') from error
-  # A decoder of another shape is left out whole: half of one is worth nothing.
+    raise UserError(f'init_from={path} has another encoder: {error}') from error
+  # A decoder of another shape is left out as a whole.
   has_decoder = all(
     np.shape(state[t.name]) == t.shape
     for t in expected
     if t.name not in encoder and t.name in state and t.name not in fresh
   ) and {t.name for t in expected} == set(state)
-  taken = [t for t in expected if t.name not in fresh and (has_decoder or t.name in encoder)]
-  drawn = [t.name for t in expected if t not in taken]
-  report.append(f'taken: {len(taken)} of {len(expected)} tensors')
-  if drawn:
-    report.append(f'drawn afresh: {import_model.grouped(drawn)}')
-  import_model.check_finite({t.name: state[t.name] for t in taken}, f'init_from={path}')
-  params = {t.path: layouts.leaf_of(state[t.name], t) for t in taken}
-  return WarmStart(params, report)
+  loaded = [t for t in expected if t.name not in fresh and (has_decoder or t.name in encoder)]
+  initialised = [t.name for t in expected if t not in loaded]
+  report.append(f'loaded: {len(loaded)} of {len(expected)} tensors')
+  if initialised:
+    report.append(f'initialised: {import_model.grouped(initialised)}')
+  import_model.check_finite({t.name: state[t.name] for t in loaded}, f'init_from={path}')
+  params = {t.path: layouts.leaf_of(state[t.name], t) for t in loaded}
+  return InitialParams(params, report)
 
 
-def put(taken: dict[tuple[str | int, ...], np.ndarray], params: dict) -> dict:
-  """Replaces what was drawn by what was taken, in the places where it lies.
+def replace(params: dict, loaded: dict[tuple[str | int, ...], np.ndarray]) -> dict:
+  """Replaces parameters by loaded ones, with the shardings of the former.
 
   Args:
-    taken: see `WarmStart`.
-    params: of the fresh state, on the devices of all processes.
+    params: the pure parameter dict of a new state, on the devices of all processes.
+    loaded: see `InitialParams`.
   """
   leaves = traverse_util.flatten_dict(params)
-  for path, array in taken.items():
+  for path, array in loaded.items():
     leaves[path] = jax.make_array_from_callback(
       array.shape, leaves[path].sharding, lambda index, array=array: array[index]
     )

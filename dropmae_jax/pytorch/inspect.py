@@ -1,4 +1,4 @@
-"""Looks into files of weights and checkpoints: which tensors they hold, how two of them differ."""
+"""Lists the tensors of weight files and checkpoints, and compares two of them."""
 
 import pathlib
 from collections.abc import Iterator
@@ -11,12 +11,20 @@ from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors
 
 
 def tensors_of(path: pathlib.Path, *, step: int | None = None) -> weight_files.WeightFile:
-  """Reads a file of weights, or one of our checkpoints as if it were one."""
-  with os_errors_as_user_errors(f'{path} cannot be read', 'give a file or a folder that may be.'):
+  """Returns the content of a weight file, or of a checkpoint in the same form.
+
+  Args:
+    path: a file, or the workdir of a run.
+    step: which checkpoint of a run; the newest by default.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  with os_errors_as_user_errors(f'{path} cannot be read', 'give another file or folder.'):
     is_folder = path.is_dir()
   if not is_folder:
     if step is not None:
-      raise UserError(f'--step={step} goes with a checkpoint, and {path} is a file; leave it out.')
+      raise UserError(f'--step={step} is for checkpoints, and {path} is a file; leave it out.')
     return weight_files.read(path)
   weights = saved_weights.load_weights(path, step=step)
   tensors = layouts.to_torch(weights.params, weights.architecture)
@@ -24,7 +32,7 @@ def tensors_of(path: pathlib.Path, *, step: int | None = None) -> weight_files.W
 
 
 def table(path: pathlib.Path, *, step: int | None = None) -> Iterator[str]:
-  """Lists the tensors of a file or checkpoint: name, shape, dtype, Euclidean norm."""
+  """Yields one line per tensor of a file or checkpoint: name, shape, dtype, Euclidean norm."""
   file = tensors_of(path, step=step)
   width = max(map(len, file.tensors))
   yield f'{"name":{width}}  {"shape":>18}  {"dtype":>8}  {"norm":>12}'
@@ -37,16 +45,16 @@ def table(path: pathlib.Path, *, step: int | None = None) -> Iterator[str]:
   num_bytes = sum(array.nbytes for array in file.tensors.values())
   yield f'{len(file.tensors)} tensors{under}, {values} values, {num_bytes} bytes'
   if file.entries:
-    yield f'beside them: {", ".join(map(str, file.entries))}'
+    yield f'other entries: {", ".join(map(str, file.entries))}'
 
 
 def comparison(first: pathlib.Path, second: pathlib.Path) -> tuple[list[str], bool]:
-  """Compares two files or checkpoints tensor by tensor; NaNs at the same places are equal.
+  """Compares two files or checkpoints tensor by tensor; NaNs in the same places are equal.
 
   Returns:
-    Lines: what has no counterpart of its shape in the other; where the types differ; per tensor
-    the largest difference over the largest value of the first, largest first; and whether the two
-    are the same, in all of this.
+    Lines to print, and whether the two are the same. The lines name tensors that the other does
+    not have in the same shape, then differences in dtype, then the largest difference per tensor
+    (divided by the largest value of the first file), in descending order.
   """
   one, other = tensors_of(first).tensors, tensors_of(second).tensors
   both = sorted(one.keys() & other.keys())
@@ -63,7 +71,7 @@ def comparison(first: pathlib.Path, second: pathlib.Path) -> tuple[list[str], bo
   num_different = len({*unequal, *retyped})
   total = (
     f'{len(paired) - num_different} tensors are equal, {num_different} differ, {len(unmatched)}'
-    ' have no counterpart of their shape'
+    ' have no counterpart of the same shape'
   )
   lines = [*unmatched, *types, *(f'{name}: {unequal[name]:.3g}' for name in ranked), total]
   return lines, len(lines) == 1

@@ -1,13 +1,13 @@
-"""Parameters as state dicts of the field's PyTorch files, and back: plain dicts of numpy arrays.
+"""Converts parameters to PyTorch state dicts and back; both are plain dicts of numpy arrays.
 
-The full layout is that of DropMAE's own files, which DropTrack, OSTrack and DropSeg load: names
-equal our attribute paths, linear weights are (out, in), the patch projection is a convolution.
-The other layouts are made from it. Files are the business of `torch_files`.
+The `full` layout is that of the published DropMAE files, which DropTrack, OSTrack and DropSeg load:
+names equal our attribute paths, linear weights are (out, in), the patch projection is a
+convolution. `LAYOUTS` derives the other layouts from it. `weight_files` reads and writes files.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,14 +15,13 @@ from flax import traverse_util
 
 from dropmae_jax.config import Architecture
 from dropmae_jax.model import mae, position_embedding
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import UserError, check_name
 
 PUBLISHED_IMAGE_SIZE = 224
 POSITION_TABLES = ('pos_embed', 'decoder_pos_embed')
 FRAME_IDENTITIES = ('temporal_pos_embed_x', 'temporal_pos_embed_z')
 CLASS_TOKEN = 'cls_token'
 FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
-LAYOUTS = ('full', 'encoder', 'mae', 'timm')
 _TOP_LEVEL = (
   'pos_embed',
   'temporal_pos_embed_x',
@@ -37,13 +36,13 @@ _PATCHES = 'patch_embed.proj.weight'
 
 
 class Tensor(NamedTuple):
-  """One tensor of the full layout, and the parameter that it is.
+  """One tensor of the full layout, and where its parameter is in the model.
 
   Attributes:
-    name: in a state dict.
-    shape: in a state dict.
-    path: of the parameter, in the pure parameter dict.
-    is_kernel: a matrix, (in, out) there and (out, in) in the file.
+    name: its name in the state dict.
+    shape: its shape in the state dict.
+    path: of the parameter in the pure parameter dict.
+    is_kernel: whether it is a matrix: (in, out) in the model, (out, in) in the state dict.
   """
 
   name: str
@@ -53,7 +52,7 @@ class Tensor(NamedTuple):
 
 
 def is_of_decoder(name: str) -> bool:
-  """Tells the tensors of the decoder from those of the encoder."""
+  """Returns whether a tensor belongs to the decoder; all others belong to the encoder."""
   return 'decoder' in name or name == 'mask_token'
 
 
@@ -72,7 +71,7 @@ def tensor_names(architecture: Architecture) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=8)
 def tensors(architecture: Architecture) -> tuple[Tensor, ...]:
-  """Lists the tensors of the full layout in the published order."""
+  """Returns the tensors of the full layout in the published order."""
   _, abstract = mae.abstract_model(architecture)
   by_name = {}
   for path, leaf in traverse_util.flatten_dict(abstract).items():
@@ -94,11 +93,11 @@ def tensor_shapes(architecture: Architecture, layout: str = 'full') -> dict[str,
 
 
 def to_torch(params: dict, architecture: Architecture) -> dict[str, np.ndarray]:
-  """Returns the float32 state dict in the full layout, every array in memory of its own.
+  """Returns the float32 state dict in the full layout; no two arrays share memory.
 
   Args:
-    params: the model's pure parameter dict, or anything shaped like it, such as a moment.
-    architecture: what it belongs to.
+    params: the model's pure parameter dict, or a tree of the same shapes, such as a moment.
+    architecture: of the model.
   """
   leaves = traverse_util.flatten_dict(params)
   return {
@@ -108,10 +107,10 @@ def to_torch(params: dict, architecture: Architecture) -> dict[str, np.ndarray]:
 
 
 def from_torch(state: Mapping[str, np.ndarray], architecture: Architecture) -> dict:
-  """Returns the pure parameter dict of a state dict in the full layout; undoes `to_torch`.
+  """Returns the pure parameter dict of a state dict in the full layout; inverse of `to_torch`.
 
   Raises:
-    UserError: tensors are missing, left over or of another shape; names the first three.
+    UserError: tensors are missing, unexpected or of another shape; names the first three.
   """
   expected = tensors(architecture)
   check_shapes(state, {t.name: t.shape for t in expected}, architecture)
@@ -125,10 +124,10 @@ def check_shapes(
   expected: Mapping[str, tuple[int, ...]],
   architecture: Architecture,
 ) -> None:
-  """Refuses a state dict that has not exactly the expected tensors.
+  """Checks that a state dict has exactly the expected tensors.
 
   Raises:
-    UserError: tensors are missing, left over or of another shape; names the first three.
+    UserError: tensors are missing, unexpected or of another shape; names the first three.
   """
   problems = []
   for name, shape in expected.items():
@@ -145,56 +144,73 @@ def check_shapes(
 
 
 def as_float32(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns weights as float32; what is too large for it becomes infinite.
+  """Returns weights as float32; values too large for float32 become infinite.
 
   Raises:
-    UserError: tensors are no weights but integers, truth values or complex numbers; names the
-      first three.
+    UserError: some tensors hold integers, booleans or complex numbers; names the first three.
   """
   odd = [f'{n} is {a.dtype}' for n, a in tensors.items() if str(a.dtype) not in FLOATS]
   if odd:
     raise UserError(
-      f'weights are {", ".join(FLOATS)}, and {"; ".join(odd[:3])} ({len(odd)} such in all); give'
-      ' the file before it was quantised or converted.'
+      f'weights must be {", ".join(FLOATS)}, but {"; ".join(odd[:3])} ({len(odd)} such tensors in'
+      ' all); give the file from before it was quantised or converted.'
     )
   with np.errstate(over='ignore'):
     return {name: np.asarray(array, np.float32) for name, array in tensors.items()}
 
 
-def in_layout(state: Mapping[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
-  """Returns the tensors that a layout has, from a state dict in the full one.
+def _encoder(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Leaves the decoder out."""
+  return {name: array for name, array in state.items() if not is_of_decoder(name)}
 
-  full: as it is. encoder: without the decoder. mae: the encoder, and a zero class token, which
-  MAE's own loader asks for. timm: the encoder without frame identities, and a position table
-  without the slot of the class token.
+
+def _mae(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The encoder and a zero class token, which MAE's own loader requires."""
+  width = state['norm.bias'].shape[0]
+  return {CLASS_TOKEN: np.zeros((1, 1, width), np.float32), **_encoder(state)}
+
+
+def _timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The encoder without frame identities; its position table has no slot for a class token."""
+  encoder = {n: array for n, array in _encoder(state).items() if n not in FRAME_IDENTITIES}
+  return encoder | {'pos_embed': np.array(state['pos_embed'][:, 1:], order='C')}
+
+
+# What --layout offers: name to a function from a state dict in the full layout to that layout. It
+# must not depend on values: `tensor_shapes` calls it with zeros. Add an entry for a new layout.
+LAYOUTS: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]] = {
+  'full': dict,
+  'encoder': _encoder,
+  'mae': _mae,
+  'timm': _timm,
+}
+
+
+def in_layout(state: Mapping[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
+  """Returns the tensors of one of `LAYOUTS`, from a state dict in the full layout.
+
+  Raises:
+    UserError: there is no such layout.
   """
-  if layout == 'full':
-    return dict(state)
-  encoder = {name: array for name, array in state.items() if not is_of_decoder(name)}
-  if layout == 'encoder':
-    return encoder
-  if layout == 'mae':
-    width = encoder['norm.bias'].shape[0]
-    return {CLASS_TOKEN: np.zeros((1, 1, width), np.float32), **encoder}
-  if layout == 'timm':
-    without_slot = np.array(encoder['pos_embed'][:, 1:], order='C')
-    kept = {name: array for name, array in encoder.items() if name not in FRAME_IDENTITIES}
-    return kept | {'pos_embed': without_slot}
-  raise ValueError(f'{layout=} is unknown; choose one of {", ".join(LAYOUTS)}.')
+  check_name('layout', layout, LAYOUTS)
+  return LAYOUTS[layout](state)
 
 
 def at_resolution(
   state: dict[str, np.ndarray], architecture: Architecture, image_size: int
 ) -> tuple[dict[str, np.ndarray], Architecture]:
-  """Resamples the position tables to another resolution; nothing else depends on it.
+  """Resamples the position tables to another resolution; no other tensor depends on it.
 
   Args:
     state: in the full layout.
-    architecture: what it belongs to.
-    image_size: pixels; a multiple of the patch size.
+    architecture: of the state.
+    image_size: in pixels; a multiple of the patch size.
 
   Returns:
-    The state with other tables, and its architecture.
+    The state with the new tables, and its architecture.
+
+  Raises:
+    ValueError: the image size is not a multiple of the patch size.
   """
   other = dataclasses.replace(architecture, image_size=image_size)
   tables = {
@@ -206,13 +222,13 @@ def at_resolution(
 def at_published_resolution(
   state: dict[str, np.ndarray], architecture: Architecture
 ) -> tuple[dict[str, np.ndarray], Architecture]:
-  """Gives a model of another resolution the position tables of 224 pixels.
+  """Replaces the position tables of another resolution by those for 224 pixels.
 
-  Every file in the field holds those, and clients resample them to their own resolution; a table
-  of another grid would make their loaders fail. Sine-cosine tables are computed anew.
+  All published files hold tables for 224 pixels. Programs that load them resample the tables to
+  their own resolution, and fail on a table of another size. Sine-cosine tables are recomputed.
 
   Raises:
-    UserError: the tables are not of the sine-cosine law, so that resampling them is a choice.
+    UserError: the tables are not the sine-cosine tables, so the user must ask for resampling.
   """
   published = dataclasses.replace(architecture, image_size=PUBLISHED_IMAGE_SIZE)
   tables = {}
@@ -220,16 +236,16 @@ def at_published_resolution(
     width = state[name].shape[-1]
     if not np.array_equal(state[name], position_embedding.sincos_table(architecture.grid, width)):
       raise UserError(
-        f'{name} is a table of {architecture.image_size} pixels that is not of the sine-cosine'
-        f' law, and files in the field hold those of {PUBLISHED_IMAGE_SIZE}; add'
-        f' --image_size={PUBLISHED_IMAGE_SIZE} to have it resampled (bicubic).'
+        f'{name} is a table for {architecture.image_size} pixels and not the sine-cosine table,'
+        f' but the programs that load such files expect {PUBLISHED_IMAGE_SIZE} pixels; add'
+        f' --image_size={PUBLISHED_IMAGE_SIZE} to resample it (bicubic).'
       )
     tables[name] = position_embedding.sincos_table(published.grid, width)
   return state | tables, published
 
 
 def _tensor_of(leaf: np.ndarray, tensor: Tensor) -> np.ndarray:
-  """(in, out) to (out, in); the patch projection's input is unfolded to colour, row, column."""
+  """Transposes (in, out) to (out, in); unfolds the patch projection to colour, row, column."""
   if tensor.name == _PATCHES:
     width, colours, side, _ = tensor.shape
     return leaf.reshape(side, side, colours, width).transpose(3, 2, 0, 1)
@@ -237,7 +253,7 @@ def _tensor_of(leaf: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 def leaf_of(array: np.ndarray, tensor: Tensor) -> np.ndarray:
-  """Undoes `_tensor_of`."""
+  """Returns a tensor of a state dict as the float32 parameter at `tensor.path`."""
   array = array.astype(np.float32, copy=False)
   if tensor.name == _PATCHES:
     return array.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])

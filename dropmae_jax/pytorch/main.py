@@ -1,4 +1,4 @@
-"""Checkpoints to PyTorch files and back; see docs/convert.md.
+"""Converts checkpoints to PyTorch files and back; see docs/convert.md.
 
 dropmae-convert --checkpoint=WORKDIR --output=FILE.pth [--layout=encoder] [--step=N]
 dropmae-convert --from_torch=FILE.pth --output=DIR [--model=B]
@@ -10,12 +10,12 @@ import argparse
 import pathlib
 
 from dropmae_jax.model import vit
-from dropmae_jax.pytorch import convert, file_checks, inspect, layouts
+from dropmae_jax.pytorch import convert, inspect, layouts, weight_files
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 
-# Which options go with which job; what is given beside them is refused.
-OPTIONS = {
+# The options of each job; any other option is an error.
+_OPTIONS = {
   'checkpoint': {'output', 'step', 'layout', 'format', 'with_optimizer', 'verify', 'image_size'},
   'from_torch': {'output', 'model', 'with_optimizer', 'verify', 'image_size'},
   'list': {'step'},
@@ -30,7 +30,7 @@ def _path(text: str) -> pathlib.Path:
 
 
 def parse() -> argparse.Namespace:
-  """Reads the command line; an option that was not given is None."""
+  """Parses the command line; an option that was not given is None."""
   parser = cli.Parser(
     prog='dropmae-convert',
     description=__doc__,
@@ -41,33 +41,41 @@ def parse() -> argparse.Namespace:
   job.add_argument(
     '--from_torch', type=_path, metavar='FILE', help='a .pth or .safetensors to read'
   )
-  job.add_argument('--list', type=_path, metavar='PATH', help='tensors of a file or checkpoint')
-  job.add_argument('--compare', type=_path, nargs=2, metavar='PATH', help='two of them, per tensor')
-  add = parser.add_argument
-  add('--output', type=_path, metavar='PATH', help='the file (or the folder) to write')
-  add('--step', type=int, metavar='N', help='of the checkpoint; default: the newest')
-  add('--layout', choices=layouts.LAYOUTS, help='who will load it; default: full')
-  add('--format', choices=file_checks.FORMATS, help="default: by the output's ending")
-  add(
-    '--model', metavar='SIZE', help=f'of the file, where it does not tell: {", ".join(vit.SIZES)}'
+  job.add_argument(
+    '--list', type=_path, metavar='PATH', help='list the tensors of a file or checkpoint'
   )
-  add('--with_optimizer', action='store_true', default=None, help="AdamW's moments too")
+  job.add_argument(
+    '--compare', type=_path, nargs=2, metavar='PATH', help='compare two files or checkpoints'
+  )
+  add = parser.add_argument
+  add('--output', type=_path, metavar='PATH', help='the file or folder to write')
+  add('--step', type=int, metavar='N', help='which checkpoint; default: the newest')
+  add('--layout', choices=layouts.LAYOUTS, help='which program will load the file; default: full')
+  add('--format', choices=weight_files.FORMATS, help='default: by the ending of --output')
   add(
-    '--verify', action=argparse.BooleanOptionalAction, help='run both networks and compare; default'
+    '--model',
+    metavar='SIZE',
+    help=f'size of the model, if the file does not tell: {", ".join(vit.SIZES)}',
+  )
+  add('--with_optimizer', action='store_true', default=None, help="convert AdamW's moments too")
+  add(
+    '--verify',
+    action=argparse.BooleanOptionalAction,
+    help='run both networks and compare them; done by default if PyTorch is installed',
   )
   add('--image_size', type=int, metavar='PIXELS', help='resample the position tables (bicubic)')
   return parser.parse_args()
 
 
 def main() -> int:
-  """The command line; `--compare` ends with status 1 where the two differ."""
+  """Runs the command line; returns 1 if `--compare` finds a difference, else 0."""
   given = {name: value for name, value in vars(parse()).items() if value is not None}
-  job = next(name for name in OPTIONS if name in given)
+  job = next(name for name in _OPTIONS if name in given)
   source = given.pop(job)
-  unfit = set(given) - OPTIONS[job]
+  unfit = set(given) - _OPTIONS[job]
   if unfit:
     raise UserError(f'--{min(unfit)} does not go with --{job}; leave it out.')
-  if 'output' in OPTIONS[job] and 'output' not in given:
+  if 'output' in _OPTIONS[job] and 'output' not in given:
     raise UserError(f'--{job} needs --output, the path to write to.')
   same = True
   if job == 'checkpoint':

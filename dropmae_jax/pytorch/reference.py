@@ -1,8 +1,8 @@
-"""The network once more, in plain PyTorch on a state dict: what a written file must reproduce.
+"""The network in plain PyTorch, run on a state dict: an independent check of written files.
 
-Written from the layout of the files alone, as a client of them would be, and sharing nothing with
-the JAX model; so an error in names, order or transposition shows as a difference in features.
-The only module that imports PyTorch when it is imported itself.
+It follows the published layout and shares no code with the JAX model, so that an error in names,
+order or transposition shows as a difference in features. This is the only module that imports
+PyTorch at its top.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,12 @@ from dropmae_jax.model import attention, mae, patches
 from dropmae_jax.model.masking import Masking
 from dropmae_jax.pytorch import layouts
 
-# Well above what float32 leaves; a tanh GELU instead of the exact one makes 1e-4.
+# Well above float32 rounding; a tanh GELU instead of the exact one differs by 1e-4.
 TOLERANCE = 2e-5
-# Two libraries round in different orders: where weights amplify rounding, JAX was seen to differ by
-# seven times what PyTorch's own float32 and float64 do, and by less on another processor.
+# Two libraries round in different orders. With weights that amplify rounding, JAX and PyTorch
+# differed by up to seven times what PyTorch's float32 and float64 differ by.
 ROUNDINGS = 32
-# Never allowed to differ by more, however much the weights amplify rounding: outputs that have
-# nothing to do with one another differ by about 1.
+# The upper limit, however much the weights amplify rounding: unrelated outputs differ by about 1.
 LARGEST_TOLERANCE = 0.25
 _FRAMES = ('x', 'z')
 
@@ -33,7 +32,7 @@ StateDict = Mapping[str, torch.Tensor]
 
 
 def fixed_images(image_size: int) -> np.ndarray:
-  """Returns two fixed images as [2, h, w, 3], normalised float32: smooth waves and some noise."""
+  """Returns two fixed images [2, h, w, 3], normalised float32: smooth waves with some noise."""
   rng = np.random.default_rng(20230401)
   row, column = np.meshgrid(*2 * [np.linspace(0, 1, image_size)], indexing='ij')
   frequency, phase = rng.uniform(2, 20, (2, 2, 1, 1, 3)), rng.uniform(0, 6, (2, 1, 1, 3))
@@ -44,11 +43,11 @@ def fixed_images(image_size: int) -> np.ndarray:
 
 
 def encode(state: StateDict, images: torch.Tensor, *, num_heads: int) -> torch.Tensor:
-  """Runs the encoder of a state dict of any layout on two images, nothing masked.
+  """Runs the encoder of a state dict of any layout on two images without masking.
 
   Args:
-    state: with frame identities, the two images are one pair, the first the earlier; without,
-      each is encoded by itself.
+    state: if it has frame identities, the two images are one pair, the first one the earlier;
+      otherwise each is encoded by itself.
     images: [2, 3, h, w] float32.
     num_heads: of the encoder.
 
@@ -66,7 +65,7 @@ def encode(state: StateDict, images: torch.Tensor, *, num_heads: int) -> torch.T
 
 
 def decode(state: StateDict, latents: torch.Tensor, *, num_heads: int) -> torch.Tensor:
-  """Runs the decoder on the latents of a pair, every second one replaced by the mask token."""
+  """Runs the decoder on the latents of a pair; every second one becomes the mask token."""
   tokens = _linear(state, 'decoder_embed', latents)
   tokens[:, 1::2] = state['mask_token']
   table = state['decoder_pos_embed'][:, 1:]
@@ -76,7 +75,7 @@ def decode(state: StateDict, latents: torch.Tensor, *, num_heads: int) -> torch.
 
 
 def _blocks(state: StateDict, stack: str, tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
-  """Runs all pre-norm transformer blocks of a stack, written out."""
+  """Runs the pre-norm transformer blocks of the encoder or decoder."""
   b, length, width = tokens.shape
   depth = len({name.split('.')[1] for name in state if name.startswith(f'{stack}.')})
   for name in (f'{stack}.{i}' for i in range(depth)):
@@ -103,7 +102,11 @@ def _layer_norm(state: StateDict, name: str, tokens: torch.Tensor) -> torch.Tens
 def torch_outputs(
   tensors: Mapping[str, np.ndarray], images: np.ndarray, architecture: Architecture
 ) -> list[np.ndarray]:
-  """Runs what a file of any layout holds on `fixed_images`: `encode`, and `decode` where it can."""
+  """Runs the network of a file in any layout on `fixed_images`.
+
+  Returns:
+    The result of `encode`, and that of `decode` if the file has a decoder.
+  """
   with torch.inference_mode():
     state = {name: torch.from_numpy(array) for name, array in tensors.items()}
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -115,21 +118,33 @@ def torch_outputs(
 
 
 def jax_outputs(
-  params: dict, images: np.ndarray, architecture: Architecture, layout: str
+  params: dict,
+  images: np.ndarray,
+  architecture: Architecture,
+  *,
+  as_pair: bool = True,
+  with_decoder: bool = True,
 ) -> list[np.ndarray]:
-  """Runs the JAX model on the same as `torch_outputs` does with a file of this layout."""
+  """Runs the JAX model on the inputs that `torch_outputs` runs a file's network on.
+
+  Args:
+    params: the pure parameter dict.
+    images: [2, h, w, 3] float32.
+    architecture: of the model.
+    as_pair: encode the two images as a pair; otherwise each by itself, without frame identities.
+    with_decoder: run the decoder too; only on a pair.
+  """
   graphdef, _ = mae.abstract_model(architecture)
   n = architecture.tokens_per_frame
   frame, pair = np.arange(n), np.arange(2 * n)
-  if layout == 'timm':
-    # Each image by itself: the first frame of a pair whose second is masked, without identity.
-    frames, seen = np.stack([images, images], axis=1), Masking(frame, frame + n)
-    zeros = {name: np.zeros_like(params[name]) for name in layouts.FRAME_IDENTITIES}
-    params = params | zeros
+  if as_pair:
+    frames, visible = images[None], Masking(pair, pair[:0])
   else:
-    frames, seen = images[None], Masking(pair, pair[:0])
-  if layout != 'full':
-    # The decoder is not run, and need not be copied to the device.
+    # Each image is the first frame of a pair whose second frame is masked.
+    frames, visible = np.stack([images, images], axis=1), Masking(frame, frame + n)
+    params = params | {name: np.zeros_like(params[name]) for name in layouts.FRAME_IDENTITIES}
+  if not with_decoder:
+    # The decoder's parameters need not be copied to the device.
     params = {
       name: jax.tree.map(lambda _: np.float32(0), value) if layouts.is_of_decoder(name) else value
       for name, value in params.items()
@@ -141,8 +156,8 @@ def jax_outputs(
   @jax.jit
   def outputs(params: dict, frames: jax.Array) -> list[jax.Array]:
     model = nnx.merge(graphdef, params)
-    latents = model.encode(patches.patchify(frames, architecture.patch_size), batched(seen))
-    if layout != 'full':
+    latents = model.encode(patches.patchify(frames, architecture.patch_size), batched(visible))
+    if not with_decoder:
       return [latents]
     dense = [attention.dense_attention] * architecture.decoder_depth
     every_second = batched(Masking(pair[::2], pair[1::2]))
@@ -153,30 +168,36 @@ def jax_outputs(
 
 
 def largest_difference(
-  tensors: Mapping[str, np.ndarray], params: dict, architecture: Architecture, layout: str
+  tensors: Mapping[str, np.ndarray], params: dict, architecture: Architecture
 ) -> float:
   """Compares a file's network in PyTorch with the JAX model on two fixed images, in float32.
 
   Args:
-    tensors: of a file in this layout.
+    tensors: of a file in any layout that has the encoder.
     params: the JAX parameters that the file should hold.
     architecture: of both.
-    layout: one of `torch_export.LAYOUTS`.
 
   Returns:
-    The largest difference over the largest value, of the encoder's latents (and in the full
-    layout of the decoder's reconstruction, whichever is larger); nan where one is not finite.
+    The largest absolute difference divided by the largest absolute value, of the latents or of the
+    decoder's reconstruction (if the file has a decoder), whichever is larger; nan if a value is
+    not finite.
   """
   images = fixed_images(architecture.image_size)
-  theirs = torch_outputs(tensors, images, architecture)
-  return _relative(theirs, jax_outputs(params, images, architecture, layout))
+  expected = jax_outputs(
+    params,
+    images,
+    architecture,
+    as_pair=layouts.FRAME_IDENTITIES[0] in tensors,
+    with_decoder='decoder_embed.weight' in tensors,
+  )
+  return _relative(torch_outputs(tensors, images, architecture), expected)
 
 
 def rounding(tensors: Mapping[str, np.ndarray], architecture: Architecture) -> float:
-  """Returns by how much float32 and float64 differ in PyTorch, as `largest_difference` counts.
+  """Returns how much float32 and float64 differ in PyTorch, as `largest_difference` measures it.
 
-  A few 1e-6 for trained or freshly drawn weights. Others that no training makes, such as normal
-  ones of deviation 1, amplify rounding to 1e-2 and more, and so must be allowed to differ by it.
+  A few 1e-6 for trained or newly initialised weights. Weights that training does not produce, such
+  as normal ones with standard deviation 1, amplify rounding to 1e-2 and more.
   """
   images = fixed_images(architecture.image_size)
   double = {name: array.astype(np.float64) for name, array in tensors.items()}
@@ -185,11 +206,11 @@ def rounding(tensors: Mapping[str, np.ndarray], architecture: Architecture) -> f
 
 
 def tolerance_of(rounding: float) -> float:
-  """Returns what may differ where rounding alone makes this much."""
+  """Returns the allowed difference for weights with this `rounding`."""
   return min(max(TOLERANCE, ROUNDINGS * rounding), LARGEST_TOLERANCE)
 
 
 def _relative(outputs: list[np.ndarray], expected: list[np.ndarray]) -> float:
-  """Returns the largest difference over the largest expected value; nan beats everything."""
+  """Returns the largest difference divided by the largest expected value; nan if any is nan."""
   pairs = zip(outputs, expected, strict=True)
   return float(np.max([np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in pairs]))

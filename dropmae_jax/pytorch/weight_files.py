@@ -1,12 +1,18 @@
-"""Files of weights: .pth and .safetensors, read without running code. Only .pth needs PyTorch."""
+"""Reads and writes .pth and .safetensors files of weights. Only .pth needs PyTorch.
+
+No pickled code is run. Before a file is read, its format is told by its first bytes, and it is
+checked for damage where a checksum exists.
+"""
 
 import argparse
+import hashlib
 import importlib
 import json
 import pathlib
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,41 +22,51 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dropmae_jax.pytorch import file_checks
+from dropmae_jax.runtime.atomic_file import sha256_path
 from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors
 
-# Where files of the field keep their tensors: DropMAE and MAE, trained trackers, timm.
+FORMATS = ('pth', 'safetensors')
+ENDINGS = {'.safetensors': 'safetensors', '.pth': 'pth', '.pt': 'pth', '.tar': 'pth'}
+# Where the tensors are stored: DropMAE and MAE, trained trackers, timm.
 TENSOR_KEYS = ('model', 'net', 'state_dict')
+# Files that are downloaded by mistake: how they begin, what they are, and what to do.
+_NOT_WEIGHTS = (
+  (rb'\Z', 'is empty', 'download it again'),
+  (rb'\s*<', 'is a web page and not weights', 'download the file that the page links to'),
+  (rb'version https://git-lfs', 'is a git-lfs pointer and not weights', 'run: git lfs pull'),
+  (rb'\s*[{\[]', 'is json and not weights', 'give the weight file that it belongs to'),
+  (rb'\x1f\x8b', 'is compressed', 'unpack it with gunzip'),
+)
 
 
 class WeightFile(NamedTuple):
-  """What a file holds.
+  """The content of a file.
 
   Attributes:
-    key: the entry that its tensors lie under; '' where they are the whole file.
-    tensors: as in the file, numpy, in the file's dtypes.
-    entries: all else at the top level, such as 'args' and 'epoch'; tensors in it as numpy.
-    wholeness: a line that says how it is known that the file is not damaged, or that it is not.
+    key: the entry that holds the tensors; '' where they are the whole file.
+    tensors: numpy arrays in the file's dtypes.
+    entries: all other top-level entries, such as 'args' and 'epoch'; tensors in them as numpy.
+    integrity: one line that says how the file was checked for damage, or that it was not.
   """
 
   key: str
   tensors: dict[str, np.ndarray]
   entries: dict[str, Any]
-  wholeness: str = ''
+  integrity: str = ''
 
 
 def torch_fault() -> str | None:
-  """Says why PyTorch cannot be used; None where it can."""
+  """Returns why PyTorch cannot be used; None if it can."""
   try:
     importlib.import_module('torch')
-  except Exception as error:  # Libraries that miss parts of themselves raise whatever comes.
+  except Exception as error:  # A broken installation may raise anything.
     if isinstance(error, ModuleNotFoundError) and error.name == 'torch':
       return 'PyTorch is not installed'
     return f'PyTorch is installed but does not load ({_first_line(error)})'
   return None
 
 
-def torch_or_refuse() -> ModuleType:
+def import_torch() -> ModuleType:
   """Imports PyTorch.
 
   Raises:
@@ -64,19 +80,97 @@ def torch_or_refuse() -> ModuleType:
   return importlib.import_module('torch')
 
 
+def format_of(path: pathlib.Path) -> str:
+  """Returns the format that a file name's ending stands for; 'pth' for unknown endings."""
+  return ENDINGS.get(path.suffix, 'pth')
+
+
 def read(path: pathlib.Path) -> WeightFile:
-  """Reads any file of weights; no pickled code runs.
+  """Reads a file of weights; no pickled code runs.
 
   Raises:
-    UserError: the file is not there, damaged, holds no tensors, or holds objects other than
-      tensors, plain values and the argparse.Namespace of the published files (names it).
+    UserError: the file does not exist, is damaged, holds no tensors, or holds objects other than
+      tensors, plain values and the argparse.Namespace of the published files; names the object.
   """
   with os_errors_as_user_errors(f'{path} cannot be read', 'give a .pth or .safetensors.'):
     if not path.is_file():
       raise UserError(f'{path} is not a file; give a .pth or .safetensors.')
-    read_format = _read_safetensors if file_checks.format_in(path) == 'safetensors' else _read_pth
-    wholeness = file_checks.check_whole(path)
-    return read_format(path)._replace(wholeness=wholeness)
+    read_format = _read_safetensors if _format_in(path) == 'safetensors' else _read_pth
+    integrity = _check_integrity(path)
+    return read_format(path)._replace(integrity=integrity)
+
+
+def _format_in(path: pathlib.Path) -> str:
+  """Returns the format by the file's first bytes, or by its ending if those do not tell.
+
+  Raises:
+    UserError: the file is something else, such as the web page of a failed download, or it is a
+      .pth with the ending .safetensors, which PyTorch would reject.
+  """
+  with path.open('rb') as file:
+    head = file.read(512)
+  header_length = int.from_bytes(head[:8], 'little')
+  if head[8:9] == b'{' and header_length <= path.stat().st_size - 8:
+    return 'safetensors'
+  if head.startswith((b'PK', b'\x80')):
+    if format_of(path) != 'pth':
+      raise UserError(f'{path} is a PyTorch file with another ending; rename it to .pth.')
+    return 'pth'
+  for start, what, remedy in _NOT_WEIGHTS:
+    if re.match(start, head):
+      raise UserError(f'{path} {what}; {remedy}.')
+  return format_of(path)
+
+
+def _check_integrity(path: pathlib.Path) -> str:
+  """Compares a file with the .sha256 beside it, or else with the checksums of its zip records.
+
+  Returns:
+    One line that says what was checked, or that nothing could be.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  for listed in {sha256_path(path), sha256_path(path.resolve())}:
+    if listed.is_file():
+      with path.open('rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      if digest not in re.findall('[0-9a-f]{64}', listed.read_bytes().decode('latin1').lower()):
+        raise UserError(
+          f'{path} does not match {listed}; download the file again, or remove the .sha256 if the'
+          ' file was changed on purpose.'
+        )
+      return f'intact: its sha256 matches {listed}'
+  with path.open('rb') as file:
+    is_zip = file.read(2) == b'PK'
+  if is_zip and _has_checksums(path):
+    _check_records(path)
+    return 'intact: the checksums in it match'
+  return (
+    f'not checked for damage: {path.name} has no checksums in it, and there is no'
+    f' {sha256_path(path).name} beside it'
+  )
+
+
+def _has_checksums(path: pathlib.Path) -> bool:
+  """PyTorch can be set to compute none (`torch.serialization.set_crc32_options`): all are 0."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return any(record.CRC for record in archive.infolist())
+  except zipfile.BadZipFile as error:
+    raise UserError(f'{path} is truncated or damaged ({error}); download it again.') from error
+
+
+def _check_records(path: pathlib.Path) -> None:
+  # Everything that zipfile may raise on a damaged directory of the archive.
+  errors = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
+  try:
+    with zipfile.ZipFile(path) as archive:
+      damaged = archive.testzip()
+  except errors as error:
+    damaged = str(error)
+  if damaged:
+    raise UserError(f'{path} is damaged (in {damaged}); download it again.')
 
 
 def _read_safetensors(path: pathlib.Path) -> WeightFile:
@@ -84,10 +178,10 @@ def _read_safetensors(path: pathlib.Path) -> WeightFile:
     with safetensors.safe_open(path, framework='numpy') as file:
       tensors = {name: file.get_tensor(name) for name in list(file.keys())}
       metadata = file.metadata() or {}
-  # The last two are for types of numbers that numpy does not have.
+  # AttributeError and TypeError come from dtypes that numpy does not have.
   except (safetensors.SafetensorError, OSError, AttributeError, TypeError) as error:
     raise UserError(
-      f'{path} cannot be read as safetensors ({error}); give a whole file.'
+      f'{path} cannot be read as safetensors ({error}); give a complete file.'
     ) from error
   if not tensors:
     raise UserError(f'{path} holds no tensors; give a file of weights.')
@@ -101,25 +195,25 @@ def _read_safetensors(path: pathlib.Path) -> WeightFile:
 
 
 def _read_pth(path: pathlib.Path) -> WeightFile:
-  torch = torch_or_refuse()
+  torch = import_torch()
   try:
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-      # They are for the authors of programs, and tell to switch the safety off.
+      # PyTorch's warnings advise to switch weights_only off, which would run code.
       warnings.simplefilter('ignore')
       content = torch.load(
         path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path) or None
       )
-  except Exception as error:  # A damaged file fails in as many ways as there are bytes.
+  except Exception as error:  # Damaged files make torch.load raise errors of many types.
     if error.__traceback__.tb_next is None:
-      raise  # It was met here, and not inside of PyTorch: the call is wrong, and not the file.
+      raise  # Raised by the call itself and not inside PyTorch: a bug here, not a damaged file.
     if code := re.search(r'(?:GLOBAL|unrecognized function) (\S+)', str(error)):
       raise UserError(
-        f'{path} holds the Python object {code[1]}, which is code and is not run; where you trust'
+        f'{path} holds the Python object {code[1]}, which is code and is not run; if you trust'
         f' the file, save its tensors alone: torch.save({{key: torch.load({path.name!r},'
         ' weights_only=False)[key]}, NEW_FILE) with key "model" or "net".'
       ) from error
     raise UserError(
-      f'{path} cannot be read as a PyTorch checkpoint ({_reason(error)}); give a whole file that'
+      f'{path} cannot be read as a PyTorch checkpoint ({_reason(error)}); give a complete file that'
       ' holds only tensors and plain values.'
     ) from error
 
@@ -140,11 +234,11 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
     content = plain(content)
   except (RuntimeError, TypeError) as error:
     raise UserError(
-      f'{path} holds a tensor that numpy has no form for ({_first_line(error)}); save it as a dense'
-      ' one of float32.'
+      f'{path} holds a tensor that numpy cannot represent ({_first_line(error)}); save it as a'
+      ' dense float32 tensor.'
     ) from error
   if not isinstance(content, dict):
-    raise UserError(f'{path} holds a {type(content).__name__}, and not a dict of tensors.')
+    raise UserError(f'{path} holds a {type(content).__name__} and not a dict of tensors.')
   key = next((key for key in TENSOR_KEYS if isinstance(content.get(key), dict)), '')
   found = content[key] if key else content
   odd = [
@@ -153,8 +247,8 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
     if not isinstance(value, np.ndarray) or not isinstance(name, str)
   ]
   if odd or not found:
-    where = f'under {key!r}' if key else f'at its top, and no entry {" or ".join(TENSOR_KEYS)}'
-    what = f'what is no named tensor ({", ".join(odd[:3])})' if odd else 'nothing'
+    where = f'under {key!r}' if key else f'at its top level, and no {" or ".join(TENSOR_KEYS)}'
+    what = f'entries that are not named tensors ({", ".join(odd[:3])})' if odd else 'nothing'
     raise UserError(f'{path} holds {what} {where}; give a file of weights.')
   return WeightFile(key, found, {k: v for k, v in content.items() if k != key} if key else {})
 
@@ -164,7 +258,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-  """Returns why PyTorch could not read a file, without its advice to read it less safely."""
+  """Returns why PyTorch could not read a file, without its advice to switch weights_only off."""
   text = str(error)
   if 'TorchScript' in text:
     return 'it is a TorchScript archive'
@@ -181,18 +275,19 @@ def write(
   key: str = 'model',
   entries: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes tensors, each with storage of its own, so that every PyTorch since 1.9 reads them.
+  """Writes tensors, each with its own storage; every PyTorch since 1.9 can read the file.
 
   Args:
-    path: to be written, not atomically: see `destination.staged`.
+    path: to write to, not atomically: see `atomic_file.staged`.
     tensors: named arrays.
     file_format: one of `FORMATS`.
-    key: the entry of a .pth that they lie under; '' makes them the whole file.
-    entries: more at the top level; dicts, lists, plain values and numpy arrays. Safetensors keep
-      them as json, under the header's metadata.
+    key: the entry of a .pth that holds them; '' makes them the whole file.
+    entries: further top-level entries: dicts, lists, plain values and numpy arrays. A
+      .safetensors keeps them as json in the metadata of its header.
 
   Raises:
-    OSError: the system refuses it.
+    OSError: the file system refuses it.
+    UserError: the format is 'pth' and PyTorch is not installed.
   """
   entries = entries or {}
   if file_format == 'safetensors':
@@ -203,9 +298,9 @@ def write(
       safetensors.numpy.save_file(dict(tensors), path, metadata=metadata)
     except safetensors.SafetensorError as error:
       raise OSError(str(error)) from error
-    path.chmod(mode)  # From 0.8 on it is a file for its owner alone.
+    path.chmod(mode)  # Since 0.8 safetensors makes files that only their owner can read.
     return
-  torch = torch_or_refuse()
+  torch = import_torch()
 
   def with_tensors(value: Any) -> Any:
     if isinstance(value, np.ndarray):
@@ -219,5 +314,5 @@ def write(
     try:
       torch.save(with_tensors(content), file)
     except RuntimeError as error:
-      # PyTorch's writer hides the system's refusal, or a signal, behind an error of its own.
+      # PyTorch's writer replaces an OSError, or a signal's exception, by one of its own.
       raise error.__context__ or error from None

@@ -1,7 +1,7 @@
-"""Where results are put: refused before any work, written beside their place, moved there whole.
+"""Writes files atomically: checks the path first, writes a temporary file, then renames it.
 
-Beside each file of weights lie `<file>.sha256`, for `sha256sum -c`, and `<file>.json`, a card that
-says what it holds.
+Each weight file gets `<file>.sha256`, for `sha256sum -c`, and `<file>.json`, a card that describes
+it.
 """
 
 import contextlib
@@ -17,32 +17,32 @@ from typing import Any
 
 from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors
 
-# Temporary folders; short, so that every name that fits the file system fits with it.
+# Of temporary folders; they hold the file under its own name, however long that is.
 PREFIX = '.partial.'
 
 
 def sha256_path(path: pathlib.Path) -> pathlib.Path:
-  """Returns where the sum of a file lies."""
+  """Returns the path of a file's sha256."""
   return path.with_name(f'{path.name}.sha256')
 
 
 def card_path(path: pathlib.Path) -> pathlib.Path:
-  """Returns where the card of a file lies."""
+  """Returns the path of a file's card."""
   return path.with_name(f'{path.name}.json')
 
 
 def check_file(path: pathlib.Path) -> pathlib.Path:
-  """Refuses a path that a file and what lies beside it cannot be put at, or should not.
+  """Checks that a file, its sha256 and its card can be written.
 
   Returns:
-    The path behind all symbolic links, which stay.
+    The path with all symbolic links resolved; the links themselves stay.
 
   Raises:
-    UserError: it names no file, its folder is not there or not to be written to, or something else
-      than an earlier file and its card would be replaced.
+    UserError: the path names no file, its folder does not exist or is not writable, or something
+      other than an earlier file with its sha256 and card would be replaced.
   """
   if not path.name:
-    raise UserError(f'--output={path} names no file; give the path of one.')
+    raise UserError(f'--output={path} does not name a file; give the path of one.')
   with os_errors_as_user_errors(f'--output={path} cannot be written', 'give another path.'):
     target = pathlib.Path(os.path.realpath(path))
     if not target.parent.is_dir():
@@ -51,10 +51,10 @@ def check_file(path: pathlib.Path) -> pathlib.Path:
       if each.is_dir():
         raise UserError(f'--output={path}: {each} is a folder; give the name of a file.')
       if os.path.lexists(each) and (each.is_symlink() or not each.is_file()):
-        raise UserError(f'--output={path}: {each} is no regular file; give another name.')
+        raise UserError(f'--output={path}: {each} is not a regular file; give another name.')
     if card_path(target).exists() and not _is_card(card_path(target)):
       raise UserError(
-        f'--output={path}: {card_path(target)} is not the card of a file of weights and would be'
+        f'--output={path}: {card_path(target)} is not the card of a weight file and would be'
         ' replaced; give another name, or move it.'
       )
     _check_writable(target.parent)
@@ -62,10 +62,10 @@ def check_file(path: pathlib.Path) -> pathlib.Path:
 
 
 def check_folder(folder: pathlib.Path) -> None:
-  """Refuses a folder that cannot be made, or that holds something.
+  """Checks that a folder is empty or can be created.
 
   Raises:
-    UserError: so it is.
+    UserError: it is not empty, or not writable.
   """
   with os_errors_as_user_errors(f'--output={folder} cannot be written', 'give another folder.'):
     if folder.exists():
@@ -92,41 +92,42 @@ def _is_card(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def staged(path: pathlib.Path, *, num_bytes: int) -> Iterator[pathlib.Path]:
-  """Yields another path to write to; at the end that file and its card take their places.
+  """Yields a temporary path to write to; at the end that file and its card are renamed.
 
-  Until then what is at `path` stays, and on any failure it stays for good.
+  On any failure, what was at `path` before stays.
 
   Args:
-    path: the file in the end; its folder must exist.
-    num_bytes: that will be written, at least.
+    path: the final path; its folder must exist.
+    num_bytes: how much will be written, at least.
 
   Raises:
-    UserError: `check_file` refuses the path, or writing fails, as on a full disk.
+    UserError: `check_file` refuses the path, or writing fails, for example because the disk is
+      full.
   """
   target = check_file(path)
   free = shutil.disk_usage(target.parent).free
   if free < num_bytes:
     raise UserError(
       f'--output={path} needs {num_bytes / 1e6:.0f} MB and {free / 1e6:.0f} MB are free there;'
-      ' make room, or give another folder.'
+      ' free some space, or give another folder.'
     )
   with (
     os_errors_as_user_errors(
-      f'--output={path} cannot be written', 'what was there before is untouched.'
+      f'--output={path} cannot be written', 'what was there before is unchanged.'
     ),
     tempfile.TemporaryDirectory(prefix=PREFIX, dir=target.parent) as temporary,
   ):
     partial = pathlib.Path(temporary) / target.name
     yield partial
     check_file(path)
-    # Whenever this is cut off, no sum lies beside a file that it is not of.
+    # If the process is killed here, no file is left with the sha256 of another one.
     sha256_path(target).unlink(missing_ok=True)
     for written in [partial, *sorted(set(partial.parent.iterdir()) - {partial})]:
       written.replace(target.with_name(written.name))
 
 
 def write_card(path: pathlib.Path, card: Mapping[str, Any]) -> None:
-  """Writes the sha256 and the json card of a file beside it; the card gets the sha256 too."""
+  """Writes the sha256 and the json card of a file beside it; the card holds the sha256 too."""
   with path.open('rb') as file:
     digest = hashlib.file_digest(file, 'sha256').hexdigest()
   sha256_path(path).write_text(f'{digest}  {path.name}\n')

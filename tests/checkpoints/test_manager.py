@@ -1,4 +1,4 @@
-"""What is kept, what is restored, and what is refused."""
+"""Which checkpoints are kept, what is restored, and what is refused."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from dropmae_jax.model.vit import architecture_of_size
 from dropmae_jax.runtime.errors import UserError
 from dropmae_jax.train_step import TrainState, init_state
 
-# Reads of arrays that another one's damage has broken off are not waited for.
+# When one array is damaged, orbax does not wait for the reads of the others.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 TINY = architecture_of_size(
@@ -154,7 +154,7 @@ def restored(folder):
 
 
 def files_of(folder):
-  """The files that hold something of the state or of its description; sorted."""
+  """The files with a part of the state or of the description; sorted."""
   found = [path for path in folder.rglob('*') if path.is_file() and path.stat().st_size]
   return sorted(path for path in found if path.name != 'commit_success.txt')
 
@@ -182,7 +182,7 @@ def flip_a_bit(path):
   ],
 )
 def test_no_damage_of_any_file_reaches_the_training(saved, tmp_path, deed):
-  """Either the state is what was saved, or the checkpoint before it is taken, and that is said."""
+  """Either the saved state is restored, or the one before it, and a message says so."""
   newest = saved / saved_weights.FOLDER / '12'
   expected = {step: state_at(step).params['mask_token'] for step in (10, 12)}
   fell_back = 0
@@ -207,16 +207,16 @@ def test_no_damage_of_any_file_reaches_the_training(saved, tmp_path, deed):
 
 
 def description_of(step_folder):
-  """The file, and what it holds without its seal."""
+  """The file, and its content without the digest."""
   path = step_folder / 'description' / 'metadata'
-  return path, saved_weights.unseal(json.loads(path.read_text()))
+  return path, saved_weights.verify_digest(json.loads(path.read_text()))
 
 
 def test_an_array_that_is_not_the_saved_one_is_named(saved):
-  """As after a flipped bit that the format has no sum for; read by anyone."""
+  """As after a flipped bit that the file format does not detect; for all readers."""
   path, stored = description_of(saved / saved_weights.FOLDER / '12')
   stored['checksums']['params'][3] ^= 1 << 20
-  path.write_text(json.dumps(saved_weights.seal(stored)))
+  path.write_text(json.dumps(saved_weights.add_digest(stored)))
   with pytest.raises(
     UserError, match=r"step 12 .* cannot be read \(params\['.*\] is not what was saved"
   ):
@@ -243,7 +243,7 @@ def planted(*_, **__):
 
 
 def test_a_mistake_in_a_program_is_no_damage(saved, monkeypatch):
-  """Neither of what is read nor of the disk that is written to; it meets all checkpoints."""
+  """A bug fails for every checkpoint; nothing is renamed, and saving raises the error."""
   before = sorted(path.name for path in (saved / saved_weights.FOLDER).iterdir())
   for module, name in ((ocp.CheckpointManager, 'restore'), (saved_weights, 'check')):
     with monkeypatch.context() as patch:
@@ -262,7 +262,7 @@ def test_a_mistake_in_a_program_is_no_damage(saved, monkeypatch):
 
 
 def test_damage_that_looks_like_a_mistake_in_a_program_is_damage(saved):
-  """Orbax meets it as an AttributeError, at one checkpoint and not at those before."""
+  """Orbax raises an AttributeError for one checkpoint, but not for those before it."""
   path = saved / saved_weights.FOLDER / '12' / 'params' / 'array_metadatas' / 'process_0'
   path.write_text(path.read_text().replace('"array_metadata"', '"array_metadatb"'))
   with pytest.raises(UserError, match=r'step 12 .* cannot be read \(.*give another step: 4, 8, 10'):
@@ -289,9 +289,10 @@ def test_damage_that_looks_like_a_mistake_in_a_program_is_damage(saved):
 def test_options_of_other_code_are_named(saved, part):
   path, stored = description_of(saved / saved_weights.FOLDER / '12')
   stored[part]['of_later'] = 1
-  path.write_text(json.dumps(saved_weights.seal(stored)))
+  path.write_text(json.dumps(saved_weights.add_digest(stored)))
   with pytest.raises(
-    UserError, match=r'step 12 .* \(it has of_later, which this code does not know\); give another'
+    UserError,
+    match=r'step 12 .* \(it has of_later, which this version does not know\); give another',
   ):
     saved_weights.load_weights(saved)
 
@@ -334,19 +335,18 @@ def test_where_none_is_whole_nothing_is_begun_anew(saved):
 # From step 3 on the file system takes no file of more than 64 kB, until step 7 where it is given.
 FULL = """
 import pathlib, resource, time
-from absl import app
 from dropmae_jax import main
-from dropmae_jax.runtime import cli, report
+from dropmae_jax.runtime import report
 real = report.Report.after_step
 def after_step(self, step, metrics):
   real(self, step, metrics)
-  while step == 3 and not pathlib.Path(main._WORKDIR.value, 'checkpoints', '2').exists():
+  while step == 3 and not pathlib.Path(WORKDIR, 'checkpoints', '2').exists():
     time.sleep(0.01)
   if step in LIMITS:
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMITS[step], most))
 report.Report.after_step = after_step
-cli.run(lambda: app.run(main.main, flags_parser=main.parse))
+main.command()
 """
 
 
@@ -354,8 +354,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, data_dir, tmp_p
   arguments = train_arguments(
     data_dir, tmp_path, '--config.num_steps=8', '--config.checkpoint.every_steps=2'
   )
-  limits = 'LIMITS = {3: 65536, 7: resource.RLIM_INFINITY}'
-  done = run_python('-c', FULL.replace('from absl', f'{limits}\nfrom absl', 1), *arguments[2:])
+  given = f'WORKDIR, LIMITS = {str(tmp_path)!r}, {{3: 65536, 7: resource.RLIM_INFINITY}}'
+  done = run_python('-c', f'import resource\n{given}\n{FULL}', *arguments[2:])
   assert done.returncode == 0, done.stderr
   assert 'the checkpoint of step 4 could not be written (' in done.stdout
   assert 'the newest one is of step 2, and training goes on' in done.stdout
@@ -371,9 +371,8 @@ def test_a_disk_that_is_full_at_the_end_is_no_success(data_dir, tmp_path):
   arguments = train_arguments(
     data_dir, tmp_path, '--config.num_steps=5', '--config.checkpoint.every_steps=2'
   )
-  done = run_python(
-    '-c', FULL.replace('from absl', 'LIMITS = {3: 65536}\nfrom absl', 1), *arguments[2:]
-  )
+  given = f'WORKDIR, LIMITS = {str(tmp_path)!r}, {{3: 65536}}'
+  done = run_python('-c', f'{given}\n{FULL}', *arguments[2:])
   assert done.returncode == 1, done.stderr
   # Orbax's own threads write to the terminal too.
   (told,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
@@ -381,19 +380,17 @@ def test_a_disk_that_is_full_at_the_end_is_no_success(data_dir, tmp_path):
   assert told.endswith('make room and give the same command, which goes on from step 2.')
   done = run_python(*arguments)
   assert done.returncode == 0, done.stderr
-  assert 'going on after step 2 of 5' in done.stdout
+  assert 'resuming after step 2 of 5' in done.stdout
 
 
 # Kills itself in the middle of the writing of the checkpoint of step 6.
 KILLED_WHILE_SAVING = """
 import os, pathlib, signal, threading, time
-from absl import app
 from dropmae_jax import main
 from dropmae_jax.checkpoints import manager
-from dropmae_jax.runtime import cli
 real = manager.Checkpoints.save
 def watch():
-  folder = pathlib.Path(main._WORKDIR.value, 'checkpoints')
+  folder = pathlib.Path(WORKDIR, 'checkpoints')
   while not list(folder.glob('6.*tmp*/params*')):
     time.sleep(0.0005)
   os.kill(os.getpid(), signal.SIGKILL)
@@ -402,7 +399,7 @@ def save(self, step, state, **other):
     threading.Thread(target=watch).start()
   real(self, step, state, **other)
 manager.Checkpoints.save = save
-cli.run(lambda: app.run(main.main, flags_parser=main.parse))
+main.command()
 """
 
 
@@ -410,13 +407,14 @@ def test_a_kill_while_a_checkpoint_is_written(trained, data_dir, tmp_path):
   arguments = train_arguments(
     data_dir, tmp_path, '--config.num_steps=8', '--config.checkpoint.every_steps=3'
   )
-  done = run_python('-c', KILLED_WHILE_SAVING, *arguments[2:])
+  given = f'WORKDIR = {str(tmp_path)!r}'
+  done = run_python('-c', f'{given}\n{KILLED_WHILE_SAVING}', *arguments[2:])
   assert done.returncode == -signal.SIGKILL, done.stderr
   folder = tmp_path / saved_weights.FOLDER
   assert not (folder / '6').exists()
   assert list(folder.glob('6.*tmp*'))
   done = run_python(*arguments)
   assert done.returncode == 0, done.stderr
-  assert 'going on after step 3 of 8' in done.stdout
+  assert 'resuming after step 3 of 8' in done.stdout
   assert losses(tmp_path) == losses(trained)
   assert_same_weights(tmp_path, trained)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import GOLDEN, torch
-from test_torch_export import PUBLISHED, TINY, random_state
+from test_layouts import PUBLISHED, TINY, random_state
 
 from dropmae_jax import optimizer
 from dropmae_jax.config import OptimizerOptions
@@ -23,7 +23,7 @@ TRAINED = [name for group in adamw_state.parameter_groups(TINY) for name in grou
 
 
 def published_groups(state):
-  """Grouped as timm 0.3.2 does, from the state dict alone."""
+  """The parameter groups that timm 0.3.2 makes, from the state dict alone."""
   parameters = {
     name: torch.nn.Parameter(torch.from_numpy(array.copy())) for name, array in state.items()
   }
@@ -44,7 +44,7 @@ def torch_update(parameters, adamw, gradients):
 
 @pytest.fixture(scope='module')
 def runs():
-  """Three updates with the same gradients here and there, and a fourth for what follows."""
+  """Three updates with equal gradients in both libraries, and gradients for a fourth."""
   pytest.importorskip('torch', reason='PyTorch is not installed')
   state = random_state(TINY)
   fixed = {name: np.zeros_like(array) for name, array in state.items() if name not in TRAINED}
@@ -156,7 +156,7 @@ def test_published_sizes_come_back_bit_for_bit(size):
 
 @pytest.mark.parametrize('size', ['L', 'H'])
 def test_the_ids_of_large_sizes_come_back(size):
-  """Names, ids and groups are those of the size; narrow, for two states of it fill a machine."""
+  """At the true depth but narrow, because two states of the true width do not fit in memory."""
   large = architecture_of_size(size)
   narrow = dataclasses.replace(large, width=16 * large.num_heads // 4, num_heads=4)
   narrow = dataclasses.replace(narrow, image_size=2 * large.patch_size, decoder_width=64)
@@ -168,7 +168,7 @@ def test_the_ids_of_large_sizes_come_back(size):
 
 
 def planted(fault):
-  """A whole state of zeros, with a fault in it."""
+  """A complete state of zeros with one fault."""
   shapes = layouts.tensor_shapes(TINY)
   state = {
     i: {'step': np.float32(3)} | {k: np.zeros(shapes[name]) for k in adamw_state.MOMENTS}
@@ -189,19 +189,22 @@ def transpose(state, _):
 @pytest.mark.parametrize(
   ('fault', 'message'),
   [
-    (transpose, 'and decoder_embed.weight is (32, 64)'),
+    (transpose, 'but decoder_embed.weight is (32, 64)'),
     (lambda state, _: state.pop(0), 'KeyError: 0'),
-    (lambda state, _: state[1].update(step=np.float32(4)), 'have taken 3 to 4 updates'),
+    (lambda state, _: state[1].update(step=np.float32(4)), 'have had 3 to 4 updates'),
     (lambda _, groups: groups.reverse(), 'with ids in order'),
-    (lambda _, groups: groups[1]['params'].append(groups[0]['params'].pop()), 'groups are not of'),
-    (lambda _, groups: groups.pop(), 'is not that of AdamW over the'),
-    (lambda state, _: state[0].pop('exp_avg'), 'is not that of AdamW over the'),
-    (lambda state, _: [each.update(step=-1) for each in state.values()], 'taken -1 to -1 updates'),
+    (lambda _, groups: groups[1]['params'].append(groups[0]['params'].pop()), 'groups do not have'),
+    (lambda _, groups: groups.pop(), 'is not that of AdamW for the'),
+    (lambda state, _: state[0].pop('exp_avg'), 'is not that of AdamW for the'),
+    (lambda state, _: [each.update(step=-1) for each in state.values()], 'had -1 to -1 updates'),
     (lambda state, _: state[0].update(step=np.inf), 'OverflowError'),
-    (lambda state, _: state[0].update(exp_avg=np.ones(64, int)), 'is int64 (1 such in all)'),
+    (
+      lambda state, _: state[0].update(exp_avg=np.ones(64, int)),
+      'is int64 (1 such tensors in all)',
+    ),
     (lambda _, groups: groups[0].pop('betas'), "KeyError: 'betas'"),
-    (lambda _, groups: groups[0].update(lr=b'1'), 'options of a group are no plain values'),
-    (lambda _, groups: groups[1].update(other=b'1'), 'options of a group are no plain values'),
+    (lambda _, groups: groups[0].update(lr=b'1'), 'the options of a group are not plain values'),
+    (lambda _, groups: groups[1].update(other=b'1'), 'the options of a group are not plain values'),
   ],
 )
 def test_states_that_do_not_fit_are_refused(fault, message):

@@ -1,4 +1,4 @@
-"""What a converted file says, number by number; every option is noticed where it is ignored.
+"""Every number in a converted file is right, and every option changes something.
 
 All numbers of the checkpoint differ from the defaults and from one another.
 """
@@ -10,15 +10,15 @@ import sys
 import numpy as np
 import pytest
 from flax import traverse_util
-from test_torch_export import TINY as ARCHITECTURE
-from test_torch_export import random_state
+from test_layouts import TINY as ARCHITECTURE
+from test_layouts import random_state
 
 from dropmae_jax import optimizer
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Objective
 from dropmae_jax.model import position_embedding
 from dropmae_jax.optimizer import Moments
-from dropmae_jax.pytorch import layouts, torch_clients, weight_files
+from dropmae_jax.pytorch import layouts, weight_files
 from dropmae_jax.pytorch import main as convert_to_torch
 from dropmae_jax.runtime.errors import UserError
 
@@ -29,8 +29,6 @@ DESCRIPTION = saved_weights.describe(
   steps_per_epoch=3,
   data_fingerprint='abc',
   seed_version=2,
-  score=0.5,
-  score_steps=4,
   config={
     'batch_size': 96,
     'num_steps': 20,
@@ -68,7 +66,7 @@ def run(trees, tmp_path_factory):
 
 @pytest.fixture
 def convert(monkeypatch, capsys):
-  """Runs the command line in this process; returns what it says."""
+  """Runs the command line in this process; returns its output."""
 
   def convert(*arguments):
     monkeypatch.setattr(sys, 'argv', ['convert_to_torch.py', *map(str, arguments)])
@@ -79,7 +77,7 @@ def convert(monkeypatch, capsys):
 
 
 def tensors_by_hand(tree):
-  """The state dict of a parameter tree, from the published names and layouts."""
+  """The state dict of a parameter tree, by the published names and layouts."""
   tensors = {}
   for (*path, leaf), array in traverse_util.flatten_dict(tree).items():
     name = '.'.join(map(str, (*path, {'kernel': 'weight', 'scale': 'weight'}.get(leaf, leaf))))
@@ -132,7 +130,7 @@ def test_a_file_says_what_the_checkpoint_is(run, trees, tmp_path, convert):
   named = ('versions', 'sha256', 'file')
   assert {name: value for name, value in card.items() if name not in named} == {
     'layout': 'full', 'format': 'pth', 'step': STEP, 'epoch': 1, 'normalised_targets': False,
-    'data_fingerprint': 'abc', 'score': 0.5, 'args': args, 'largest_relative_difference': None,
+    'data_fingerprint': 'abc', 'args': args, 'largest_relative_difference': None,
   }  # fmt: skip
 
 
@@ -180,24 +178,32 @@ EXPORTS = [
 ]
 
 
-def test_the_closing_lines_are_on_what_was_written(run, tmp_path, convert, monkeypatch):
-  told = []
-
-  def closing_lines(*arguments, **options):
-    told.append((arguments, options))
-    return []
-
-  monkeypatch.setattr(torch_clients, 'closing_lines', closing_lines)
+def test_safetensors_hold_the_metadata_of_the_card(run, tmp_path, convert):
   path = tmp_path / 'out.safetensors'
   convert(f'--checkpoint={run}', f'--output={path}', '--layout=mae', '--no-verify')
-  assert told == [((path, ARCHITECTURE), {'layout': 'mae', 'file_format': 'safetensors'})]
   entries, card = (
     weight_files.read(path).entries,
     json.loads(path.with_name(f'{path.name}.json').read_text()),
   )
-  assert {name: entries[name] for name in ('layout', 'epoch', 'args', 'versions')} == {
-    name: card[name] for name in ('layout', 'epoch', 'args', 'versions')
-  }
+  for name in ('layout', 'epoch', 'args', 'versions'):
+    assert entries[name] == card[name]
+
+
+@pytest.mark.parametrize(
+  ('name', 'warning'),
+  [
+    ('OSTrack_b.safetensors', 'Warning: trackers take a file with "OSTrack" in its name'),
+    ('my_npz/out.safetensors', 'Warning: trackers take a path with "npz" in it'),
+    ('OSTrack/out.safetensors', ''),
+  ],
+)
+def test_names_that_trackers_misread_are_warned_of(run, tmp_path, convert, name, warning):
+  path = tmp_path / name
+  path.parent.mkdir(exist_ok=True)
+  out = convert(f'--checkpoint={run}', f'--output={path}', '--no-verify')
+  assert 'See docs/convert.md' in out
+  assert warning in out
+  assert out.count('Warning') == bool(warning)
 
 
 @pytest.mark.parametrize(('options', 'of', 'expected'), EXPORTS)
@@ -219,6 +225,33 @@ def test_every_option_of_an_export_counts(run, trees, tmp_path, convert, options
     for name, table in tables.items():
       np.testing.assert_array_equal(file.tensors[name], position_embedding.resample_table(table, 6))
     assert card['args']['architecture']['image_size'] == 48
+
+
+def tracker_layout(state):
+  return {f'backbone.{name}': array for name, array in layouts.in_layout(state, 'encoder').items()}
+
+
+def timm_with_class_slot(state):
+  return layouts.in_layout(state, 'timm') | {'pos_embed': state['pos_embed']}
+
+
+@pytest.mark.parametrize(
+  ('layout', 'said'),
+  [
+    (tracker_layout, 'not verified: layout mine has no blocks.0.'),
+    (timm_with_class_slot, '\nverified: '),
+  ],
+)
+def test_a_layout_can_be_added(run, tmp_path, convert, monkeypatch, layout, said):
+  pytest.importorskip('torch', reason='verifying needs PyTorch')
+  monkeypatch.setitem(layouts.LAYOUTS, 'mine', layout)
+  path, back = tmp_path / 'out.pth', tmp_path / 'back'
+  out = convert(f'--checkpoint={run}', f'--output={path}', '--layout=mine')
+  assert said in f'\n{out}'
+  # Both can be read by the importer.
+  convert(f'--from_torch={path}', f'--output={back}', '--model=XXS', '--no-verify')
+  blocks = [saved_weights.load_weights(folder).params['blocks'] for folder in (run, back)]
+  assert_same(*map(traverse_util.flatten_dict, blocks))
 
 
 IMPORTS = [
@@ -243,10 +276,10 @@ def test_every_option_of_an_import_counts(run, trees, tmp_path, convert, options
 
 @pytest.mark.parametrize('job', ['checkpoint', 'from_torch'])
 def test_verification_that_is_asked_for_is_not_left_out(run, tmp_path, convert, monkeypatch, job):
-  """Where PyTorch is missing, it is left out only if nobody has asked for it."""
+  """Without PyTorch, it is skipped only if the user did not ask for it."""
   path = tmp_path / 'out.safetensors'
   monkeypatch.setattr(weight_files, 'torch_fault', lambda: 'PyTorch is gone')
   assert 'not verified: PyTorch is gone' in convert(f'--checkpoint={run}', f'--output={path}')
   source = run if job == 'checkpoint' else path
-  with pytest.raises(UserError, match='PyTorch is gone, and --verify runs the network in it'):
+  with pytest.raises(UserError, match='PyTorch is gone, so --verify cannot run the network'):
     convert(f'--{job}={source}', f'--output={tmp_path}/other.safetensors', '--verify')

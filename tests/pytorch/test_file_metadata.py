@@ -1,10 +1,10 @@
-"""What a file says of itself: read as far as it is known, refused where it cannot be."""
+"""Metadata of weight files: what is read, what is unknown, and what is refused."""
 
 import dataclasses
 
 import numpy as np
 import pytest
-from test_torch_export import TINY
+from test_layouts import TINY
 
 from dropmae_jax.config import Objective
 from dropmae_jax.pytorch import file_metadata
@@ -19,67 +19,65 @@ OURS = {
   'config': {'batch_size': 4},
   'data_fingerprint': 'abc',
   'source': {'file': 'in.pth', 'fresh': ['mask_token']},
-  'score': 0.25,
-  'score_steps': 3,
   'epoch': 7,
 }
 UNKNOWN = dict.fromkeys(dataclasses.asdict(Objective()))
 
 
-def test_ours_say_everything():
-  said = file_metadata.read({'args': OURS})
-  assert said.is_ours
-  assert (said.architecture, said.step) == (TINY, 8)
-  assert Objective(**said.objective) == Objective()
+def test_our_files_hold_everything():
+  found = file_metadata.read({'args': OURS | {'score': 0.25, 'score_steps': 3}})
+  assert found.is_ours
+  assert (found.architecture, found.step) == (TINY, 8)
+  assert Objective(**found.objective) == Objective()
+  # The score of older files is ignored.
   named = {'architecture', 'objective', 'step'}
-  assert said.kept == {name: value for name, value in OURS.items() if name not in named}
+  assert found.description == {name: value for name, value in OURS.items() if name not in named}
 
 
-def test_of_the_objective_only_what_is_said_is_known():
+def test_what_a_file_does_not_tell_of_the_objective_is_none():
   published = {'mask_ratio': 0.6, 'P': 0.2, 'norm_pix_loss': False, 'blr': 1e-3}
-  said = file_metadata.read({'args': published, 'epoch': 399})
-  assert not said.is_ours
-  assert said.objective == UNKNOWN | {
+  found = file_metadata.read({'args': published, 'epoch': 399})
+  assert not found.is_ours
+  assert found.objective == UNKNOWN | {
     'mask_ratio': 0.6, 'attention_dropout': 0.2, 'normalise_targets': False,
   }  # fmt: skip
-  assert (said.architecture, said.step, said.kept) == (None, 0, {'epoch': 399})
-  # It stays unknown on the way through a file of ours.
+  assert (found.architecture, found.step, found.description) == (None, 0, {'epoch': 399})
+  # A file of ours stores what is unknown as None.
   partly = OURS | {'objective': UNKNOWN | {'mask_ratio': 0.6}}
   assert file_metadata.read({'args': partly}).objective == UNKNOWN | {'mask_ratio': 0.6}
 
 
 @pytest.mark.parametrize('entries', [{}, {'args': 3}, {'args': {}}, {'epoch': True}])
-def test_files_may_say_nothing(entries):
-  said = file_metadata.read(entries)
-  assert said == (False, None, UNKNOWN, 0, {})
+def test_files_without_metadata_are_read(entries):
+  found = file_metadata.read(entries)
+  assert found == (False, None, UNKNOWN, 0, {})
 
 
 @pytest.mark.parametrize(
   ('name', 'value', 'message'),
   [
-    ('step', -3, 'step=-3 and not a whole number from 0'),
-    ('step', 'x', "step='x' and not a whole number"),
-    ('step', True, 'step=True and not a whole number'),
-    ('step', 2**40, 'and not a whole number'),
-    ('steps_per_epoch', 0, 'steps_per_epoch=0 and not a whole number from 1'),
-    ('epoch', 1.5, 'epoch=1.5 and not a whole number'),
-    ('config', np.ones(2), 'config=array([1., 1.]) and not a dict of plain values'),
-    ('config', {'a': np.ones((3, 3))}, 'and not a dict of plain values'),
-    ('data_fingerprint', b'abc', "data_fingerprint=b'abc' and not a text"),
-    ('source', 'abc', "source='abc' and not a dict"),
-    ('source', {'fresh': 3}, 'and not a dict'),
-    ('score', b'1', "score=b'1' and not a number"),
-    ('architecture', 'abc', "architecture='abc' and not a dict"),
-    ('architecture', {'width': '64'}, "width='64' in its architecture, where 768 is usual"),
+    ('step', -3, 'step=-3, which is not an integer from 0'),
+    ('step', 'x', "step='x', which is not an integer"),
+    ('step', True, 'step=True, which is not an integer'),
+    ('step', 2**40, 'which is not an integer'),
+    ('steps_per_epoch', 0, 'steps_per_epoch=0, which is not an integer from 1'),
+    ('epoch', 1.5, 'epoch=1.5, which is not an integer'),
+    ('config', np.ones(2), 'config=array([1., 1.]), which is not a dict of plain values'),
+    ('config', {'a': np.ones((3, 3))}, 'which is not a dict of plain values'),
+    ('data_fingerprint', b'abc', "data_fingerprint=b'abc', which is not a string"),
+    ('source', 'abc', "source='abc', which is not a dict"),
+    ('source', {'fresh': 3}, 'which is not a dict'),
+    ('architecture', 'abc', "architecture='abc', which is not a dict"),
+    ('architecture', {'width': '64'}, "width='64' in its architecture (the default: 768)"),
     ('architecture', {'width': np.ones(1)}, 'width=array([1.]) in its architecture'),
     ('architecture', {'mlp_ratio': float('nan')}, 'mlp_ratio=nan in its architecture'),
     ('architecture', {'width': 30}, 'width=30 must be a multiple of 4'),
-    ('objective', [1], 'objective=[1] and not a dict'),
-    ('objective', {'mask_ratio': 0.0}, 'mask_ratio=0.0 is not between 0 and 1'),
+    ('objective', [1], 'objective=[1], which is not a dict'),
+    ('objective', {'mask_ratio': 0.0}, 'mask_ratio=0.0 is out of range'),
     ('objective', {'normalise_targets': 1}, 'normalise_targets=1 in its objective'),
   ],
 )
-def test_what_it_says_must_make_sense(name, value, message):
+def test_invalid_values_are_refused(name, value, message):
   with pytest.raises(UserError) as caught:
     file_metadata.read({'args': OURS | {name: value}})
   assert message in str(caught.value)

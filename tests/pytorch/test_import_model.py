@@ -1,10 +1,10 @@
-"""Every kind of file that the field has, read in: what is taken, dropped and freshly made."""
+"""Import of every kind of file: which tensors are taken, dropped and initialised."""
 
 import dataclasses
 
 import numpy as np
 import pytest
-from test_torch_export import TINY, random_state
+from test_layouts import TINY, random_state
 
 from dropmae_jax.model.vit import architecture_of_size
 from dropmae_jax.pytorch import import_model, layouts
@@ -84,8 +84,8 @@ def test_files_of_the_field_are_completed(tensors, fresh, dropped):
   text = '\n'.join(model.report)
   assert f'taken: {len(FULL) - len([n for n in FULL if n in fresh])} tensors' in text
   assert (dropped in text) if dropped else ('dropped' not in text)
-  assert ('this method has none' in text) == any('cls_token' in name for name in tensors)
-  assert ('freshly made (seed 0)' in text) == bool(fresh)
+  assert ('DropMAE has no class token' in text) == any('cls_token' in name for name in tensors)
+  assert ('initialised (seed 0)' in text) == bool(fresh)
 
 
 def test_fresh_tensors_follow_the_published_rules_and_the_seed():
@@ -126,7 +126,9 @@ def test_architectures_are_read_off_the_shapes(size):
 def test_what_is_no_floating_point_is_no_weight(dtype):
   with pytest.raises(UserError) as caught:
     read(FULL | {'norm.bias': FULL['norm.bias'].astype(dtype)})
-  assert f'and norm.bias is {dtype} (1 such in all); give the file before' in str(caught.value)
+  assert f'but norm.bias is {dtype} (1 such tensors in all); give the file from before' in str(
+    caught.value
+  )
   # What is dropped may be of any type.
   read(FULL | {'cls_token': np.ones((1, 1, 64), dtype)})
 
@@ -149,15 +151,19 @@ def test_what_float32_cannot_hold_becomes_infinite_without_a_word(recwarn):
       'XXS',
       'blocks.2.norm1.weight is not part of this model',
     ),
-    (FULL | {'decoder_embed.weight': np.zeros(())}, None, 'is missing or misshapen'),
+    (FULL | {'decoder_embed.weight': np.zeros(())}, None, 'is missing or has a wrong shape'),
     (FULL, 'Q', '--model=Q is not in the size table; choose one of XXS, XS, S, B, L, H'),
     (FULL, 'XS', 'temporal_pos_embed_x is (1, 1, 64) and not (1, 1, 96)'),
-    (without(FULL, ['pos_embed']), None, "holds no vision transformer ('pos_embed' is missing"),
-    ({'conv1.weight': np.zeros((3, 3))}, None, 'its tensors are 1 tensors: conv1.weight'),
+    (
+      without(FULL, ['pos_embed']),
+      None,
+      "does not hold a vision transformer ('pos_embed' is missing",
+    ),
+    ({'conv1.weight': np.zeros((3, 3))}, None, 'it holds 1 tensors: conv1.weight'),
     (
       FULL | {'patch_embed.proj.weight': np.zeros((72, 3, 8, 8))},
       None,
-      'a width of 72 is in no row of the size table (they are XXS: 64, XS: 96',
+      'no row of the size table has width 72 (widths are XXS: 64, XS: 96',
     ),
     (
       FULL | {'pos_embed': np.zeros((1, 18, 64)), 'decoder_pos_embed': np.zeros((1, 18, 32))},

@@ -1,4 +1,4 @@
-"""A run may begin with the weights of another, or with a file of the field."""
+"""A run can start from the weights of another run or of a weight file."""
 
 import dataclasses
 
@@ -50,11 +50,11 @@ def equal_leaves(params, others):
 def test_a_run_of_ours_is_taken_whole(workdir, params):
   start = init_from.read(workdir, TINY)
   fresh = drawn(TINY, 2)
-  assert equal_leaves(init_from.put(start.taken, to_devices(fresh)), params) == set(
+  assert equal_leaves(init_from.replace(to_devices(fresh), start.params), params) == set(
     traverse_util.flatten_dict(params)
   )
   assert start.report[0].endswith('step 7')
-  assert not any('afresh' in line for line in start.report)
+  assert not any('initialised:' in line for line in start.report)
 
 
 def to_devices(params, *, fsdp=1):
@@ -64,7 +64,7 @@ def to_devices(params, *, fsdp=1):
 
 def test_what_is_taken_lies_where_the_fresh_did(workdir, params):
   fresh = to_devices(drawn(TINY, 2), fsdp=8)
-  taken = init_from.put(init_from.read(workdir, TINY).taken, fresh)
+  taken = init_from.replace(fresh, init_from.read(workdir, TINY).params)
   for one, other in zip(jax.tree.leaves(taken), jax.tree.leaves(fresh), strict=True):
     assert one.sharding == other.sharding
   assert len(equal_leaves(taken, params)) == len(jax.tree.leaves(params))
@@ -76,33 +76,33 @@ def test_files_of_every_layout(workdir, params, tmp_path, layout):
   list(convert.export(workdir, path, convert.ExportOptions(layout=layout, verify=False)))
   start = init_from.read(path, TINY)
   fresh = drawn(TINY, 2)
-  merged = init_from.put(start.taken, to_devices(fresh))
+  merged = init_from.replace(to_devices(fresh), start.params)
   same = {path[0] for path in equal_leaves(merged, params)}
   assert {'patch_embed', 'blocks', 'norm', 'pos_embed'} <= same
   assert ('mask_token' in same) == (layout == 'full')
   assert ('temporal_pos_embed_x' in same) == (layout != 'timm')
-  assert any('drawn afresh' in line for line in start.report) == (layout != 'full')
+  assert any('initialised:' in line for line in start.report) == (layout != 'full')
 
 
 def test_another_decoder_is_drawn_afresh(workdir, params):
   other = dataclasses.replace(TINY, decoder_depth=1)
   start = init_from.read(workdir, other)
-  assert {path[0] for path in start.taken} >= {'blocks', 'norm', 'temporal_pos_embed_x'}
-  assert not any('decoder' in str(path[0]) or path[0] == 'mask_token' for path in start.taken)
-  assert any('drawn afresh' in line and 'decoder_blocks' in line for line in start.report)
+  assert {path[0] for path in start.params} >= {'blocks', 'norm', 'temporal_pos_embed_x'}
+  assert not any('decoder' in str(path[0]) or path[0] == 'mask_token' for path in start.params)
+  assert any('initialised:' in line and 'decoder_blocks' in line for line in start.report)
 
 
 def test_tables_of_another_grid_are_resampled(workdir, params):
   other = dataclasses.replace(TINY, image_size=48)
   start = init_from.read(workdir, other)
   np.testing.assert_array_equal(
-    start.taken['pos_embed',], position_embedding.resample_table(params['pos_embed'], other.grid)
+    start.params['pos_embed',], position_embedding.resample_table(params['pos_embed'], other.grid)
   )
   assert 'position tables: resampled from 32 to 48 pixels' in start.report
 
 
 def test_the_seed_draws_what_is_not_taken(workdir, params, tmp_path):
-  """Of a file without a decoder, for a run of another resolution."""
+  """The file has no decoder, and the run has another resolution."""
   path = tmp_path / 'encoder.safetensors'
   list(convert.export(workdir, path, convert.ExportOptions(layout='encoder', verify=False)))
   other = dataclasses.replace(TINY, image_size=48)
@@ -139,9 +139,7 @@ def test_the_seed_draws_what_is_not_taken(workdir, params, tmp_path):
 
 def test_another_encoder_is_refused(workdir):
   other = dataclasses.replace(TINY, depth=3)
-  with pytest.raises(
-    UserError, match=r'is of another encoder: .* blocks\.2\.norm1\.weight is miss'
-  ):
+  with pytest.raises(UserError, match=r'has another encoder: .* blocks\.2\.norm1\.weight is miss'):
     init_from.read(workdir, other)
 
 
@@ -157,7 +155,7 @@ def test_weights_that_are_not_finite_are_refused(workdir, params, tmp_path):
 
 
 def test_the_command_begins_with_what_it_is_given(trained, data_dir, tmp_path):
-  """It begins at step 0 with a fresh optimizer, and goes on from its own checkpoint after that."""
+  """It starts at step 0 with a new optimizer state, and later resumes from its own checkpoint."""
   arguments = train_arguments(
     data_dir, tmp_path, '--config.num_steps=2', f'--config.init_from={trained}'
   )
@@ -166,7 +164,7 @@ def test_the_command_begins_with_what_it_is_given(trained, data_dir, tmp_path):
   assert f'init_from {trained}: step 8' in done.stdout
   assert losses(tmp_path)[0][1] < losses(trained)[0][1] - 0.02
   again = run_python(*arguments)
-  assert 'going on after step 2 of 2' in again.stdout
+  assert 'resuming after step 2 of 2' in again.stdout
   assert 'init_from' not in again.stdout
   wrong = run_python(
     *train_arguments(data_dir, tmp_path / 'new', '--config.init_from=/nowhere.safetensors')

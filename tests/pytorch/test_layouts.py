@@ -88,7 +88,7 @@ def test_layouts_hold_the_same_values():
         assert array.flags.c_contiguous
       else:
         np.testing.assert_array_equal(array, state[name])
-  with pytest.raises(ValueError, match="layout='onnx' is unknown; choose one of full, encoder"):
+  with pytest.raises(UserError, match="layout='onnx' is unknown; valid are: encoder, full"):
     layouts.in_layout(state, 'onnx')
 
 
@@ -108,7 +108,7 @@ def test_another_resolution_is_written_with_the_published_tables():
 def test_learned_tables_are_resampled_only_where_asked():
   trained = architecture_of_size('S', image_size=256, depth=1, decoder_depth=1)
   state = random_state(trained)
-  with pytest.raises(UserError, match=r'not of the sine-cosine law.*add --image_size=224'):
+  with pytest.raises(UserError, match=r'not the sine-cosine table.*add --image_size=224'):
     layouts.at_published_resolution(state, trained)
   changed, architecture = layouts.at_resolution(state, trained, 224)
   assert architecture == architecture_of_size('S', depth=1, decoder_depth=1)
@@ -133,7 +133,7 @@ def test_another_architecture_is_refused_with_the_first_three_mismatches():
 
 def test_training_does_not_import_torch():
   program = (
-    'import sys, dropmae_jax.train, dropmae_jax.evaluation.reconstruction, dropmae_jax.pytorch.convert;'
-    ' print("torch" in sys.modules)'
+    'import sys, dropmae_jax.train, dropmae_jax.evaluation.reconstruction,'
+    ' dropmae_jax.pytorch.convert; print("torch" in sys.modules)'
   )
   assert run_python('-c', program).stdout.strip() == 'False'

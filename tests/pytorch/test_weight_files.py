@@ -1,4 +1,4 @@
-"""Files of weights: what every PyTorch can read, and what must not be read or lost."""
+"""Weight files: every PyTorch can read them; code and damaged files are refused."""
 
 import argparse
 import collections
@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 from conftest import needs_torch, run_python, torch
 
-from dropmae_jax.pytorch import file_checks, weight_files
+from dropmae_jax.pytorch import weight_files
 from dropmae_jax.runtime import atomic_file, cli
 from dropmae_jax.runtime.errors import UserError
 
@@ -29,7 +29,7 @@ TENSORS = {
 
 def write(path, **entries):
   with atomic_file.staged(path, num_bytes=1) as partial:
-    weight_files.write(partial, TENSORS, file_format=file_checks.format_of(path), entries=entries)
+    weight_files.write(partial, TENSORS, file_format=weight_files.format_of(path), entries=entries)
     atomic_file.write_card(partial, {'step': 3})
 
 
@@ -55,7 +55,7 @@ def test_a_pth_holds_plain_tensors_in_storages_of_their_own(tmp_path):
 
 @needs_torch
 def test_a_pth_asks_for_nothing_that_torch_1_9_does_not_know(tmp_path):
-  """All that its pickle names, and its protocol, are those of PyTorch since 1.6."""
+  """All names in its pickle, and its protocol, are those of PyTorch since 1.6."""
   path = tmp_path / 'out.pth'
   write(path, epoch=3)
   with zipfile.ZipFile(path) as archive:
@@ -147,7 +147,7 @@ class Evil:
 
 
 class Settings:
-  """As trackers pickle theirs beside the weights."""
+  """Stands for the settings that trackers pickle beside the weights."""
 
 
 @needs_torch
@@ -157,7 +157,7 @@ class Settings:
   [
     (Evil(print), 'print'),
     (Evil(os.system), 'posix.system'),
-    (Settings(), 'test_torch_files.Settings'),
+    (Settings(), 'test_weight_files.Settings'),
   ],
 )
 def test_code_in_a_file_is_refused_by_its_name_and_not_run(tmp_path, capfd, what, name, legacy):
@@ -173,16 +173,18 @@ def test_code_in_a_file_is_refused_by_its_name_and_not_run(tmp_path, capfd, what
 @pytest.mark.parametrize('share', [0, 0.3, 0.9])
 def test_truncated_files_are_refused(tmp_path, name, share):
   path = tmp_path / name
-  weight_files.write(path, TENSORS, file_format=file_checks.format_of(path))
+  weight_files.write(path, TENSORS, file_format=weight_files.format_of(path))
   whole = path.read_bytes()
   path.write_bytes(whole[: int(share * len(whole))])
-  told = 'is empty; get it again' if share == 0 else '(is cut short|cannot be read as safetensors)'
+  told = (
+    'is empty; download it again' if share == 0 else '(is truncated|cannot be read as safetensors)'
+  )
   with pytest.raises(UserError, match=f'{name} {told}'):
     weight_files.read(path)
 
 
 def flip_a_byte(path, pattern):
-  """Damages the values of a tensor, which no reader would notice."""
+  """Changes a value of a tensor, which a reader does not notice."""
   content = bytearray(path.read_bytes())
   content[content.index(pattern) + 2] ^= 1
   path.write_bytes(content)
@@ -198,9 +200,9 @@ def test_a_file_is_held_against_the_sum_beside_it(tmp_path, name, is_link):
   if is_link:
     given = tmp_path / 'link'
     given.symlink_to(path)
-  assert weight_files.read(given).wholeness == f'whole: its sha256 is that of {path}.sha256'
+  assert weight_files.read(given).integrity == f'intact: its sha256 matches {path}.sha256'
   flip_a_byte(path, TENSORS['a.weight'].tobytes())
-  with pytest.raises(UserError, match=r'is not what .*\.sha256 was made of; get the file again'):
+  with pytest.raises(UserError, match=r'does not match .*\.sha256; download the file again'):
     weight_files.read(given)
 
 
@@ -208,9 +210,9 @@ def test_a_file_is_held_against_the_sum_beside_it(tmp_path, name, is_link):
 def test_a_damaged_pth_is_seen_without_a_sum_too(tmp_path):
   path = tmp_path / 'out.pth'
   weight_files.write(path, TENSORS, file_format='pth')
-  assert weight_files.read(path).wholeness == 'whole: the checksums in it are right'
+  assert weight_files.read(path).integrity == 'intact: the checksums in it match'
   flip_a_byte(path, TENSORS['a.weight'].tobytes())
-  with pytest.raises(UserError, match=r'out.pth is damaged \(in .*/data/0\); get it again'):
+  with pytest.raises(UserError, match=r'out.pth is damaged \(in .*/data/0\); download it again'):
     weight_files.read(path)
 
 
@@ -228,7 +230,7 @@ def test_where_damage_cannot_be_seen_this_is_said(tmp_path, kind):
     torch.save(tensors, path, _use_new_zipfile_serialization=kind != 'legacy')
   torch.serialization.set_crc32_options(True)
   read = weight_files.read(path)
-  assert read.wholeness.startswith(f'not checked for damage: {path.name} has no checksums')
+  assert read.integrity.startswith(f'not checked for damage: {path.name} has no checksums')
   assert read.tensors.keys() == TENSORS.keys()
 
 
@@ -236,10 +238,10 @@ def test_where_damage_cannot_be_seen_this_is_said(tmp_path, kind):
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    (b'', 'is empty; get it again'),
-    (b'\n<!DOCTYPE html><html></html>', 'is a web page and no weights; get the file'),
-    (b'version https://git-lfs.github.com/spec/v1\noid', 'is a pointer of git-lfs and no weights'),
-    (b'{"epoch": 1, "model": {}}', 'is json and no weights'),
+    (b'', 'is empty; download it again'),
+    (b'\n<!DOCTYPE html><html></html>', 'is a web page and not weights; download the file'),
+    (b'version https://git-lfs.github.com/spec/v1\noid', 'is a git-lfs pointer and not weights'),
+    (b'{"epoch": 1, "model": {}}', 'is json and not weights'),
     (b'\x1f\x8b' + bytes(50), 'is compressed; unpack it'),
     (b'some text\n', 'cannot be read as '),
   ],
@@ -270,9 +272,7 @@ def test_the_bytes_tell_the_format_where_the_name_does_not(tmp_path):
     weight_files.write(tmp_path / name, TENSORS, file_format='safetensors')
     assert weight_files.read(tmp_path / name).tensors.keys() == TENSORS.keys()
   weight_files.write(tmp_path / 'in.safetensors', TENSORS, file_format='pth')
-  with pytest.raises(
-    UserError, match=r'is a file of PyTorch under another name; let it end in .pth'
-  ):
+  with pytest.raises(UserError, match=r'is a PyTorch file with another ending; rename it to .pth'):
     weight_files.read(tmp_path / 'in.safetensors')
 
 
@@ -280,16 +280,19 @@ def test_the_bytes_tell_the_format_where_the_name_does_not(tmp_path):
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    (lambda: [1, 2], 'holds a list, and not a dict of tensors'),
+    (lambda: [1, 2], 'holds a list and not a dict of tensors'),
     (
       lambda: {'epoch': 3},
-      'what is no named tensor (epoch) at its top, and no entry model or net or state_dict; give',
+      'entries that are not named tensors (epoch) at its top level, and no model or net or',
     ),
-    (lambda: {'model': {'a': 'text'}}, "what is no named tensor (a) under 'model'; give"),
+    (
+      lambda: {'model': {'a': 'text'}},
+      "entries that are not named tensors (a) under 'model'; give",
+    ),
     (lambda: {'model': {}}, "holds nothing under 'model'; give"),
-    (lambda: {0: torch.ones(2)}, 'what is no named tensor (0) at its top'),
-    (lambda: {'model': {'a': torch.eye(2).to_sparse()}}, 'a tensor that numpy has no form for'),
-    (lambda: {'model': {'a': torch.ones(2).to(torch.float8_e5m2)}}, 'numpy has no form for'),
+    (lambda: {0: torch.ones(2)}, 'entries that are not named tensors (0) at its top level'),
+    (lambda: {'model': {'a': torch.eye(2).to_sparse()}}, 'a tensor that numpy cannot represent'),
+    (lambda: {'model': {'a': torch.ones(2).to(torch.float8_e5m2)}}, 'numpy cannot represent'),
   ],
 )
 def test_files_of_other_things_are_refused(tmp_path, content, message):
@@ -312,7 +315,7 @@ def test_a_call_that_pytorch_does_not_take_is_no_fault_of_the_file(tmp_path, mon
 FILE_LIMIT = """
 import pathlib, resource, signal, sys
 import numpy as np
-from dropmae_jax.pytorch import file_checks, weight_files
+from dropmae_jax.pytorch import weight_files
 from dropmae_jax.runtime import atomic_file, cli
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -322,7 +325,7 @@ path = pathlib.Path(sys.argv[1])
 def main():
   with atomic_file.staged(path, num_bytes=1) as partial:
     tensors = {name: np.zeros(10**6, np.float32) for name in 'ab'}
-    weight_files.write(partial, tensors, file_format=file_checks.format_of(path))
+    weight_files.write(partial, tensors, file_format=weight_files.format_of(path))
 
 cli.run(main)
 """
@@ -330,7 +333,7 @@ cli.run(main)
 
 @pytest.mark.parametrize('name', [pytest.param('out.pth', marks=needs_torch), 'out.safetensors'])
 def test_a_write_that_the_system_refuses_keeps_the_old_file(tmp_path, name):
-  """A limit on file sizes stands for the full disk: the same call fails at the same place."""
+  """A limit on file sizes stands for a full disk: the same call fails in the same place."""
   path = tmp_path / name
   path.write_bytes(b'old')
   done = run_python('-c', FILE_LIMIT, path)
@@ -342,7 +345,7 @@ def test_a_write_that_the_system_refuses_keeps_the_old_file(tmp_path, name):
 
 
 class Interrupted(type(pathlib.Path())):
-  """A path to whose file a signal comes while it is written."""
+  """A path; a signal arrives while its file is written."""
 
   def open(self, mode):
     file = super().open(mode, buffering=0)

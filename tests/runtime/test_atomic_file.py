@@ -1,4 +1,4 @@
-"""Where files may be put, and what stays of what was there."""
+"""Where files may be written, and what happens to earlier files."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def test_links_stay_and_what_they_point_to_is_written(tmp_path):
 @pytest.mark.parametrize('make', [os.mkfifo, lambda path: path.symlink_to(path)])
 def test_special_files_are_not_replaced(tmp_path, name, make):
   make(tmp_path / name)
-  with pytest.raises(UserError, match=f'{name} is no regular file; give another name'):
+  with pytest.raises(UserError, match=f'{name} is not a regular file; give another name'):
     write(tmp_path / 'out.pth')
   assert os.listdir(tmp_path) == [name]
 
@@ -44,7 +44,7 @@ def test_special_files_are_not_replaced(tmp_path, name, make):
 def test_only_cards_are_replaced(tmp_path, content):
   other = tmp_path / 'out.pth.json'
   other.write_text(content)
-  with pytest.raises(UserError, match=r'out.pth.json is not the card of a file of weights'):
+  with pytest.raises(UserError, match=r'out.pth.json is not the card of a weight file'):
     write(tmp_path / 'out.pth')
   assert other.read_text() == content
   other.unlink()
@@ -55,7 +55,7 @@ def test_only_cards_are_replaced(tmp_path, content):
 
 def test_the_place_is_looked_at_again_before_it_is_taken(tmp_path):
   with (
-    pytest.raises(UserError, match='is no regular file'),
+    pytest.raises(UserError, match='is not a regular file'),
     atomic_file.staged(tmp_path / 'out.pth', num_bytes=1) as partial,
   ):
     partial.write_text('new')
@@ -66,7 +66,7 @@ def test_the_place_is_looked_at_again_before_it_is_taken(tmp_path):
 @pytest.mark.parametrize('name', ['.', '/', ''])
 def test_a_file_needs_a_name(tmp_path, monkeypatch, name):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(UserError, match='names no file; give the path of one'):
+  with pytest.raises(UserError, match='does not name a file; give the path of one'):
     atomic_file.check_file(pathlib.Path(name))
 
 
