@@ -1,12 +1,12 @@
-r"""Times ASAD's sampler, from a layer's logits to the pairs that are dropped, beside PyTorch's.
+r"""Times the sampler of ASAD, from a layer's logits to the dropped pairs, and that of PyTorch.
 
     python -m benchmarks.asad_sampler --rounds=9 --json=FILE
 
-Ours is `asad.sampling_weights` and `sampling.sample_drops`, jitted, on CPUs a few heads at a time
-as the step does it. The PyTorch way is that of the published method, written here without a loop
-over heads: softmax, weights, `torch.multinomial` without replacement, scatter. Both are run on the
-CPU or both on the GPU, on the same logits of a ViT-B's decoder layer in float32, in interleaved
-rounds. Results: docs/performance.md.
+Ours is `fast_asad.sampling_weights` and `weighted_sampling.sample_drops`, jitted, in the chunks of
+the training step. PyTorch's is that of the published method, but without a loop over heads:
+softmax, weights, `torch.multinomial` without replacement, scatter. Both take the same float32
+logits of a decoder layer, both on the CPU or both on the GPU, in interleaved rounds. Results:
+docs/performance.md.
 """
 
 import argparse
@@ -21,11 +21,10 @@ import numpy as np
 from einops import rearrange
 
 from benchmarks import rounds
-from benchmarks.parts import drops, groups_here
+from benchmarks.parts import chunks_here, drops
 from benchmarks.rounds import Way
 from dropmae_jax.data import loader_process
-from dropmae_jax.model import fast_asad
-from dropmae_jax.model.asad import Logits, num_dropped
+from dropmae_jax.model.asad import EPSILON, Logits, num_dropped
 from dropmae_jax.model.chunks import Groups
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
@@ -35,22 +34,22 @@ if TYPE_CHECKING:
 
 
 def torch_weights(logits: 'Tensor') -> 'Tensor':
-  """Weights of all within-frame pairs, [b, f, m, i, n], by logits [b, m, l, l] over both frames."""
+  """Returns the weights of within-frame pairs [b, f, m, i, n] from logits [b, m, l, l]."""
   import torch
 
   n = logits.shape[-1] // 2
-  # Of queries i in frame f, the attention to keys j in frame g.
+  # [b, m, f, i, g, j]: attention of query i of frame f to key j of frame g.
   attention = logits.softmax(dim=-1).unflatten(-1, (2, n)).unflatten(2, (2, n))
   own = torch.stack([attention[:, :, 0, :, 0], attention[:, :, 1, :, 1]], dim=1)
   other = torch.stack([attention[:, :, 0, :, 1], attention[:, :, 1, :, 0]], dim=1)
-  best_match = other.amax(dim=-1, keepdim=True) + fast_asad.EPSILON
-  own = own + fast_asad.EPSILON
+  best_match = other.amax(dim=-1, keepdim=True) + EPSILON
+  own = own + EPSILON
   own.diagonal(dim1=-2, dim2=-1).zero_()
   return own / own.sum(dim=-1, keepdim=True) * best_match
 
 
 def torch_drops(logits: 'Tensor', count: int) -> 'Tensor':
-  """Draws the pairs to drop as the published code does: True where dropped."""
+  """Draws the pairs to drop as the published code does; True where dropped."""
   import torch
 
   weights = torch_weights(logits).transpose(1, 2)
@@ -61,18 +60,15 @@ def torch_drops(logits: 'Tensor', count: int) -> 'Tensor':
 
 
 def make_logits(
-  batch_size: int, heads: int, tokens: int, groups: Groups
+  batch_size: int, heads: int, tokens: int, chunks: Groups
 ) -> tuple[Logits, np.ndarray]:
-  """Returns random logits twice: for us, in groups as a step has them, and as one matrix.
-
-  That is over the keys of both frames.
-  """
+  """Returns the same random logits twice: in chunks for ours, and as [b, m, l, l] for PyTorch."""
   n = tokens // 2
   own, other = np.random.default_rng(0).normal(size=(2, batch_size, 2, heads, n, n))
   own, other = own.astype(np.float32), other.astype(np.float32)
   earlier = np.concatenate([own[:, 0], other[:, 0]], axis=-1)
   later = np.concatenate([other[:, 1], own[:, 1]], axis=-1)
-  sizes = {'s': groups.of_samples, 'h': groups.of_heads}
+  sizes = {'s': chunks.of_samples, 'h': chunks.of_heads}
   ours = (rearrange(each, '(s c) f (h k) i n -> (s h) c f k i n', **sizes) for each in (own, other))
   return Logits(*map(jnp.asarray, ours)), np.concatenate([earlier, later], axis=-2)
 
@@ -87,10 +83,10 @@ def make_ways(batch_size: int, arguments: argparse.Namespace) -> dict[str, Way]:
       ' JAX_PLATFORMS=cpu to compare both on the CPU.'
     )
   count = num_dropped(arguments.tokens // 2, arguments.drop_rate)
-  groups = groups_here(batch_size, arguments.heads, arguments.tokens)
-  logits, matrix = make_logits(batch_size, arguments.heads, arguments.tokens, groups)
+  chunks = chunks_here(batch_size, arguments.heads, arguments.tokens)
+  logits, matrix = make_logits(batch_size, arguments.heads, arguments.tokens, chunks)
   keys = jax.random.split(jax.random.key(0), batch_size)
-  sample = jax.jit(functools.partial(drops, groups=groups, count=count))
+  sample = jax.jit(functools.partial(drops, chunks=chunks, count=count))
   sample = sample.lower(keys, logits).compile()
   tensor = torch.from_numpy(matrix).to('cpu' if is_cpu else 'cuda')
   wait = (lambda _: None) if is_cpu else (lambda _: torch.cuda.synchronize())
@@ -120,7 +116,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> str:
-  """Draws the table."""
+  """Returns the table as text."""
   about, host = result['arguments'], result['machine']
   count = num_dropped(about['tokens'] // 2, about['drop_rate'])
   lines = [
@@ -175,7 +171,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
   """The command line."""
-  # As a training run does without loader processes.
+  # As in a training run without loader processes.
   loader_process.keep_freed_memory()
   arguments = parse()
   rows = measure(arguments)

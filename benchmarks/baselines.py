@@ -1,7 +1,7 @@
-"""What the dataset of frames is measured against: the same pairs, straight from video files.
+"""Baselines for the dataset of frames: the same pairs, decoded from the video files.
 
 Each is a source of frames for the same loader. A clip is opened once for a pair, and decoded from
-the keyframe before the earlier frame on.
+the last keyframe before the earlier frame.
 """
 
 import importlib.util
@@ -18,12 +18,12 @@ class Reader(Protocol):
   """An open video file."""
 
   def read(self, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """Decodes a frame; the numbers do not fall from one call to the next."""
+    """Decodes a frame; `number` is not below that of the last call."""
     ...
 
 
 class PyAvReader:
-  """Seeks to the keyframe before the first frame that is asked for, and decodes from there."""
+  """Seeks to the last keyframe before the first frame wanted, and decodes from there."""
 
   def __init__(self, path: pathlib.Path) -> None:
     container = av.open(str(path))
@@ -34,14 +34,14 @@ class PyAvReader:
     self._frame = self._frames = None
 
   def decode(self) -> Iterator[av.VideoFrame]:
-    """Yields the frames from where the file is."""
+    """Yields the frames from the current position."""
     yield from self._container.decode(self._stream)
 
   def read(self, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """Takes the frame rate as constant: exact numbers would need a scan of the file.
+    """Assumes a constant frame rate, as exact numbers would need a scan of the file.
 
     Args:
-      number: not below the one before; beyond the end, the last frame is taken.
+      number: not below that of the last call; past the end, it is the last frame.
     """
     earliest = (self._stream.start_time or 0) + (number - 0.5) * self._step
     if self._frames is None:
@@ -56,7 +56,7 @@ class PyAvReader:
 
 
 class DecordReader:
-  """Reads as the published code does: opens the file and asks for a batch of frame numbers."""
+  """Reads as the published code does: opens the file, and gets frames by number."""
 
   def __init__(self, path: pathlib.Path) -> None:
     import decord
@@ -64,7 +64,7 @@ class DecordReader:
     self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
 
   def read(self, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """Decodes one frame; decord goes on from the one before, as it does within a batch."""
+    """Decodes one frame; decord continues from the previous one, as within a batch."""
     return self._reader.get_batch([min(number, len(self._reader) - 1)]).asnumpy()[0]
 
 
@@ -72,12 +72,12 @@ READERS = {'pyav': PyAvReader, 'decord': DecordReader}
 
 
 def installed() -> list[str]:
-  """Returns the names of the readers that can be used here; decord is no dependency."""
+  """Returns the names of the readers that are installed; decord is no dependency."""
   return [name for name in READERS if name != 'decord' or importlib.util.find_spec('decord')]
 
 
 class FileVideos:
-  """Random access to the frames of video files, as the loader wants it (`data.VideoSource`)."""
+  """Random access to the frames of video files: a `video_source.VideoSource`."""
 
   def __init__(self, paths: tuple[pathlib.Path, ...], num_frames: list[int], reader: str) -> None:
     self._paths = paths
@@ -89,11 +89,11 @@ class FileVideos:
     return len(self._paths)
 
   def num_frames(self, video: int) -> int:
-    """Frames of a video, as known beforehand."""
+    """Returns the number of frames of a video, which was given."""
     return self._num_frames[video]
 
   def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """Decodes a frame; the file stays open for the later frame of the pair, and no longer."""
+    """Decodes a frame; the file stays open for the second frame of the pair only."""
     if self._opened and self._opened[0] == video:
       reader, self._opened = self._opened[1], None
     else:

@@ -1,4 +1,4 @@
-"""Videos to measure on, and their dataset: generated, rescaled or as they are."""
+"""Videos to measure with, and their dataset: generated, rescaled or as they are."""
 
 import dataclasses
 import hashlib
@@ -23,13 +23,13 @@ GENERATED = synthetic_clips.ClipOptions(val=0, frames=60, height=SHORT_SIDE, wid
 
 @dataclasses.dataclass(frozen=True)
 class Clips:
-  """The same clips twice: as a dataset, and as the files that it was built from.
+  """The same clips as a dataset, and as the files that it was built from.
 
   Attributes:
     videos: the dataset.
     split: of the dataset.
-    first: record of each clip's first frame.
-    paths: the file of each clip; none if the files are not at hand.
+    first: index of the record of each clip's first frame.
+    paths: the file of each clip; empty if the files are not given.
   """
 
   videos: TfdsVideos
@@ -69,7 +69,7 @@ def rescale_file(source: pathlib.Path, destination: pathlib.Path) -> None:
     rate = Fraction(video.average_rate or synthetic_clips.FRAMES_PER_SECOND)
     scale = SHORT_SIDE / min(video.width, video.height)
     stream = writer.add_stream('libx264', rate=rate)
-    # h264 of the usual colour format has even sides.
+    # With yuv420p, h264 needs even sides.
     stream.width, stream.height = (2 * round(s * scale / 2) for s in (video.width, video.height))
     stream.pix_fmt = 'yuv420p'
     stream.options = {'crf': '23'}
@@ -93,7 +93,7 @@ def rescale(root: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
   staging = output.with_name(f'{output.name}.partial')
   shutil.rmtree(staging, ignore_errors=True)
   for path in files:
-    # The old suffix stays, so that two files that differ in it only do not meet.
+    # Two files may differ only in their suffix, so it stays in the name.
     copy = (staging / path.relative_to(root)).with_name(f'{path.name}.mp4')
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -106,10 +106,10 @@ def rescale(root: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
 
 
 def build_dataset(videos: pathlib.Path, data_dir: pathlib.Path) -> None:
-  """Builds the dataset of a video tree as a user does.
+  """Builds the dataset of a video tree by its command.
 
   Raises:
-    UserError: the builder refuses; with what it says.
+    UserError: with the error of the command.
   """
   command = ['-m', 'tfds_kinetics', '--config=folder', f'--videos={videos}']
   done = subprocess.run(
@@ -119,8 +119,8 @@ def build_dataset(videos: pathlib.Path, data_dir: pathlib.Path) -> None:
     check=False,
   )
   if done.returncode:
-    told = (done.stderr.strip().splitlines() or ['it says nothing'])[-1]
-    raise UserError(f'the dataset of {videos} cannot be built: {told.removeprefix("error: ")}')
+    reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+    raise UserError(f'the dataset of {videos} cannot be built: {reason.removeprefix("error: ")}')
 
 
 def open_clips(
@@ -132,7 +132,7 @@ def open_clips(
     data_dir: of the dataset.
     dataset: TFDS name and config.
     split: of the dataset.
-    root: of the video tree; None if it is not at hand.
+    root: of the video tree; None if there are no files.
 
   Raises:
     UserError: there is no such dataset, or a file of it is not below `root`.
@@ -160,19 +160,19 @@ def prepare(
   dataset: str,
   split: str,
 ) -> Clips:
-  """Makes what is asked for and not there yet, and opens it.
+  """Makes the clips and their dataset, unless they exist, and opens them.
 
   Args:
-    scratch: folder for all that is made; what it holds of that already is used.
+    scratch: folder for what is made, and from which it is used again.
     videos: a tree of videos.
     generated: number of clips to generate instead.
     rescaled: copy the clips at short side 256 first.
-    data_dir: a dataset that is there; else one is built.
+    data_dir: an existing dataset; None: one is built.
     dataset: TFDS name and config of it.
     split: to open.
 
   Raises:
-    UserError: something is not there or cannot be made.
+    UserError: something is missing or cannot be made.
   """
   if scratch.exists() and not scratch.is_dir():
     raise UserError(f'--scratch={scratch} is not a folder; give another name.')

@@ -1,18 +1,18 @@
-"""FLOPs of the method by formula, and what a device can do: the two sides of an MFU.
+"""FLOPs of a training step by formula, and the peak of a device: the two sides of an MFU.
 
-Counted are the matrix products of the algorithm, two for a multiplication and an addition, whether
-a program makes them or not; what it computes twice to save memory counts once. ASAD adds none.
+Only the matrix products of the algorithm count, as two FLOPs per multiplication and addition. What
+a program rematerialises to save memory counts once. ASAD adds none.
 """
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.compiler.targets import TARGETS
 from benchmarks.rounds import Way
-from benchmarks.targets import TARGETS
 from dropmae_jax.config import Architecture
 from dropmae_jax.model import masking
 
-# How jax calls the TPUs of `TARGETS`; it calls GPUs as their makers do.
+# The names of TPUs in jax, and in `TARGETS`. Those of GPUs are in `TARGETS` already.
 TPU_KINDS = {
   'TPU v4': 'tpu_v4',
   'TPU v5 lite': 'tpu_v5e',
@@ -23,14 +23,21 @@ TPU_KINDS = {
 
 
 def block(tokens: int, width: int, mlp_ratio: float, wanted: int | None = None) -> int:
-  """FLOPs of a transformer block on one sample, forward; what is `wanted` are tokens."""
-  of_every_one, of_wanted = 3 * width * width, width * width + 2 * width * int(width * mlp_ratio)
+  """FLOPs of a transformer block on one sample, forward.
+
+  Args:
+    tokens: that attention sees.
+    width: of a token.
+    mlp_ratio: hidden width of the MLP over `width`.
+    wanted: how many tokens go on after attention; None: all.
+  """
+  before, after = 3 * width * width, width * width + 2 * width * int(width * mlp_ratio)
   wanted = tokens if wanted is None else wanted
-  return 2 * (tokens * of_every_one + wanted * of_wanted) + attention(tokens, width)
+  return 2 * (tokens * before + wanted * after) + attention(tokens, width)
 
 
 def attention(tokens: int, width: int) -> int:
-  """FLOPs of dense attention on one sample, forward: logits, and values mixed by them."""
+  """FLOPs of dense attention on one sample, forward: the logits, and the product with values."""
   return 2 * 2 * tokens * tokens * width
 
 
@@ -39,15 +46,15 @@ def encoder(architecture: Architecture, mask_ratio: float) -> int:
   a = architecture
   visible = masking.num_visible(a.num_tokens, mask_ratio)
   blocks = a.depth * block(visible, a.width, a.mlp_ratio)
-  # Pixels need no gradient: of the embedding only its weights' is made.
+  # Pixels need no gradient: the backward pass of the embedding has one product, not two.
   return 3 * blocks + 2 * (2 * visible * a.patch_values * a.width)
 
 
 def decoder(architecture: Architecture, mask_ratio: float, *, whole: bool = False) -> int:
   """FLOPs of the decoder on one pair, forward and backward.
 
-  Only masked tokens go through the end of it: all that comes after the last attention. Others than
-  we take the `whole`.
+  Only masked tokens go through what follows the last attention; with `whole`, all tokens do, as in
+  other implementations.
   """
   a = architecture
   visible = masking.num_visible(a.num_tokens, mask_ratio)
@@ -64,7 +71,7 @@ def step(architecture: Architecture, mask_ratio: float, *, whole: bool = False) 
 
 
 def known_peak(device_kind: str) -> tuple[float, str] | None:
-  """Returns the bfloat16 FLOPs a second of a data sheet, and which; None of unknown devices."""
+  """Returns the bfloat16 FLOPs per second of a data sheet, and its name; None if unknown."""
   for name, target in TARGETS.items():
     if name == TPU_KINDS.get(device_kind) or (target.gpu and target.gpu.name == device_kind):
       return target.flops, f'data sheet of {name}, bfloat16'
@@ -72,7 +79,7 @@ def known_peak(device_kind: str) -> tuple[float, str] | None:
 
 
 def matrix_product(size: int, dtype: str) -> Way:
-  """Returns a product of two square matrices to time: what a device reaches at the most."""
+  """Returns a product of two square matrices to time: the highest rate a device reaches."""
   matrix = jnp.ones((size, size), dtype)
   product = jax.jit(lambda a, b: a @ b).lower(matrix, matrix).compile()
   return Way(lambda: product(matrix, matrix), in_turn=jax.default_backend() == 'cpu')

@@ -1,13 +1,12 @@
-"""Measures how many frame pairs a second a core and a host can feed, and what takes the time.
+"""Measures how many frame pairs per second a core and a host load, and which stage takes the time.
 
     python -m benchmarks.input_pipeline --generated=500 --scratch=DIR
     python -m benchmarks.input_pipeline --videos=FOLDER --rescale
 
-The stream is that of training. Beside the dataset of frames, the same pairs of the same clips are
-read straight from the video files, with PyAV, and with decord where it is installed. Every way is
-measured once in each repeat, so that what else the machine does hits all alike; a table gives the
-median and the range of the repeats. "Per core" is per second of CPU time, of the loader's processes
-too (Linux only).
+The pairs are those of training. For comparison, the same pairs are also decoded from the video
+files, with PyAV, and with decord if it is installed. Every way is measured once in each repeat; the
+table gives the median and the range over the repeats. "Per core" is per second of CPU time,
+including that of the loader's processes (Linux only).
 """
 
 import argparse
@@ -37,14 +36,14 @@ LIBRARIES = (
   ' decord'
 ).split()
 IMAGE_SIZE = 224
-# A batch of a baseline takes about as long as one of the dataset.
+# So that a batch of a baseline takes about as long as one of the dataset.
 BATCH = {'dataset': 32, 'pyav': 4, 'decord': 4}
-# Loader processes that started early are ahead by what their buffers hold; this empties them.
+# Loader processes fill their buffers before the clock starts; this many batches empty them.
 WARM_UP_BATCHES = 4
 
 
 class Way(NamedTuple):
-  """One way to make pairs: which source of frames, which resize, how many loader processes."""
+  """One way to make pairs: a source of frames, a resize, and a number of loader processes."""
 
   source: str
   resize: str
@@ -52,24 +51,24 @@ class Way(NamedTuple):
 
 
 class Rate(NamedTuple):
-  """Pairs per second of the clock, and per second of CPU time."""
+  """Pairs per second of wall time, and per second of CPU time."""
 
   host: float
   core: float
 
 
 def cpu_seconds() -> float:
-  """CPU time that this process and its children that live have taken."""
+  """Returns the CPU time of this process and of its children that are alive."""
   ticks = 0
   for child in multiprocessing.active_children():
     status = pathlib.Path(f'/proc/{child.pid}/stat').read_text()
-    # Fields 14 and 15 of proc(5), counted after the name, which may hold anything.
+    # Fields 14 and 15 of proc(5), counted after the name, which may contain spaces.
     ticks += sum(int(field) for field in status.rpartition(')')[2].split()[11:13])
   return time.process_time() + ticks / os.sysconf('SC_CLK_TCK')
 
 
 def measure(found: Clips, way: Way, *, seed: int, pairs: int) -> Rate:
-  """Runs the training stream for some pairs per worker, after a warm-up."""
+  """Times the training stream over `pairs` pairs per worker, after a warm-up."""
   videos, batch_size = found.videos, min(pairs, BATCH[way.source])
   if way.source != 'dataset':
     frames = [videos.num_frames(video) for video in range(len(videos))]
@@ -91,17 +90,17 @@ def measure(found: Clips, way: Way, *, seed: int, pairs: int) -> Rate:
 
 
 def run(found: Clips, *, workers: Sequence[int], repeats: int, pairs: int) -> dict[str, Any]:
-  """Measures every way and every stage once per repeat; returns what the tables show.
+  """Measures every way and every stage once per repeat; returns the numbers of the tables.
 
   Args:
     found: the clips.
-    workers: numbers of loader processes; 0 works in this process.
+    workers: numbers of loader processes; 0: this process.
     repeats: rounds over all ways.
-    pairs: per worker and round; a baseline makes an eighth of them.
+    pairs: per worker and round; an eighth of them for a baseline.
   """
   ways = [Way('dataset', resize, number) for resize in augment.RESIZES for number in workers]
   if found.paths:
-    # The fast resize for all: what is compared is where frames come from.
+    # The fast resize for all, as the sources of frames are compared.
     few = sorted({min(workers), max(workers)})
     ways += [Way(reader, 'fast', number) for reader in baselines.installed() for number in few]
   rates: dict[Way, list[Rate]] = {way: [] for way in ways}
@@ -147,7 +146,7 @@ def run(found: Clips, *, workers: Sequence[int], repeats: int, pairs: int) -> di
 
 
 def describe(found: Clips) -> dict[str, Any]:
-  """Sums up the clips."""
+  """Describes the clips: their number, frames, sizes and bytes."""
   frames = [found.videos.num_frames(video) for video in range(len(found.videos))]
   shards = found.videos.folder.glob(f'*-{found.split}.array_record*')
   sizes = {found.videos.frame(video, 0).shape[1::-1] for video in range(min(100, len(frames)))}

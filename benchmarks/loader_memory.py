@@ -1,9 +1,10 @@
-"""What a loader process of a full Kinetics-400 costs: python -m benchmarks.loader_memory [--json].
+"""Measures the memory of a loader process with a dataset as large as Kinetics-400.
 
-The index is of 240,000 videos of 300 frames in 9,000 shards, as many as the real dataset has; all
-shards are links to one file of 8,000 small records, so that it needs no disk. Frames are of 340x256
-pixels, crops of 224. An opened shard
-keeps its index in memory, so it is what a process has opened so far that counts.
+    python -m benchmarks.loader_memory --json=FILE
+
+The index has 240,000 videos of 300 frames in 9,000 shards, as the real dataset. All shards are
+links to one file of 8,000 small records, so they need no disk. Frames have 340x256 pixels, crops
+224. Every open shard keeps its index in memory, so memory grows with the shards that are open.
 """
 
 import argparse
@@ -33,15 +34,15 @@ DATASET = 'kinetics_frames/synthetic'
 RECORDS = 8000
 FRAME = (256, 340)
 IMAGE_SIZE = 224
-# Of several blocks, as that of a training is.
+# Of several chunks, as in training.
 BATCH = 128
 
 
 def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -> None:
-  """Writes a dataset of one real shard and links to it.
+  """Writes a dataset of one shard and of links to it.
 
   Args:
-    data_dir: where the dataset's folders go.
+    data_dir: where the dataset is written.
     num_videos: of the index.
     num_frames: of every video.
   """
@@ -49,7 +50,7 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
   folder.mkdir(parents=True)
   real = data_dir / 'shard'
   writer = array_record_module.ArrayRecordWriter(str(real), 'group_size:1')
-  # Smooth, so that all of them together stay small.
+  # A smooth picture makes a small JPEG.
   picture = np.tile(np.linspace(0, 255, FRAME[1]).astype(np.uint8)[None, :, None], (FRAME[0], 1, 3))
   jpeg = simplejpeg.encode_jpeg(picture, colorspace='RGB')
   record = records.frame_serializer()(jpeg, Video('train/class/video.mp4', 'class', 0), 0)
@@ -84,7 +85,7 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
 
 
 def memory_of(pid: int) -> dict[str, float]:
-  """Returns a process's `rss_mb`, `pss_mb` (shared pages divided up) and its `open_files`."""
+  """Returns `rss_mb`, `pss_mb` (shared pages counted by share) and `open_files` of a process."""
   lines = pathlib.Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()[1:]
   sizes = {line.split(':')[0]: int(line.split()[1]) / 1024 for line in lines}
   files = len(os.listdir(f'/proc/{pid}/fd'))
@@ -92,12 +93,12 @@ def memory_of(pid: int) -> dict[str, float]:
 
 
 def measure(data_dir: pathlib.Path, *, num_pairs: int, num_workers: int) -> dict[str, Any]:
-  """Reads pairs and returns times, and memory at the start and at the end.
+  """Reads pairs; returns times, and memory after the first batch and at the end.
 
   Args:
-    data_dir: see `write_dataset`.
+    data_dir: of `write_dataset`.
     num_pairs: to read after the first batch.
-    num_workers: processes that read.
+    num_workers: processes of the loader.
   """
   began = time.perf_counter()
   dataset = video_source.open_dataset(str(data_dir), DATASET)

@@ -1,7 +1,7 @@
-"""The training step, whole and in parts, compiled and ready to be timed.
+"""The training step and its parts, compiled and ready to be timed.
 
-The whole steps are those of `train.build`. Parts are the same functions on data of the
-same shapes, forward and backward; what XLA fuses across their borders is not in them.
+The whole steps are those of `train_step.build`. The parts are the same functions, forward and
+backward, on random data of the same shapes; each is compiled alone, so XLA cannot fuse across them.
 """
 
 import functools
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import compiled, flops
+from benchmarks import flops
+from benchmarks.compiler.compiled import memory_of
 from benchmarks.rounds import Way
-from dropmae_jax import optimizer, sharding, train, train_step
+from dropmae_jax import optimizer, sharding, train_step
 from dropmae_jax.config import Config
 from dropmae_jax.kernels import implementations
 from dropmae_jax.model import attention, fast_asad, mae, masking, patches, weighted_sampling
@@ -29,14 +30,14 @@ from dropmae_jax.train_step import TrainState
 
 
 class Part(NamedTuple):
-  """Something to time, with what is known of it.
+  """Something to time, and its numbers.
 
   Attributes:
     way: runs it.
-    times: how often a step does so.
-    flops: of one call, by formula; None where no matrix product is in it.
-    compile_seconds: what it took to compile.
-    memory: bytes on the device, of `compiled.memory_of`; None where nobody tells.
+    times: how often a training step runs it.
+    flops: of one call, by formula; None if it has no matrix product.
+    compile_seconds: time of its compilation.
+    memory: bytes on the device, by `memory_of`; None for PyTorch.
   """
 
   way: Way
@@ -47,17 +48,17 @@ class Part(NamedTuple):
 
 
 class Workbench:
-  """Data on a device, and a training state on which all steps take turns.
+  """A batch on a device, and one training state that all steps update in turn.
 
   Attributes:
-    recipes: what is compared, by name.
-    frames: a batch.
-    state: the training state; every step of whichever recipe donates it, as in training.
+    configs: what is compared, by name.
+    frames: the batch.
+    state: the training state, which every step donates and replaces, as in training.
   """
 
-  def __init__(self, recipes: Mapping[str, Config], device: jax.Device) -> None:
-    self.recipes = recipes
-    first = next(iter(recipes.values()))
+  def __init__(self, configs: Mapping[str, Config], device: jax.Device) -> None:
+    self.configs = configs
+    first = next(iter(configs.values()))
     self.architecture, self.objective = first.model, first.objective
     self._mesh = sharding.make_mesh([device], first.mesh)
     self._in_turn = device.platform == 'cpu'
@@ -67,35 +68,32 @@ class Workbench:
     size = first.model.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 2, size, size, 3), np.uint8)
     self.frames = sharding.to_devices(pixels, self._mesh)
-    self.state = train.build(first, self._mesh).init(self._key)
+    self.state = train_step.build(first, self._mesh).init(self._key)
 
   def steps(self) -> Iterator[tuple[str, Part]]:
-    """Compiles the training step of every recipe."""
+    """Compiles the training step of every config."""
     count = flops.step(self.architecture, self.objective.mask_ratio)
-    for name, recipe in self.recipes.items():
-      step = train.build(recipe, self._mesh).step
+    for name, config in self.configs.items():
+      step = train_step.build(config, self._mesh).step
       part = self._part(step, self.frames, self._key, on_state=True, pairs_flops=count)
       yield f'step_{name}', part
 
   def parts(self) -> Iterator[tuple[str, Part]]:
-    """Compiles the parts, those with attention once for every recipe."""
-    first = next(iter(self.recipes.values()))
+    """Compiles the parts; decoder and attention for every config."""
+    first = next(iter(self.configs.values()))
     yield 'encoder', self._encoder(first)
-    if 'dense_fused' in self.recipes:
-      yield 'encoder_fused', self._encoder(self.recipes['dense_fused'])
-    for name, recipe in self.recipes.items():
-      yield f'decoder_{name}', self._decoder(recipe)
-      yield f'attention_{name}', self._attention(recipe)
-    yield 'sampler', self._sampler(next(filter(self._count, self.recipes.values())))
+    if 'dense_fused' in self.configs:
+      yield 'encoder_fused', self._encoder(self.configs['dense_fused'])
+    for name, config in self.configs.items():
+      yield f'decoder_{name}', self._decoder(config)
+      yield f'attention_{name}', self._attention(config)
+    yield 'sampler', self._sampler(self.configs['asad'])
     yield 'optimizer', self._optimizer(first)
 
   @functools.cached_property
   def _params(self) -> dict:
-    """Parameters that no step donates."""
+    """A copy of the parameters that no step donates."""
     return jax.tree.map(jnp.copy, self.state.params)
-
-  def _count(self, recipe: Config) -> int:
-    return num_dropped(self.architecture.tokens_per_frame, recipe.objective.attention_dropout)
 
   def _part(
     self,
@@ -105,7 +103,7 @@ class Workbench:
     times: int = 1,
     pairs_flops: int | None = None,
   ) -> Part:
-    """Compiles a function of these arguments; or of the state first, which it then replaces."""
+    """Compiles a function of these arguments; with `on_state`, of the state, which it replaces."""
     began = time.monotonic()
     jitted = function if hasattr(function, 'lower') else jax.jit(function)
     made = jitted.lower(*([self.state] if on_state else []), *arguments).compile()
@@ -122,7 +120,7 @@ class Workbench:
       times,
       None if pairs_flops is None else self._batch * pairs_flops,
       seconds,
-      compiled.memory_of(made),
+      memory_of(made),
     )
 
   def _normal(self, *shape: int, dtype: str = 'float32', seed: int = 0) -> jax.Array:
@@ -139,103 +137,121 @@ class Workbench:
       mask_ratio=self.objective.mask_ratio,
     )
 
-  def _attentions(self, recipe: Config, keys: jax.Array, number: int) -> list[Attention]:
+  def _attentions(self, config: Config, keys: jax.Array, number: int) -> list[Attention]:
     return attention.decoder_attentions(
       keys,
       num_blocks=number,
       tokens_per_frame=self.architecture.tokens_per_frame,
-      drop_rate=recipe.objective.attention_dropout,
-      programs=train.attention_implementations(recipe, self._mesh),
+      drop_rate=config.objective.attention_dropout,
+      implementations=train_step.attention_implementations(config, self._mesh),
     )
 
-  def _model(self, recipe: Config) -> tuple[nnx.GraphDef, dict, dict]:
-    """Returns a model's graph, and its parameters: those of the encoder and of the decoder."""
-    dtype = jnp.dtype(recipe.dtype)
-    graphdef, _ = mae.abstract_model(recipe.model, dtype=dtype, remat=recipe.remat)
+  def _model(self, config: Config) -> tuple[nnx.GraphDef, dict, dict]:
+    """Returns a model's graph, the parameters of its encoder and those of its decoder."""
+    dtype = jnp.dtype(config.dtype)
+    graphdef, _ = mae.abstract_model(config.model, dtype=dtype, remat=config.remat)
     encoder, decoder = (
       {name: leaf for name, leaf in self._params.items() if layouts.is_of_decoder(name) == part}
       for part in (False, True)
     )
     return graphdef, encoder, decoder
 
-  def _encoder(self, recipe: Config) -> Part:
-    graphdef, params, rest = self._model(recipe)
+  def _encoder(self, config: Config) -> Part:
+    graphdef, params, decoder_params = self._model(config)
     a = self.architecture
-    attend = train.attention_implementations(recipe, self._mesh).dense
+    attend = train_step.attention_implementations(config, self._mesh).dense
 
-    def both(params: dict, rest: dict, vectors: Any, masked: Masking, upper: Any) -> Any:
+    def forward_and_backward(
+      params: dict, decoder_params: dict, vectors: Any, masked: Masking, d_latents: Any
+    ) -> Any:
       def encode(params: dict) -> jax.Array:
-        return nnx.merge(graphdef, params | rest).encode(vectors, masked, attend)
+        model = nnx.merge(graphdef, params | decoder_params)
+        return model.encode(vectors, masked, attend)
 
-      latents, pull = jax.vjp(encode, params)
-      return latents, pull(upper)
+      latents, backward = jax.vjp(encode, params)
+      return latents, backward(d_latents)
 
     vectors = patches.patchify(self._normal(2, a.image_size, a.image_size, 3), a.patch_size)
-    upper = self._normal(self._visible, a.width)
-    count = flops.encoder(a, self.objective.mask_ratio)
-    return self._part(both, params, rest, vectors, self._masking(), upper, pairs_flops=count)
+    return self._part(
+      forward_and_backward,
+      params,
+      decoder_params,
+      vectors,
+      self._masking(),
+      self._normal(self._visible, a.width),
+      pairs_flops=flops.encoder(a, self.objective.mask_ratio),
+    )
 
-  def _decoder(self, recipe: Config) -> Part:
-    graphdef, rest, params = self._model(recipe)
+  def _decoder(self, config: Config) -> Part:
+    graphdef, encoder_params, params = self._model(config)
     a = self.architecture
 
-    def both(
-      params: dict, rest: dict, latents: Any, masked: Masking, keys: jax.Array, upper: Any
+    def forward_and_backward(
+      params: dict,
+      encoder_params: dict,
+      latents: Any,
+      masked: Masking,
+      keys: jax.Array,
+      d_prediction: Any,
     ) -> Any:
       def decode(params: dict, latents: jax.Array) -> jax.Array:
-        attentions = self._attentions(recipe, keys, a.decoder_depth)
-        model = nnx.merge(graphdef, params | rest)
+        attentions = self._attentions(config, keys, a.decoder_depth)
+        model = nnx.merge(graphdef, params | encoder_params)
         return model.decode(latents, masked, attentions, wanted=masked.masked)
 
-      reconstruction, pull = jax.vjp(decode, params, latents)
-      return reconstruction, pull(upper)
+      prediction, backward = jax.vjp(decode, params, latents)
+      return prediction, backward(d_prediction)
 
-    latents, upper = (
-      self._normal(self._visible, a.width),
-      self._normal(a.num_tokens - self._visible, a.patch_values),
-    )
-    count = flops.decoder(a, self.objective.mask_ratio)
     return self._part(
-      both, params, rest, latents, self._masking(), self._keys(), upper, pairs_flops=count
+      forward_and_backward,
+      params,
+      encoder_params,
+      self._normal(self._visible, a.width),
+      self._masking(),
+      self._keys(),
+      self._normal(a.num_tokens - self._visible, a.patch_values),
+      pairs_flops=flops.decoder(a, self.objective.mask_ratio),
     )
 
-  def _attention(self, recipe: Config) -> Part:
+  def _attention(self, config: Config) -> Part:
     a = self.architecture
 
-    def both(keys: jax.Array, query: Any, key: Any, value: Any, upper: Any) -> Any:
-      (attend,) = self._attentions(recipe, keys, 1)
-      mixed, pull = jax.vjp(attend, query, key, value)
-      return mixed, pull(upper)
+    def forward_and_backward(
+      keys: jax.Array, query: Any, key: Any, value: Any, d_output: Any
+    ) -> Any:
+      (attend,) = self._attentions(config, keys, 1)
+      output, backward = jax.vjp(attend, query, key, value)
+      return output, backward(d_output)
 
     heads = a.decoder_num_heads
     shape = (a.num_tokens, heads, a.decoder_width // heads)
-    arrays = [self._normal(*shape, dtype=recipe.dtype, seed=seed) for seed in range(4)]
-    count = 3 * flops.attention(a.num_tokens, a.decoder_width)
-    return self._part(both, self._keys(), *arrays, times=a.decoder_depth, pairs_flops=count)
+    arrays = [self._normal(*shape, dtype=config.dtype, seed=seed) for seed in range(4)]
+    return self._part(
+      forward_and_backward,
+      self._keys(),
+      *arrays,
+      times=a.decoder_depth,
+      pairs_flops=3 * flops.attention(a.num_tokens, a.decoder_width),
+    )
 
-  def _sampler(self, recipe: Config) -> Part:
+  def _sampler(self, config: Config) -> Part:
     a = self.architecture
-    n = a.tokens_per_frame
-    groups = groups_here(self._batch, a.decoder_num_heads, a.num_tokens)
-    logits = Logits(
-      *(
-        self._normal(2, a.decoder_num_heads, n, n, seed=seed).reshape(
-          groups.number, -1, 2, a.decoder_num_heads // groups.of_heads, n, n
-        )
-        for seed in range(2)
-      )
-    )
-    sample = functools.partial(drops, groups=groups, count=self._count(recipe))
-    return self._part(sample, self._keys(), logits, times=a.decoder_depth)
+    n, heads = a.tokens_per_frame, a.decoder_num_heads
+    chunks = chunks_here(self._batch, heads, a.num_tokens)
+    shape = (chunks.number, -1, 2, heads // chunks.of_heads, n, n)
+    own, other = (self._normal(2, heads, n, n, seed=seed).reshape(shape) for seed in range(2))
+    count = num_dropped(n, config.objective.attention_dropout)
+    sample = functools.partial(drops, chunks=chunks, count=count)
+    return self._part(sample, self._keys(), Logits(own, other), times=a.decoder_depth)
 
-  def _optimizer(self, recipe: Config) -> Part:
+  def _optimizer(self, config: Config) -> Part:
     schedule = optimizer.learning_rate(
-      peak=recipe.peak_learning_rate, floor=0, warmup_steps=0, num_steps=recipe.num_steps
+      peak=config.peak_learning_rate, floor=0, warmup_steps=0, num_steps=config.num_steps
     )
-    tx = optimizer.adamw(schedule, recipe.optimizer)
+    tx = optimizer.adamw(schedule, config.optimizer)
 
     def products(params: dict, gradients: dict) -> jax.Array:
-      # A loss that has the gradients which are handed in.
+      # A loss whose gradients are those given.
       pairs = zip(jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True)
       return sum(jnp.vdot(p, g) for p, g in pairs)
 
@@ -249,26 +265,26 @@ class Workbench:
     return self._part(jax.jit(update, donate_argnums=0), gradients, on_state=True)
 
 
-def groups_here(batch_size: int, heads: int, tokens: int) -> Groups:
-  """Returns in what groups a step on one device here draws, with the attention 'auto'."""
+def chunks_here(batch_size: int, heads: int, tokens: int) -> Groups:
+  """Returns the chunks in which a step on one device here draws, with attention='auto'."""
   at_once = implementations.logits_at_once(jax.default_backend())
   return groups_of((batch_size, tokens, heads), at_once)
 
 
-def drops(keys: jax.Array, logits: Logits, *, groups: Groups, count: int) -> jax.Array:
-  """The sampler: marks the pairs of one layer that ASAD drops.
+def drops(keys: jax.Array, logits: Logits, *, chunks: Groups, count: int) -> jax.Array:
+  """Marks the pairs of one layer that ASAD drops, chunk by chunk: the sampler.
 
   Args:
     keys: one per sample.
-    logits: [g, c, f, k, i, n], of the groups.
-    groups: of which each draws by itself.
-    count: how many to drop.
+    logits: [g, c, f, k, i, n]: g chunks of k heads of c samples.
+    chunks: into which samples and heads are split.
+    count: how many pairs to drop per sample and head.
   """
 
-  def draw(group: tuple[Logits, weighted_sampling.HeadSeeds]) -> jax.Array:
-    logits, seeds = group
+  def draw(chunk: tuple[Logits, weighted_sampling.HeadSeeds]) -> jax.Array:
+    logits, seeds = chunk
     return weighted_sampling.sample_drops(seeds, fast_asad.sampling_weights(logits), count)
 
-  seeds = weighted_sampling.head_seeds(keys, groups.of_heads * logits.own.shape[3])
-  seeds = jax.tree.map(lambda each: cut(each, groups), seeds)
+  seeds = weighted_sampling.head_seeds(keys, chunks.of_heads * logits.own.shape[3])
+  seeds = jax.tree.map(lambda each: cut(each, chunks), seeds)
   return jax.lax.map(draw, (logits, seeds))

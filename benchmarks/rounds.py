@@ -1,7 +1,7 @@
-"""Times taken in interleaved rounds, and on what: shared by the measurements.
+"""Timing in interleaved rounds, and a description of the machine: shared by the benchmarks.
 
-A shared machine is never the same for long, so every way is measured once in each round, and two
-ways are compared by the ratios within rounds.
+The speed of a shared machine changes all the time. So every way is measured once in each round, and
+two ways are compared by the ratios within rounds.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ class Way(NamedTuple):
   """Something to time.
 
   Attributes:
-    start: sets one call of it off, and returns what `wait` waits for.
+    start: starts one call, and returns what `wait` waits for.
     wait: returns when that is done.
-    in_turn: waits for each call before the next. Else calls are set off one after the other, as a
-      training loop does, and the device is never without work.
+    in_turn: each call is waited for before the next one starts. Otherwise calls are queued, as in
+      a training loop, so that the device always has work.
   """
 
   start: Callable[[], Any]
@@ -49,7 +49,7 @@ class Way(NamedTuple):
 
 
 def warm_up(way: Way, least_seconds: float) -> int:
-  """Runs a way until it is as fast as it gets; returns how many calls make a measurement."""
+  """Runs a way until caches are warm; returns how many calls make a measurement."""
   way.seconds(2)
   return min(100, max(1, round(least_seconds / way.seconds(1))))
 
@@ -57,12 +57,12 @@ def warm_up(way: Way, least_seconds: float) -> int:
 def interleave(
   ways: Mapping[str, Way], *, rounds: int, least_seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-  """Measures every way once per round, back and forth.
+  """Measures every way once per round, in alternating order.
 
   Args:
     ways: by name.
     rounds: how many.
-    least_seconds: that a measurement should take; a faster way is called several times.
+    least_seconds: of a measurement; a fast way is called several times for that.
 
   Returns:
     The seconds of a call in each round, and how many calls made a measurement.
@@ -77,28 +77,28 @@ def interleave(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-  """Returns median, least and most."""
+  """Returns median, minimum and maximum."""
   return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
-  """Compares two ways round by round."""
+  """Returns the spread of the ratios of two ways within rounds."""
   return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
 def show_range(values: Mapping[str, float], *, scale: float = 1, digits: int = 1) -> str:
-  """Writes a spread as `median (least..most)`."""
+  """Formats a spread as `median (min..max)`."""
   median, low, high = (f'{values[name] * scale:.{digits}f}' for name in ('median', 'min', 'max'))
   return f'{median} ({low}..{high})'
 
 
 def cores() -> int:
-  """Cores that this process may use."""
+  """Returns the number of cores that this process may use."""
   return len(os.sched_getaffinity(0))
 
 
 def machine(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
-  """Describes what is measured on, and with."""
+  """Describes the machine, and the versions of libraries."""
   cpus = re.findall(r'model name\s*: (.*)', pathlib.Path('/proc/cpuinfo').read_text())
   installed = {}
   for library in libraries:
@@ -114,12 +114,12 @@ def machine(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
 
 
 def command() -> str:
-  """The command that this process was started with."""
+  """Returns the command that this process was started with."""
   return ' '.join(['python', *sys.orig_argv[1:]])
 
 
 def check_output(path: pathlib.Path | None) -> None:
-  """Finds out before the measurement whether its numbers can be written.
+  """Checks before a measurement that its numbers can be written.
 
   Raises:
     UserError: they cannot.
@@ -131,7 +131,7 @@ def check_output(path: pathlib.Path | None) -> None:
 
 
 def import_torch() -> Any:
-  """Imports PyTorch, which then uses as many threads as there are cores.
+  """Imports PyTorch, and lets it use as many threads as there are cores.
 
   Raises:
     UserError: it is not installed.

@@ -1,11 +1,11 @@
-r"""Trains under faults, and shows that they change nothing.
+r"""Trains under random faults, and checks that they do not change the result.
 
     python -m benchmarks.soak --minutes=10
 
-A tiny model trains on generated clips while faults are drawn at random: kill -9 of the trainer or
-of a loader process, SIGTERM, and damage of the newest checkpoint after a kill. The same command
-goes on each time. A run that has come to its end is compared, parameters and moments, bit for bit,
-with one that nobody disturbed; then the next one begins, until the time is over.
+A tiny model trains on generated clips. The faults are kill -9 of the trainer or of a loader
+process, SIGTERM, and a damaged newest checkpoint after a kill; after each, the same command resumes
+the run. The final parameters and moments must equal those of a run without faults, bit for bit.
+Then the next run starts, until the time is over.
 """
 
 import collections
@@ -27,10 +27,9 @@ import numpy as np
 
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.runtime import cli
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import ExitStatus, UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
-STOPPED = os.EX_TEMPFAIL
 # Small enough for some hundred steps between two faults.
 TINY = [
   '--config.model.size=XXS',
@@ -44,12 +43,12 @@ TINY = [
   '--config.checkpoint.keep_last=3',
   '--config.log_every=10',
 ]
-# Longest time that a run is left alone before the next fault, in seconds from its first step.
+# The longest time from a run's first step to its fault, in seconds.
 LONGEST_CALM = 4.0
 
 
 class Trainer:
-  """One start of the training command; its output is kept in a file."""
+  """One start of the training command, whose output goes to a file."""
 
   def __init__(self, arguments: list[str], log: pathlib.Path) -> None:
     self._log = log.open('a+')
@@ -62,17 +61,17 @@ class Trainer:
       start_new_session=True,
     )
 
-  def said(self) -> str:
-    """Returns what this start has said so far."""
+  def output(self) -> str:
+    """Returns the output of this start so far."""
     self._log.seek(self._from)
     return self._log.read()
 
   def is_training(self) -> bool:
     """Whether the first step is done."""
-    return 'first step' in self.said()
+    return 'first step' in self.output()
 
   def children(self) -> list[int]:
-    """Lists the processes of the loader: those that multiprocessing has spawned."""
+    """Lists the processes of the loader: those that multiprocessing spawned."""
     found = []
     for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
       try:
@@ -85,55 +84,55 @@ class Trainer:
     return found
 
   def end(self, number: signal.Signals) -> int:
-    """Sends a signal, and waits for the end."""
+    """Sends a signal; returns the exit status."""
     self.process.send_signal(number)
     return self.process.wait(timeout=300)
 
 
 def kill_trainer(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
-  """Kill -9, at any point: within a step, a save, a log line."""
+  """Kills the trainer with -9 at any point: within a step, a save, a log line."""
   del workdir, rng
   return trainer.end(signal.SIGKILL) == -signal.SIGKILL
 
 
 def stop_trainer(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
-  """SIGTERM, after which it must have saved and said so."""
+  """Sends SIGTERM, after which the trainer must exit with the status of a saved run."""
   del workdir, rng
   status = trainer.end(signal.SIGTERM)
-  if status not in (0, STOPPED):
-    raise AssertionError(f'status {status} after SIGTERM:\n{trainer.said()}')
-  return status == STOPPED
+  if status not in (ExitStatus.DONE, ExitStatus.STOPPED):
+    raise AssertionError(f'status {status} after SIGTERM:\n{trainer.output()}')
+  return status == ExitStatus.STOPPED
 
 
 def kill_loader(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
-  """Kill -9 of a loader process; the trainer must go on by itself, so it is stopped afterwards."""
+  """Kills the loader processes; the trainer must go on by itself, and is stopped afterwards."""
   for child in trainer.children():
     with contextlib.suppress(ProcessLookupError):
       os.kill(child, signal.SIGKILL)
   deadline = time.monotonic() + 60
-  while 'built anew' not in trainer.said():
+  while 'process of the loader died' not in trainer.output():
     if trainer.process.poll() is not None:
-      return False  # It was at its end.
+      return False  # The run had ended already.
     if time.monotonic() > deadline:
-      raise AssertionError(f'the loader was not built anew in a minute:\n{trainer.said()}')
+      raise AssertionError(f'the loader was not restarted in a minute:\n{trainer.output()}')
     time.sleep(0.2)
   stop_trainer(trainer, workdir, rng)
   return True
 
 
 def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
-  """Kill -9, and then the newest checkpoint loses a file, the half of one, or a bit."""
+  """Kills the trainer, and damages a file of the newest checkpoint."""
   trainer.end(signal.SIGKILL)
   folders = (workdir / saved_weights.FOLDER).iterdir()
   steps = sorted((int(path.name), path) for path in folders if path.name.isdigit())
   if len(steps) < 2:
-    return False  # The only one may not be lost.
+    return False  # There is no older one to resume from.
   victim = rng.choice(sorted(path for path in steps[-1][1].rglob('*') if path.is_file()))
   content = bytearray(victim.read_bytes())
-  deed = rng.choice(['remove', 'truncate', 'flip'])
-  if deed == 'remove':
+  damage = rng.choice(['remove', 'truncate', 'flip'])
+  if damage == 'remove':
     victim.unlink()
-  elif deed == 'truncate':
+  elif damage == 'truncate':
     victim.write_bytes(content[: len(content) // 2])
   else:
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -141,7 +140,7 @@ def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Rando
   return True
 
 
-# Each does something to a run, and says whether it came in time to do it.
+# Each returns whether it happened: False if the run had ended before.
 FAULTS: dict[str, Callable[[Trainer, pathlib.Path, random.Random], bool]] = {
   'kill -9 of the trainer': kill_trainer,
   'SIGTERM': stop_trainer,
@@ -164,19 +163,18 @@ def run_to_the_end(arguments: list[str], log: pathlib.Path) -> None:
   """Trains without a fault."""
   trainer = Trainer(arguments, log)
   if trainer.process.wait() != 0:
-    raise AssertionError(f'a run that nobody disturbed failed:\n{trainer.said()}')
+    raise AssertionError(f'a run without faults failed:\n{trainer.output()}')
 
 
 def differences(first: pathlib.Path, second: pathlib.Path) -> list[str]:
-  """Names the parameters and moments that are not equal, bit for bit."""
+  """Lists the parameters and moments of two runs that are not equal, bit for bit."""
   one, other = (saved_weights.load_weights(folder, with_moments=True) for folder in (first, second))
   if one.step != other.step:
     return [f'step {one.step} and {other.step}']
-  trees = ((each.params, each.moments) for each in (one, other))
-  (mine, theirs) = (jax.tree.leaves_with_path(tree) for tree in trees)
+  leaves, others = (jax.tree.leaves_with_path((each.params, each.moments)) for each in (one, other))
   return [
     jax.tree_util.keystr(path)
-    for (path, a), (_, b) in zip(mine, theirs, strict=True)
+    for (path, a), (_, b) in zip(leaves, others, strict=True)
     if not np.array_equal(a, b)
   ]
 
@@ -184,7 +182,7 @@ def differences(first: pathlib.Path, second: pathlib.Path) -> list[str]:
 def disturb(
   arguments: list[str], workdir: pathlib.Path, *, rng: random.Random, deadline: float
 ) -> collections.Counter[str]:
-  """Starts a run again and again until it has ended, or until the time is over; counts faults."""
+  """Runs the training under faults to its end; after the deadline without; counts the faults."""
   survived: collections.Counter[str] = collections.Counter()
   log = workdir.with_suffix('.log')
   while time.monotonic() < deadline:
@@ -198,7 +196,7 @@ def disturb(
     if status == 0:
       return survived
     if status is not None:
-      raise AssertionError(f'status {status} without a fault:\n{trainer.said()}')
+      raise AssertionError(f'status {status} without a fault:\n{trainer.output()}')
     name = rng.choice(list(FAULTS))
     if not FAULTS[name](trainer, workdir, rng):
       continue
@@ -209,16 +207,16 @@ def disturb(
 
 
 def last_step(workdir: pathlib.Path) -> str:
-  """Says how far a run has come."""
+  """Returns the log's last line with a step, up to the step."""
   lines = (workdir / 'log.txt').read_text().splitlines()
   return next((line.split('  ')[0] for line in reversed(lines) if ' step ' in line), '')
 
 
 def soak(folder: pathlib.Path, *, minutes: float, num_steps: int, seed: int) -> dict[str, int]:
-  """Runs until the time is over.
+  """Trains run after run until the time is over; returns counts of runs and faults.
 
   Raises:
-    AssertionError: a fault was not survived, or has changed what was trained.
+    AssertionError: a run failed after a fault, or its result changed.
   """
   make_data(folder)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder / 'compiled')
@@ -240,9 +238,11 @@ def soak(folder: pathlib.Path, *, minutes: float, num_steps: int, seed: int) -> 
     survived += disturb([*common, f'--workdir={workdir}'], workdir, rng=rng, deadline=deadline)
     wrong = differences(workdir, undisturbed)
     if wrong:
-      raise AssertionError(f'run {runs} has changed: {wrong[:3]} ({len(wrong)} in all)')
+      raise AssertionError(f'run {runs} differs in {wrong[:3]} ({len(wrong)} in all)')
     runs += 1
-    print(f'run {runs}: {num_steps} steps, equal to the undisturbed one bit for bit', flush=True)
+    print(
+      f'run {runs}: {num_steps} steps, equal to the run without faults, bit for bit', flush=True
+    )
     shutil.rmtree(workdir)
   return {'runs': runs, 'steps': num_steps, 'faults': sum(survived.values()), **survived}
 

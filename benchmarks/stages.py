@@ -1,8 +1,9 @@
-"""Where the time of a pair goes: the loader's own steps, each between two looks at the clock."""
+"""How long each stage of the loader takes for a pair."""
 
 import collections
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,10 +28,10 @@ BATCH = 32
 
 
 class TimedMaker:
-  """Makes blocks as `data.PairMaker` does, and adds up what each stage takes.
+  """Makes chunks of pairs as `frame_pairs.PairMaker` does, and times every stage.
 
   Attributes:
-    seconds: of this process's cores, by stage, so far.
+    seconds: CPU time of this process by stage, so far.
   """
 
   def __init__(self, clips: Clips, options: DataOptions, image_size: int) -> None:
@@ -42,7 +43,7 @@ class TimedMaker:
     self.seconds: dict[str, float] = collections.defaultdict(float)
 
   def lap(self, stage: str) -> None:
-    """Counts the time since the last call for a stage."""
+    """Adds the time since the last call to a stage."""
     now = time.process_time()
     self.seconds[stage] += now - self._since
     self._since = now
@@ -68,8 +69,8 @@ class TimedMaker:
     self.lap('crop and resize')
     return numbers
 
-  def __call__(self, keys: Sequence[pair_stream.PairKey]) -> loader.Block:
-    """Returns what `data.PairMaker` returns."""
+  def __call__(self, keys: Sequence[pair_stream.PairKey]) -> dict[str, Any]:
+    """Returns a chunk, as `frame_pairs.PairMaker` does."""
     size = self._image_size
     frames = np.empty((len(keys), 2, size, size, 3), np.uint8)
     self.lap('grain, and the rest')

@@ -3,11 +3,10 @@ r"""Times the training step with and without ASAD, and its parts, in interleaved
     python -m benchmarks.step_time --model=B --batch_size=2 --rounds=7 --json=FILE
     python -m benchmarks.step_time --model=B --batch_size=64 --torch --json=FILE
 
-The whole steps are those of training, on one device, with a batch that lies there already. Every
-way is measured once in each round, back and forth; a table gives medians over rounds, pairs/s,
-FLOPs by formula, MFU, and memory; `asad_tax` is the median of the ratios within rounds of the
-step with ASAD to the step without. --torch adds a plain step of PyTorch to the rounds. What each
-row is: docs/performance.md.
+The steps are those of training, on one device, with a batch that is there already. The table gives
+medians over the rounds, pairs/s, FLOPs by formula, MFU and memory. `asad_tax` is the time of a step
+with ASAD over one without: the median of the ratios within rounds. --torch adds a plain step of
+PyTorch. docs/performance.md explains every row.
 """
 
 import argparse
@@ -29,63 +28,63 @@ from dropmae_jax.data import loader_process
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 
-# Long enough to be measured well, short enough for many rounds.
+# Of one measurement: long enough to be accurate, short enough for many rounds.
 LEAST_SECONDS = {'cpu': 0.3, 'gpu': 0.5, 'tpu': 0.5}
-# Of the matrix product that says what the device reaches.
+# Of the matrix product that shows the highest rate of the device.
 PRODUCT_SIZE = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
 
 
-def make_parts(options: Config, arguments: argparse.Namespace) -> dict[str, Part]:
-  """Compiles all that is to be timed, by name."""
+def make_parts(config: Config, arguments: argparse.Namespace) -> dict[str, Part]:
+  """Compiles what is to be timed, by name."""
   device = jax.devices()[0]
-  recipes = variants.compared(options, device, without_fused=arguments.without_fused)
-  if 'asad_fused' in recipes:
-    print(kernel_check.check(options, device), file=sys.stderr, flush=True)
-  bench = Workbench(recipes, device)
+  configs = variants.compared(config, device, without_fused=arguments.without_fused)
+  if 'asad_fused' in configs:
+    print(kernel_check.check(config, device), file=sys.stderr, flush=True)
+  bench = Workbench(configs, device)
   made = dict(_announced(bench.steps()))
   if arguments.torch:
-    made['step_torch'] = torch_step.make(options, np.array(bench.frames), device.platform)
+    made['step_torch'] = torch_step.make(config, np.array(bench.frames), device.platform)
   if not arguments.steps_only:
     made |= dict(_announced(bench.parts()))
   size = arguments.product_size or PRODUCT_SIZE[device.platform]
-  product = flops.matrix_product(size, options.dtype)
+  product = flops.matrix_product(size, config.dtype)
   return made | {'matrix_product': Part(product, times=0, flops=2 * size**3)}
 
 
 def _announced(compiled: Iterable[tuple[str, Part]]) -> Iterator[tuple[str, Part]]:
-  """Says what has been compiled: on a fast device the compiler takes most of the time."""
+  """Prints what has been compiled: on a fast device compilation takes most of the time."""
   for name, part in compiled:
     print(f'compiled {name} in {part.compile_seconds:.1f} s', file=sys.stderr, flush=True)
     yield name, part
 
 
-def choose_peak(stated: float | None, options: Config, reached: float) -> tuple[float, str]:
-  """Returns the FLOPs a second that an MFU is of, and where they are from.
+def choose_peak(stated: float | None, dtype: str, reached: float) -> tuple[float, str]:
+  """Returns the FLOPs per second that are an MFU of 100 %, and where they are from.
 
   Args:
     stated: by the user, in TFLOP/s.
-    options: the recipe; data sheets tell of bfloat16.
+    dtype: of the products; data sheets are used for bfloat16 only.
     reached: by the matrix product.
   """
   if stated:
     return stated * 1e12, 'as stated by --peak_tflops'
   known = flops.known_peak(jax.devices()[0].device_kind)
-  if known and options.dtype == 'bfloat16':
+  if known and dtype == 'bfloat16':
     return known
-  return reached, f'the fastest matrix product of this run, {options.dtype}'
+  return reached, f'the fastest matrix product of this run, {dtype}'
 
 
 def summarise(
   parts: dict[str, Part],
   seconds: dict[str, list[float]],
   calls: dict[str, int],
-  options: Config,
+  config: Config,
   stated_peak: float | None,
 ) -> dict[str, Any]:
-  """Returns what the table shows."""
+  """Returns the numbers of the table."""
   product = parts['matrix_product'].flops
   reached = product / min(seconds['matrix_product'])
-  peak, source = choose_peak(stated_peak, options, reached)
+  peak, source = choose_peak(stated_peak, config.dtype, reached)
   rows = {}
   for name, part in parts.items():
     rate = part.flops and part.flops / rounds.spread(seconds[name])['median']
@@ -99,7 +98,7 @@ def summarise(
       'memory': part.memory,
     }
     if name.startswith('step_'):
-      rows[name]['pairs_per_second'] = options.batch_size / rows[name]['seconds']['median']
+      rows[name]['pairs_per_second'] = config.batch_size / rows[name]['seconds']['median']
   ratios = {}
   steps = [name.removeprefix('step_') for name in parts if name.startswith('step_')]
   if 'encoder_fused' in parts:
@@ -121,7 +120,7 @@ def summarise(
 
 
 def show(result: dict[str, Any]) -> str:
-  """Draws the table."""
+  """Returns the table as text."""
   about, host, peak = result['arguments'], result['machine'], result['peak']
   lines = [
     f'ViT-{about["model"]}, {about["image_size"]} pixels, {about["batch_size"]} pairs,'
@@ -181,25 +180,25 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
   """The command line."""
-  # As a training run does without loader processes.
+  # As in a training run without loader processes.
   loader_process.keep_freed_memory()
   arguments = parse()
   if arguments.torch:
-    # Two libraries share the device: neither may take all of its memory beforehand.
+    # Two libraries share the device, so JAX must not reserve all of its memory.
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     rounds.import_torch()
   # CPUs are slow with bfloat16.
   arguments.dtype = arguments.dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-  options = variants.make_recipe(arguments, arguments.batch_size)
+  config = variants.make_config(arguments, arguments.batch_size)
   try:
-    parts = make_parts(options, arguments)
+    parts = make_parts(config, arguments)
     seconds, calls = rounds.interleave(
       {name: part.way for name, part in parts.items()},
       rounds=arguments.rounds,
       least_seconds=LEAST_SECONDS[jax.default_backend()],
     )
   except RuntimeError as error:
-    # As XLA and as PyTorch say it.
+    # In the words of XLA, and of PyTorch.
     if not re.search('RESOURCE_EXHAUSTED|out of memory', str(error)):
       raise
     raise UserError(
@@ -210,8 +209,8 @@ def main() -> None:
   result = {
     'command': rounds.command(),
     'machine': rounds.machine(),
-    'arguments': asked | {'image_size': str(options.model.image_size)},
-  } | summarise(parts, seconds, calls, options, arguments.peak_tflops)
+    'arguments': asked | {'image_size': str(config.model.image_size)},
+  } | summarise(parts, seconds, calls, config, arguments.peak_tflops)
   print(show(result))
   if arguments.json:
     arguments.json.write_text(json.dumps(result, indent=1))

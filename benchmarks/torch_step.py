@@ -1,8 +1,8 @@
-"""A training step of the plain masked autoencoder in PyTorch: what ours is compared with.
+"""A training step of the plain masked autoencoder in PyTorch, to compare the speed of ours with.
 
-Shapes, masking and loss are those of DropMAE, without ASAD and flips: scaled_dot_product_attention
-in encoder and decoder, autocast where the products are bfloat16, fused AdamW, no torch.compile. The
-batch is on the device already, as it is for the JAX step.
+Shapes, masking and loss are those of DropMAE, without ASAD and flips. It uses
+scaled_dot_product_attention, autocast for bfloat16 and fused AdamW, but no torch.compile. The
+batch is on the device already, as for the JAX step.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
   from torch import Tensor
 
 
-def make(recipe: Config, frames: np.ndarray, platform: str) -> Part:
+def make(config: Config, frames: np.ndarray, platform: str) -> Part:
   """Returns the step on a batch of uint8 frames, to be timed.
 
   Raises:
@@ -35,33 +35,33 @@ def make(recipe: Config, frames: np.ndarray, platform: str) -> Part:
       ' leave --torch out.'
     )
   device = 'cuda' if platform == 'gpu' else 'cpu'
-  step = TorchStep(recipe, device)
+  step = TorchStep(config, device)
   batch = torch.from_numpy(frames).to(device)
   wait = (lambda _: torch.cuda.synchronize()) if device == 'cuda' else (lambda _: None)
-  count = len(frames) * flops.step(recipe.model, recipe.objective.mask_ratio)
+  count = len(frames) * flops.step(config.model, config.objective.mask_ratio)
   return Part(Way(lambda: step(batch), wait, in_turn=device == 'cpu'), flops=count)
 
 
 class TorchStep:
   """A model and its optimizer; a call makes one update."""
 
-  def __init__(self, recipe: Config, device: str) -> None:
+  def __init__(self, config: Config, device: str) -> None:
     import torch
 
-    self.model = autoencoder(recipe.model).to(device)
+    self.model = autoencoder(config.model).to(device)
     decayed = [p for p in self.model.parameters() if p.ndim > 1]
     others = [p for p in self.model.parameters() if p.ndim <= 1]
-    options = recipe.optimizer
+    options = config.optimizer
     self.optimizer = torch.optim.AdamW(
       [{'params': decayed}, {'params': others, 'weight_decay': 0.0}],
-      lr=recipe.peak_learning_rate,
+      lr=config.peak_learning_rate,
       betas=(options.beta1, options.beta2),
       weight_decay=options.weight_decay,
       fused=True,
     )
-    self.visible = masking.num_visible(recipe.model.num_tokens, recipe.objective.mask_ratio)
-    self.patch_size = recipe.model.patch_size
-    enabled = recipe.dtype == 'bfloat16'
+    self.visible = masking.num_visible(config.model.num_tokens, config.objective.mask_ratio)
+    self.patch_size = config.model.patch_size
+    enabled = config.dtype == 'bfloat16'
     self.autocast = torch.autocast(device, torch.bfloat16, enabled=enabled)
     self.mean, self.deviation = (
       torch.tensor(colour, device=device)
@@ -69,7 +69,7 @@ class TorchStep:
     )
 
   def __call__(self, frames: 'Tensor') -> 'Tensor':
-    """Makes one update by uint8 [b, f, h, w, c]; returns the loss, which nobody waits for."""
+    """Makes one update with uint8 [b, f, h, w, c]; returns the loss without waiting for it."""
     loss = self.loss(frames)
     self.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -98,7 +98,7 @@ class TorchStep:
 
 
 def autoencoder(a: Architecture) -> Any:
-  """Returns the model, with as many parameters of every kind as ours has."""
+  """Returns the model, with the same numbers of parameters as ours."""
   import torch
   from torch import nn
   from torch.nn import functional
@@ -138,7 +138,7 @@ def autoencoder(a: Architecture) -> Any:
       self.predict = nn.Linear(a.decoder_width, a.patch_values)
 
     def _codes(self, width: int) -> nn.ParameterDict:
-      # The fixed table counts for the time alone, so that its values do not matter.
+      # Only the time counts, so the values of the fixed table do not matter.
       table = nn.Parameter(torch.randn(1, a.tokens_per_frame, width), requires_grad=False)
       return nn.ParameterDict({'frame': nn.Parameter(torch.randn(2, 1, width)), 'table': table})
 

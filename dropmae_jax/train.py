@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dropmae_jax import optimizer, sharding
+from dropmae_jax import sharding
 from dropmae_jax.checkpoints.manager import Checkpoints
 from dropmae_jax.checkpoints.saved_weights import describe
 from dropmae_jax.config import Config, may_change
@@ -25,9 +24,7 @@ from dropmae_jax.data import frame_pairs, non_finite_batch
 from dropmae_jax.data.damaged_records import DamagedRecords
 from dropmae_jax.data.mixture import Mixture, open_mixture
 from dropmae_jax.data.prefetch import Feed, Interrupted, LoaderStalled
-from dropmae_jax.kernels import implementations
-from dropmae_jax.model import mae, masking
-from dropmae_jax.model.attention import Implementations
+from dropmae_jax.model import mae
 from dropmae_jax.pytorch import init_from
 from dropmae_jax.runtime import multihost
 from dropmae_jax.runtime.errors import UserError
@@ -36,10 +33,10 @@ from dropmae_jax.runtime.watchdog import Watchdog
 from dropmae_jax.train_step import (
   SEED_VERSION,
   Metrics,
+  Model,
   TrainState,
+  build,
   derive_seeds,
-  init_state,
-  train_step,
 )
 
 
@@ -211,83 +208,6 @@ def open_dataset(config: Config, workdir: pathlib.Path, *, allow_changes: bool) 
 def steps_per_epoch(config: Config, dataset: Mixture) -> int:
   """Returns how many batches all videos make; at least 1."""
   return max(len(dataset) // config.batch_size, 1)
-
-
-class Model(NamedTuple):
-  """What runs on the devices: fresh states, updates of them, and a state's shapes and places."""
-
-  init: Callable[[jax.Array], TrainState]
-  step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
-  abstract_state: TrainState
-
-
-def build(config: Config, mesh: Mesh) -> Model:
-  """Puts model, objective and optimizer together, jitted for a mesh.
-
-  The old state is donated to the step. Nothing is compiled before the first call.
-
-  Raises:
-    UserError: the devices do not divide the batch, or do not run the attention asked for.
-  """
-  try:
-    sharding.check_batch(config.batch_size, config.accumulation_steps, mesh)
-    masking.num_visible(config.model.num_tokens, config.objective.mask_ratio)
-    attention = attention_implementations(config, mesh)
-  except ValueError as error:
-    raise UserError(f'config: {error}') from error
-  graphdef, _ = mae.abstract_model(config.model, dtype=jnp.dtype(config.dtype), remat=config.remat)
-  schedule = optimizer.learning_rate(
-    peak=config.peak_learning_rate,
-    floor=config.optimizer.min_learning_rate,
-    warmup_steps=config.optimizer.warmup_steps,
-    num_steps=config.num_steps,
-  )
-  tx = optimizer.adamw(schedule, config.optimizer)
-  step = functools.partial(
-    train_step,
-    graphdef=graphdef,
-    tx=tx,
-    schedule=schedule,
-    objective=config.objective,
-    shared_flip=config.data.shared_augmentation,
-    accumulation_steps=config.accumulation_steps,
-    implementations=attention,
-  )
-  init = functools.partial(init_state, architecture=config.model, tx=tx)
-  # A state is born sharded, and never whole on one device.
-  state = sharding.abstract_on(mesh, jax.eval_shape(init, jax.random.key(0)))
-  places = jax.tree.map(lambda leaf: leaf.sharding, state)
-  everywhere = sharding.replicated(mesh)
-  # On GPUs, sums that would depend on the order in which threads come to them.
-  deterministic = {'xla_gpu_exclude_nondeterministic_ops': True}
-  return Model(
-    init=jax.jit(init, out_shardings=places),
-    step=jax.jit(
-      step,
-      donate_argnames='state',
-      in_shardings=(places, sharding.batch_sharding(mesh), everywhere),
-      out_shardings=(places, everywhere),
-      compiler_options=deterministic if sharding.platform_of(mesh) == 'gpu' else None,
-    ),
-    abstract_state=state,
-  )
-
-
-def attention_implementations(config: Config, mesh: Mesh) -> Implementations:
-  """Returns the attention that a config asks for.
-
-  Raises:
-    ValueError: the devices, or the sizes of the model, have none such.
-  """
-  return implementations.choose(
-    config.attention,
-    mesh,
-    tokens_per_frame=config.model.tokens_per_frame,
-    num_heads=config.model.decoder_num_heads,
-    head_width=config.model.decoder_width // config.model.decoder_num_heads,
-    dtype=config.dtype,
-    rule=config.objective.dropout_rule,
-  )
 
 
 def make_workdir(workdir: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
-"""One optimizer update: a pure function of (state, batch, seed key)."""
+"""One optimizer update, a pure function of (state, batch, seed key), and `build`, which jits it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,10 +10,15 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from dropmae_jax.config import Architecture, Objective
-from dropmae_jax.model import attention, mae, pixels
+from dropmae_jax import optimizer, sharding
+from dropmae_jax.config import Architecture, Config, Objective
+from dropmae_jax.kernels import implementations
+from dropmae_jax.model import mae, masking, pixels
+from dropmae_jax.model.attention import Implementations
+from dropmae_jax.runtime.errors import UserError
 
 # What a seed stands for: stream of pairs, crops, masks and drops. To be raised when code draws
 # otherwise, as then a checkpoint would not go on as the run that it is of.
@@ -94,7 +100,7 @@ def train_step(
   objective: Objective,
   shared_flip: bool,
   accumulation_steps: int,
-  implementations: attention.Implementations,
+  implementations: Implementations,
 ) -> tuple[TrainState, Metrics]:
   """Augments a batch of raw pairs, and updates the state by the gradient of the pre-training loss.
 
@@ -173,3 +179,80 @@ def _accumulate(
 
   zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
   return jax.lax.scan(add, zero, micro_batches)[0]
+
+
+class Model(NamedTuple):
+  """What runs on the devices: fresh states, updates of them, and a state's shapes and places."""
+
+  init: Callable[[jax.Array], TrainState]
+  step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+  abstract_state: TrainState
+
+
+def build(config: Config, mesh: Mesh) -> Model:
+  """Puts model, objective and optimizer together, jitted for a mesh.
+
+  The old state is donated to the step. Nothing is compiled before the first call.
+
+  Raises:
+    UserError: the devices do not divide the batch, or do not run the attention asked for.
+  """
+  try:
+    sharding.check_batch(config.batch_size, config.accumulation_steps, mesh)
+    masking.num_visible(config.model.num_tokens, config.objective.mask_ratio)
+    attention = attention_implementations(config, mesh)
+  except ValueError as error:
+    raise UserError(f'config: {error}') from error
+  graphdef, _ = mae.abstract_model(config.model, dtype=jnp.dtype(config.dtype), remat=config.remat)
+  schedule = optimizer.learning_rate(
+    peak=config.peak_learning_rate,
+    floor=config.optimizer.min_learning_rate,
+    warmup_steps=config.optimizer.warmup_steps,
+    num_steps=config.num_steps,
+  )
+  tx = optimizer.adamw(schedule, config.optimizer)
+  step = functools.partial(
+    train_step,
+    graphdef=graphdef,
+    tx=tx,
+    schedule=schedule,
+    objective=config.objective,
+    shared_flip=config.data.shared_augmentation,
+    accumulation_steps=config.accumulation_steps,
+    implementations=attention,
+  )
+  init = functools.partial(init_state, architecture=config.model, tx=tx)
+  # A state is born sharded, and never whole on one device.
+  state = sharding.abstract_on(mesh, jax.eval_shape(init, jax.random.key(0)))
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  everywhere = sharding.replicated(mesh)
+  # On GPUs, sums that would depend on the order in which threads come to them.
+  deterministic = {'xla_gpu_exclude_nondeterministic_ops': True}
+  return Model(
+    init=jax.jit(init, out_shardings=places),
+    step=jax.jit(
+      step,
+      donate_argnames='state',
+      in_shardings=(places, sharding.batch_sharding(mesh), everywhere),
+      out_shardings=(places, everywhere),
+      compiler_options=deterministic if sharding.platform_of(mesh) == 'gpu' else None,
+    ),
+    abstract_state=state,
+  )
+
+
+def attention_implementations(config: Config, mesh: Mesh) -> Implementations:
+  """Returns the attention that a config asks for.
+
+  Raises:
+    ValueError: the devices, or the sizes of the model, have none such.
+  """
+  return implementations.choose(
+    config.attention,
+    mesh,
+    tokens_per_frame=config.model.tokens_per_frame,
+    num_heads=config.model.decoder_num_heads,
+    head_width=config.model.decoder_width // config.model.decoder_num_heads,
+    dtype=config.dtype,
+    rule=config.objective.dropout_rule,
+  )

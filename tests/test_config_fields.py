@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dropmae_jax import config_file, sharding, train
+from dropmae_jax import config_file, sharding, train, train_step
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Objective
 from dropmae_jax.data import frame_pairs
@@ -215,17 +215,17 @@ def test_every_product_of_parameters_is_in_the_dtype(dtype):
 
 def test_attention_is_chosen_by_the_decoders_sizes(monkeypatch):
   told = []
-  real = train.implementations.choose
+  real = train_step.implementations.choose
 
   def programs_for(kind, mesh, **sizes):
     told.append((kind, sizes))
     return real(kind, mesh, **sizes)
 
-  monkeypatch.setattr(train.implementations, 'choose', programs_for)
+  monkeypatch.setattr(train_step.implementations, 'choose', programs_for)
   config = config_with('model.decoder_num_heads', 4, dtype='bfloat16')
   train.build(config_file.from_dict(config), sharding.make_mesh(DEVICES))
   sizes = {'tokens_per_frame': 4, 'num_heads': 4, 'head_width': 8, 'dtype': 'bfloat16'}
-  assert told == [('xla', sizes)]
+  assert told == [('xla', {**sizes, 'rule': 'asad'})]
 
 
 @pytest.mark.parametrize('platform', ['gpu', 'cpu'])

@@ -23,7 +23,7 @@ KINDS = ('auto', 'xla', 'fused')
 # two cores (python -m benchmarks.step_time).
 CACHED_LOGITS = 4 * 392**2
 # And what a TPU works on, in its on-chip memory: XLA then puts nearly all of it there (python -m
-# benchmarks.compile_report).
+# benchmarks.compiler.report).
 ON_CHIP_LOGITS = 32 * 392**2
 
 

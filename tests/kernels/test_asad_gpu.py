@@ -146,7 +146,7 @@ COMPILE = """
 import sys
 import jax, jax.numpy as jnp
 jax.config.update('jax_platforms', 'cpu')
-from benchmarks import compiled, targets
+from benchmarks.compiler import compiled, targets
 from dropmae_jax import sharding
 from dropmae_jax.kernels import implementations
 mesh = sharding.make_mesh(targets.devices('h100', 2))

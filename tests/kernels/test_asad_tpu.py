@@ -197,7 +197,7 @@ COMPILE = """
 import sys
 import jax, jax.numpy as jnp
 jax.config.update('jax_platforms', 'cpu')
-from benchmarks import targets
+from benchmarks.compiler import targets
 from dropmae_jax import sharding
 from dropmae_jax.kernels import implementations
 mesh = sharding.make_mesh(targets.devices(sys.argv[1], 4))

@@ -1,12 +1,12 @@
-r"""Compiles the training step with and without ASAD for a device that is not here: what ASAD costs.
+r"""Compiles the training step for a device that is not here, with and without ASAD.
 
-    python -m benchmarks.compile_report --target=tpu_v5e --batch_size=16
-    python -m benchmarks.compile_report --target=sm_90 --batch_size=64 --json=FILE
+    python -m benchmarks.compiler.report --target=tpu_v5e --batch_size=16
+    python -m benchmarks.compiler.report --target=sm_90 --batch_size=64 --json=FILE
 
-Of each step: FLOPs, bytes of main memory, memory, kernels, and the time that a data sheet's speeds
-would allow; and the tax of ASAD that these imply. Nothing is run, so nothing is measured. Needs
-`pip install 'jax[tpu]'` or the CUDA plugin of jax, and no device. sm_90 stands for h200. Results:
-docs/performance.md; of many devices: benchmarks/scaling.py.
+Prints of each step its FLOPs, main memory traffic, memory, kernels, and the time by the speeds of
+a data sheet; and what ASAD costs by these. Nothing is run, so no time is measured. Needs
+`pip install 'jax[tpu]'` or the CUDA plugin of jax. sm_90 is another name for h200. Results:
+docs/performance.md.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
-from benchmarks import compiled, flops, rounds, targets, variants
-from benchmarks.targets import TARGETS
+from benchmarks import flops, rounds, variants
+from benchmarks.compiler import compiled, targets
+from benchmarks.compiler.targets import TARGETS
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 
@@ -26,12 +27,12 @@ ALIASES = {'sm_80': 'a100', 'sm_90': 'h200'}
 
 
 def compare(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-  """Compares the steps that fit: times, bytes and kernels as ratios."""
+  """Returns the ratios of times, traffic and kernels between the steps that fit."""
 
   def ratios(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     times = {each: row['projected'][each] / base['projected'][each] for each in ('least', 'most')}
     counts = ['main_memory_bytes', 'number_of_kernels']
-    # Of kernels of Pallas nobody tells.
+    # The cycles of Pallas kernels are not known.
     if base.get('expected_cycles') and not row['pallas_kernels']:
       counts.append('expected_cycles')
     return times | {name: row[name] / base[name] for name in counts}
@@ -43,25 +44,23 @@ def compare(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
   }
 
 
-def measure(arguments: argparse.Namespace, devices: list[jax.Device]) -> dict[str, Any]:
-  """Compiles and analyses every variant of the step; one may turn out not to fit."""
-  options = variants.make_recipe(arguments, arguments.batch_size)
+def measure(arguments: argparse.Namespace, device: jax.Device) -> dict[str, Any]:
+  """Compiles every variant of the step; one may turn out not to fit."""
+  base = variants.make_config(arguments, arguments.batch_size)
   target = TARGETS[arguments.target]
-  formula = options.batch_size * flops.step(options.model, options.objective.mask_ratio)
+  formula = base.batch_size * flops.step(base.model, base.objective.mask_ratio)
   rows = {}
-  recipes = variants.compared(options, devices[0], without_fused=arguments.without_fused)
-  for name, recipe in recipes.items():
-    row = compiled.compile_step(recipe, devices, target, quick=arguments.quick)
+  configs = variants.compared(base, device, without_fused=arguments.without_fused)
+  for name, config in configs.items():
+    row = compiled.compile_step(config, device, target, quick=arguments.quick)
     row['flops_by_formula'] = formula
-    if 'kernels' in row:
-      row['number_of_kernels'] = sum(row['kernels'].values())
     rows[name] = row
     print(show(name, row), flush=True)
   return {'rows': rows, 'ratios': compare(rows)}
 
 
 def show(name: str, row: dict[str, Any]) -> str:
-  """Draws one step as text."""
+  """Returns one step as text."""
   if 'refused' in row:
     return f'{name}: does not fit: {row["refused"]}'
   memory, projected = row['memory'], row['projected']
@@ -72,14 +71,14 @@ def show(name: str, row: dict[str, Any]) -> str:
   if row['expected_cycles']:
     cycles = (
       f'  {row["expected_cycles"] / 1e6:.1f} million cycles expected by the compiler'
-      + (f' without {row["pallas_kernels"]} kernels of Pallas' if row['pallas_kernels'] else '')
+      + (f' without {row["pallas_kernels"]} Pallas kernels' if row['pallas_kernels'] else '')
       + '\n'
     )
   return (
     f'{name} (compiled in {row["compile_seconds"]:.0f} s):\n'
     f'  {row["flops_by_formula"]:.4g} FLOPs by formula, {row["flops"]:.4g} by XLA;'
     f' {row["main_memory_bytes"] / 1e9:.2f} GB of main memory traffic\n'
-    f'  memory {memory["total"] / 1e9:.2f} GB, of it temporary {memory["temp"] / 1e9:.2f}\n'
+    f'  memory {memory["total"] / 1e9:.2f} GB, temporary arrays {memory["temp"] / 1e9:.2f} of it\n'
     f'  {row["number_of_kernels"]} kernels: {kinds}\n{cycles}'
     f'  projected: FLOPs {projected["compute"] * 1e3:.1f} ms, memory'
     f' {projected["memory"] * 1e3:.1f} ms; step {projected["least"] * 1e3:.1f} (both at once) to'
@@ -111,18 +110,18 @@ def parse() -> argparse.Namespace:
 def main() -> None:
   """The command line."""
   arguments = parse()
-  # Devices that are here are not used, nor waited for.
+  # Devices of this machine are neither used nor waited for.
   jax.config.update('jax_platforms', 'cpu')
-  found = targets.devices(arguments.target, 1, arguments.target_config)
+  (device,) = targets.devices(arguments.target, 1, arguments.target_config)
   target = TARGETS[arguments.target]
   print(
-    f'{found[0].device_kind}, ViT-{arguments.model}, {arguments.batch_size} pairs,'
+    f'{device.device_kind}, ViT-{arguments.model}, {arguments.batch_size} pairs,'
     f' {arguments.dtype}, P = {arguments.drop_rate}, remat={arguments.remat}. Projected with'
     f' {target.flops / 1e12:g} TFLOP/s and {target.memory_bandwidth / 1e9:g} GB/s of memory'
     f' ({target.source}).',
     flush=True,
   )
-  result = measure(arguments, found)
+  result = measure(arguments, device)
   for name, tax in result['ratios'].items():
     print(
       f'{name}: time {tax["least"]:.3f} (both at once) or {tax["most"]:.3f} (one'

@@ -1,4 +1,4 @@
-"""HLO, the text of a compiled program, taken apart into instructions."""
+"""Splits HLO, the text of a compiled program, into instructions."""
 
 import math
 import re
@@ -21,12 +21,12 @@ class Instruction(NamedTuple):
   """One line.
 
   Attributes:
-    name: without its sign.
+    name: without its `%`.
     shape: of its result, with layouts; of a tuple, all of them.
     opcode: such as 'fusion'.
     operands: their names.
-    attributes: what stands behind the operands.
-    text: all behind the name.
+    attributes: what follows the operands.
+    text: all that follows the name.
   """
 
   name: str
@@ -52,7 +52,7 @@ def arrays(shape: str) -> list[str]:
 
 
 def in_main_memory(array: str) -> bool:
-  """Says whether an array lies there, and not on the chip."""
+  """Whether an array is in main memory, not in on-chip memory."""
   return re.search(r'S\([1-9]\)', array) is None
 
 
@@ -70,7 +70,7 @@ def read(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-  """Takes an instruction apart: its type may hold spaces and brackets, so these are counted."""
+  """Parses one line; its type may hold spaces and brackets, so brackets are counted."""
   end = _closing(text, 0) if text.startswith('(') else text.index(' ')
   opcode = _OPCODE.match(text, end)
   if opcode is None:
@@ -81,24 +81,10 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-  """Returns where the bracket that opens at `start` is closed: the place behind it."""
+  """Returns the index after the bracket that closes the one at `start`."""
   depth = 0
   for place in range(start, len(text)):
     depth += (text[place] == '(') - (text[place] == ')')
     if depth == 0:
       return place + 1
   raise ValueError(f'no bracket closes {text[start : start + 40]!r}.')
-
-
-def group_size(attributes: str, num_devices: int) -> int:
-  """Devices of a group, in any of the ways in which replica groups are written."""
-  if mesh := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', attributes):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    # Part of an axis is written 'axis':(before)size.
-    parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
-    return math.prod(int(part or sizes[axis]) for axis, part in parts)
-  if iota := re.search(r'replica_groups=\[\d+,(\d+)\]<=', attributes):
-    return int(iota[1])
-  if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
-    return listed[1].count(',') + 1
-  return num_devices

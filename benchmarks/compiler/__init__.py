@@ -1,0 +1,1 @@
+"""What the compilers of TPUs and GPUs say of a training step, without the hardware."""
