@@ -22,7 +22,7 @@ from dropmae_jax.data.mixture import Mixture, open_mixture
 from dropmae_jax.data.video_source import TfdsVideos, VideoSource
 from dropmae_jax.evaluation import reconstruction
 from dropmae_jax.runtime import cli
-from dropmae_jax.runtime.errors import UserError, did_you_mean
+from dropmae_jax.runtime.errors import UserError, check_name
 from dropmae_jax.train_step import derive_seeds
 
 GAP_DRAWS = 10_000
@@ -40,16 +40,16 @@ class Index(NamedTuple):
   Attributes:
     dataset: its name.
     frames: number of frames.
-    path: string.
     label: index of the class in `classes`.
+    path: string.
     classes: names; '' where the dataset has no classes.
     num_bytes: of all shards.
   """
 
   dataset: str
   frames: Int[np.ndarray, ' n']
-  path: np.ndarray | None = None
   label: Int[np.ndarray, ' n'] | None = None
+  path: np.ndarray | None = None
   classes: np.ndarray | None = None
   num_bytes: int | None = None
 
@@ -76,17 +76,17 @@ def first_pairs(
 
 
 def read_index(videos: VideoSource, split: str) -> Index:
-  """Reads the index file and the sizes of the shards; asks a user's class for its numbers of frames.
+  """Collects what is known of a split.
 
   Args:
-    videos: an opened dataset.
+    videos: the dataset, opened.
     split: that was opened.
   """
   if not isinstance(videos, TfdsVideos):
     dataset = f'{type(videos).__module__}:{type(videos).__qualname__}'
     frames = np.array([videos.num_frames(video) for video in range(len(videos))])
     path = np.asarray(videos.paths()) if hasattr(videos, 'paths') else None
-    return Index(dataset, frames, path)
+    return Index(dataset, frames, path=path)
   folder = videos.folder
   shards = folder.glob(f'*-{split}.array_record*')
   with np.load(folder / f'index-{split}.npz') as index:
@@ -252,9 +252,7 @@ def parse() -> tuple[argparse.Namespace, DataOptions]:
   ):
     if not low <= getattr(arguments, name) <= high:
       raise UserError(f'--{name}={getattr(arguments, name)} is not in {low}..{high}.')
-  if arguments.resize not in augment.RESIZES:
-    near = did_you_mean(arguments.resize, augment.RESIZES)
-    raise UserError(f'--resize={arguments.resize} is unknown; {near}')
+  check_name('--resize', arguments.resize, augment.RESIZES)
   options = DataOptions(
     frame_gap=arguments.frame_gap,
     resize=arguments.resize,
