@@ -154,9 +154,8 @@ def test_pairs_follow_the_distribution_through_the_whole_pipeline():
   """Clips of 1, 2, 3, gap and gap + 1 frames, against an independent implementation."""
   gap, lengths, epochs = 5, [1, 2, 3, 5, 6], 4000
   videos = NumberedVideos(lengths)
-  options = DataOptions(
-    frame_gap=gap, num_workers=2
-  )  # Loader processes check no types, so they are faster.
+  # Loader processes do not check types, so they are faster.
+  options = DataOptions(frame_gap=gap, num_workers=2)
   drawn = batches(videos, epochs // 10, options=options, batch_size=50, image_size=2)
   video, pairs = column(drawn, 'video'), column(drawn, 'frame_numbers')
   for number, length in enumerate(lengths):
