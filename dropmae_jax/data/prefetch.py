@@ -252,7 +252,7 @@ class Prefetcher:
     self._reader.kill()
     raise LoaderStalled(
       f'no batch came within data.stall_seconds={self._stall_seconds:g}; log.txt shows where this'
-      ' process waits, and the terminal where those of the loader do. Look after the storage of'
+      ' process waits, and the terminal where those of the loader do. Check the storage of'
       ' config.data_dir, or raise config.data.stall_seconds if it is that slow.'
     )
 
@@ -267,7 +267,7 @@ class Prefetcher:
     elif not self._reader.end():
       raise LoaderStalled(
         f'a thread of the loader did not end within {END_SECONDS:g} s; what was saved is whole.'
-        ' Look after the storage of config.data_dir.'
+        ' Check the storage of config.data_dir.'
       )
 
 

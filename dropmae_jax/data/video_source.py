@@ -171,7 +171,7 @@ class TfdsVideos:
       )
     if isinstance(error, OSError) or SYSTEM_CALL_FAILED.search(str(error)):
       return UserError(
-        f'{self.folder} cannot be read ({error}); see to its storage, and give the same command'
+        f'{self.folder} cannot be read ({error}); check its storage, and give the same command'
         ' again.'
       )
     file = instructions[int(np.searchsorted(ends, record, side='right'))].filename
@@ -222,7 +222,7 @@ def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> VideoSour
   """
   with os_errors_as_user_errors(
     f'data_dir={data_dir!r} cannot be opened',
-    'give another data_dir, or mend its permissions and links.',
+    'give another data_dir, or fix its permissions and links.',
   ):
     if ':' in dataset:
       return _open_class(data_dir, dataset, split)

@@ -80,7 +80,7 @@ def _report(watched: _Watched) -> None:
   # First to the terminal: log.txt may be on the disk that hangs.
   print(
     f'error: {watched.what} took more than {watched.seconds:g} s; log.txt, or the terminal of a'
-    ' process other than the first, shows where it waits. Look after devices, storage and the'
+    ' process other than the first, shows where it waits. Check devices, storage and the'
     ' other hosts; the same command resumes from the last checkpoint. If nothing hangs, raise'
     ' config.step_stall_seconds.',
     file=sys.stderr,

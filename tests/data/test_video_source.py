@@ -188,9 +188,7 @@ def test_an_os_error_is_one_sentence(damaged, monkeypatch):
     raise PermissionError(errno.EACCES, 'Permission denied', str(path))
 
   monkeypatch.setattr(os, 'scandir', scandir)  # Tests may run as root, which may read everything.
-  with pytest.raises(
-    UserError, match=rf'^{folder} cannot be opened \(Permission denied\); .* mend'
-  ):
+  with pytest.raises(UserError, match=rf'^{folder} cannot be opened \(Permission denied\); .* fix'):
     video_source.open_dataset(str(folder), DATASET)
 
 
@@ -240,11 +238,11 @@ def test_an_io_error_is_not_damage(data_dir, monkeypatch):
   faults += 2 * [OSError(errno.EIO, 'Input/output error')]
   np.testing.assert_array_equal(dataset.frame(2, 1), expected)
   faults += 3 * [OSError(errno.ESTALE, 'Stale file handle')]
-  with pytest.raises(UserError, match=r'cannot be read \(.*Stale file handle\); see to') as raised:
+  with pytest.raises(UserError, match=r'cannot be read \(.*Stale file handle\); check') as raised:
     dataset.frame(2, 1)
   assert not isinstance(raised.value, video_source.DamagedRecord)
   faults += 3 * [RuntimeError('pread() failed: Bad file descriptor; reading a.array_record')]
-  with pytest.raises(UserError, match=r'cannot be read \(pread.*see to its storage'):
+  with pytest.raises(UserError, match=r'cannot be read \(pread.*check its storage'):
     dataset.frame(2, 1)
   faults += 3 * [RuntimeError('DATA_LOSS')]
   with pytest.raises(video_source.DamagedRecord, match=r'video 2 .* is damaged'):
