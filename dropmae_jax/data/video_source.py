@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dropmae_jax.runtime.errors import PROGRAM_ERRORS, UserError, os_errors_as_user_errors
+from dropmae_jax.runtime.errors import PROGRAM_ERRORS, UserError
 
 # Major versions of the dataset that can be read; other parts of the version do not matter here.
 SUPPORTED_VERSIONS = frozenset({2})
@@ -220,13 +220,15 @@ def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> VideoSour
     UserError: there is no such dataset, and the message names the command that builds it; or it
       cannot be read.
   """
-  with os_errors_as_user_errors(
-    f'data_dir={data_dir!r} cannot be opened',
-    'give another data_dir, or fix its permissions and links.',
-  ):
+  try:
     if ':' in dataset:
       return _open_class(data_dir, dataset, split)
     return _open_tfds(data_dir, dataset, split)
+  except OSError as error:  # Names the file, which may be a link in data_dir.
+    raise UserError(
+      f'{error.filename or data_dir} cannot be opened ({error.strerror or error}); give another'
+      ' data_dir, or fix its permissions and links.'
+    ) from error
 
 
 def _open_class(data_dir: str, dataset: str, split: str) -> VideoSource:

@@ -1,4 +1,4 @@
-"""Generated clips depend on the seed only, have the layouts of Kinetics and DAVIS, and true masks."""
+"""Generated clips depend only on the seed, look like Kinetics and DAVIS, and have true masks."""
 
 import dataclasses
 import io
