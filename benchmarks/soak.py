@@ -111,11 +111,11 @@ def kill_loader(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> 
     with contextlib.suppress(ProcessLookupError):
       os.kill(child, signal.SIGKILL)
   deadline = time.monotonic() + 60
-  while 'the loader is restarted' not in trainer.said():
+  while 'built anew' not in trainer.said():
     if trainer.process.poll() is not None:
       return False  # It was at its end.
     if time.monotonic() > deadline:
-      raise AssertionError(f'the loader was not restarted in a minute:\n{trainer.said()}')
+      raise AssertionError(f'the loader was not built anew in a minute:\n{trainer.said()}')
     time.sleep(0.2)
   stop_trainer(trainer, workdir, rng)
   return True

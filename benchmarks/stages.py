@@ -27,7 +27,7 @@ BATCH = 32
 
 
 class TimedMaker:
-  """Makes chunks as `frame_pairs.PairMaker` does, and adds up what each stage takes.
+  """Makes blocks as `data.PairMaker` does, and adds up what each stage takes.
 
   Attributes:
     seconds: of this process's cores, by stage, so far.
@@ -68,8 +68,8 @@ class TimedMaker:
     self.lap('crop and resize')
     return numbers
 
-  def __call__(self, keys: Sequence[pair_stream.PairKey]) -> loader.Chunk:
-    """Returns what `frame_pairs.PairMaker` returns."""
+  def __call__(self, keys: Sequence[pair_stream.PairKey]) -> loader.Block:
+    """Returns what `data.PairMaker` returns."""
     size = self._image_size
     frames = np.empty((len(keys), 2, size, size, 3), np.uint8)
     self.lap('grain, and the rest')

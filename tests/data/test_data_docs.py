@@ -1,4 +1,4 @@
-"""The commands in docs/data.md are valid, for the shell and for the builder."""
+"""What docs/data.md tells to copy is understood by the commands, and by the shell."""
 
 import re
 import shlex
@@ -29,11 +29,11 @@ def commands(module):
 
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=range(len(SCRIPTS)))
-def test_the_shell_parses(script):
+def test_the_shell_understands(script):
   subprocess.run(['bash', '-n'], input=script, text=True, check=True)
 
 
-def test_the_builder_parses(monkeypatch):
+def test_the_builder_understands(monkeypatch):
   found = commands('tfds_kinetics')
   assert len(found) >= 5
   for arguments in found:
@@ -48,7 +48,7 @@ def test_every_option_is_explained():
     assert f'`--{name}`' in TEXT
 
 
-def test_the_features_and_the_index_are_documented(data_dir):
+def test_features_and_index_are_those_that_are_listed(data_dir):
   folder = data_dir / 'kinetics_frames' / 'folder' / shards.VERSION
   assert f"'data/kinetics_frames/folder/{shards.VERSION}'" in TEXT
   features = tfds.builder_from_directory(folder).info.features
