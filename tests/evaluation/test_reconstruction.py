@@ -154,7 +154,9 @@ def another_masking(keys, *, num_tokens, mask_ratio):
 def test_a_right_prediction_gives_the_frames_back(monkeypatch, normalise_targets):
   """For every pair of a batch, each with its own masking, and without attention dropout."""
   monkeypatch.setitem(masking.MASKING_SCHEMES, 'another', another_masking)
-  objective = Objective(0.5, 'another', 0.9, normalise_targets)
+  objective = Objective(
+    mask_ratio=0.5, masking='another', attention_dropout=0.9, normalise_targets=normalise_targets
+  )
   frames = jnp.asarray(np.random.default_rng(1).normal(0, 1, (3, 2, 32, 32, 3)), jnp.float32)
   calls = []
 
