@@ -329,7 +329,7 @@ def test_a_mixture_that_cannot_be_parsed_is_refused(data_dir, text, part):
     mixture.open_mixture(str(data_dir), text)
 
 
-# A module of a user: two datasets, and classes that are none.
+# A module of a user: three datasets, and a class that lacks a method.
 MODULE = """
 import numpy as np
 
