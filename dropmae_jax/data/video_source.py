@@ -286,5 +286,9 @@ def _open_tfds(data_dir: str, dataset: str, split: str) -> TfdsVideos:
 
 
 def is_version_folder(folder: pathlib.Path) -> bool:
-  """Whether a folder is one version of a dataset, rather than a data directory."""
-  return os.path.exists(folder / 'dataset_info.json')
+  """Whether a folder is one version of a dataset, rather than a data directory.
+
+  Raises:
+    OSError: the path cannot be checked, for example because it is too long.
+  """
+  return (folder / 'dataset_info.json').exists()
