@@ -7,6 +7,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +22,8 @@ from dropmae_jax.checkpoints.manager import Checkpoints
 from dropmae_jax.checkpoints.saved_weights import describe
 from dropmae_jax.config import Config, may_change
 from dropmae_jax.data import frame_pairs, non_finite_batch
-from dropmae_jax.data.damaged_records import DamagedRecords
 from dropmae_jax.data.mixture import Mixture, open_mixture
-from dropmae_jax.data.prefetch import Feed, Interrupted, LoaderStalled
+from dropmae_jax.data.prefetch import Interrupted, LoaderStalled, Prefetcher
 from dropmae_jax.model import mae
 from dropmae_jax.pytorch import init_from
 from dropmae_jax.runtime import multihost
@@ -38,6 +38,8 @@ from dropmae_jax.train_step import (
   build,
   derive_seeds,
 )
+
+_log = logging.getLogger('dropmae_jax')
 
 
 def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False) -> bool:
@@ -61,7 +63,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
     NotSaved: the last state could not be written.
   """
   interruption = multihost.Interruption()
-  watchdog = Watchdog(config.step_stall_seconds, say=print)
+  watchdog = Watchdog(config.step_stall_seconds)
   with interruption.watched(), contextlib.ExitStack() as stack:
     stack.callback(watchdog.close)
     with multihost.ending_together():
@@ -92,14 +94,13 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
         log_every=config.log_every,
       )
       stack.callback(report.close)
-      watchdog.say = report.warn
-      report.say(
+      _log.info(
         f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
         f' {steps_per_epoch(config, dataset)} steps per epoch,'
         f' {mesh.size} x {jax.devices()[0].device_kind}'
       )
       for note in notes:
-        report.say(note)
+        _log.info(note)
 
       batches = start_loader(
         config,
@@ -107,8 +108,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
         mesh,
         seed=seeds.data,
         first_step=first_step,
-        say=report.warn,
-        is_interrupted=interruption.is_asked,
+        is_interrupted=interruption.is_requested,
       )
       stack.push(functools.partial(_close_loader, batches))
       step_key = sharding.put_everywhere(seeds.steps, mesh)
@@ -117,7 +117,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
         with jax.transfer_guard('disallow'):
           return loop(config, run, state, first_step)
       except NonFiniteLoss as error:
-        report.warn(str(error))
+        _log.warning(str(error))
         watchdog.watch('listing the pairs of the batch', is_slow=True)
         listed = non_finite_batch.write(workdir, config, dataset, error.step)
         raise NonFiniteLoss(f'{error} {listed}', error.step) from error
@@ -130,7 +130,7 @@ class Run(NamedTuple):
 
   step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
   step_key: jax.Array
-  batches: Feed
+  batches: Prefetcher
   checkpoints: Checkpoints
   report: Report
   watchdog: Watchdog
@@ -163,7 +163,7 @@ def loop(config: Config, run: Run, state: TrainState, first_step: int) -> bool:
     elif run.checkpoints.is_due(step):
       run.report.check_finite()
       run.watchdog.watch(f'the checkpoint of step {step}', is_slow=True)
-      run.checkpoints.save(step, state, say=run.report.warn)
+      run.checkpoints.save(step, state)
   return True
 
 
@@ -172,7 +172,7 @@ def _stop(config: Config, run: Run, step: int, state: TrainState, first_step: in
   name = run.interruption.signal_name
   if step > first_step:
     _save_last(run, step, state)
-  run.report.say(
+  _log.info(
     f'{name}: saved at step {step} of {config.num_steps}; the same command resumes from there'
     if step
     else f'{name}: no step was made; the same command starts again'
@@ -183,7 +183,7 @@ def _stop(config: Config, run: Run, step: int, state: TrainState, first_step: in
 def _save_last(run: Run, step: int, state: TrainState) -> None:
   run.report.check_finite()
   run.watchdog.watch(f'the checkpoint of step {step}', is_slow=True)
-  run.checkpoints.finish(step, state, say=run.report.warn)
+  run.checkpoints.finish(step, state)
 
 
 def open_dataset(config: Config, workdir: pathlib.Path, *, allow_changes: bool) -> Mixture:
@@ -286,11 +286,10 @@ def start_loader(
   *,
   seed: int,
   first_step: int,
-  say: Callable[[str], None],
   is_interrupted: Callable[[], bool],
-) -> Feed:
+) -> Prefetcher:
   """Starts the loader of this process's share of every batch."""
-  damaged = DamagedRecords(config.data.max_damaged_records, say)
+  damaged = frame_pairs.DamagedRecords(config.data.max_damaged_records)
 
   def make_batches(step: int) -> Iterator[dict[str, np.ndarray]]:
     return frame_pairs.pair_batches(
@@ -302,20 +301,19 @@ def start_loader(
       first_step=step,
       host=jax.process_index(),
       num_hosts=jax.process_count(),
-      tell_damaged=damaged.tell,
+      report_damaged=damaged.add,
     )
 
-  return Feed(
+  return Prefetcher(
     make_batches,
     first_step=first_step,
     to_device=lambda batch: sharding.to_devices(batch['frames'], mesh),
     stall_seconds=config.data.stall_seconds,
-    say=say,
     is_interrupted=is_interrupted,
   )
 
 
-def _close_loader(batches: Feed, _: Any, error: BaseException | None, __: Any) -> None:
+def _close_loader(batches: Prefetcher, _: Any, error: BaseException | None, __: Any) -> None:
   try:
     batches.close()
   except LoaderStalled:

@@ -1,4 +1,4 @@
-"""Video sources of the loader's tests; its processes import this file, so it imports little."""
+"""Datasets for the loader's tests; loader processes import this file, so it imports little."""
 
 import errno
 import os
@@ -8,11 +8,12 @@ import time
 
 import numpy as np
 
+from dropmae_jax.data.video_source import DamagedRecord
 from dropmae_jax.runtime.errors import UserError
 
 
 class NumberedVideos:
-  """Videos whose pixels say which frame they are of; counts what is read."""
+  """Videos whose pixels identify the frame; records what is read."""
 
   def __init__(self, lengths):
     self.lengths, self.reads = lengths, []
@@ -29,15 +30,28 @@ class NumberedVideos:
 
 
 class PictureVideos(NumberedVideos):
-  """All frames are one picture, of which no two crops are the same."""
+  """All frames are the same picture, no two crops of which are equal."""
 
   def frame(self, video, number):
     rows, columns = np.mgrid[:20, :30].astype(np.uint8)
     return np.stack([12 * rows, 8 * columns, 5 * (rows + columns)], axis=-1)
 
 
+class DamagedVideos(NumberedVideos):
+  """Some (video, frame) cannot be read."""
+
+  def __init__(self, lengths, damaged):
+    super().__init__(lengths)
+    self.damaged = damaged
+
+  def frame(self, video, number):
+    if (video, number) in self.damaged:
+      raise DamagedRecord(f'video {video} frame {number} is damaged.')
+    return super().frame(video, number)
+
+
 class FaultyVideos(NumberedVideos):
-  """Something happens when a video is read: once in all processes together, or every time."""
+  """Reading video 5 has a fault: once over all processes if there is a marker, or every time."""
 
   def __init__(self, fault, marker=None):
     super().__init__([10] * 24)
@@ -54,16 +68,16 @@ class FaultyVideos(NumberedVideos):
     return super().frame(video, number)
 
 
-class MortalVideos(NumberedVideos):
-  """Its process dies in the second batch that it makes, until as many as `lives` have."""
+class DyingVideos(NumberedVideos):
+  """The process dies in its second batch, until `deaths` processes have."""
 
-  def __init__(self, folder, lives):
+  def __init__(self, folder, deaths):
     super().__init__([10] * 24)
-    self.folder, self.lives = folder, lives
+    self.folder, self.deaths = folder, deaths
 
   def frame(self, video, number):
     image = super().frame(video, number)
-    if len(self.reads) > 12 and len(list(self.folder.iterdir())) < self.lives:
+    if len(self.reads) > 12 and len(list(self.folder.iterdir())) < self.deaths:
       (self.folder / str(os.getpid())).touch()
       time.sleep(1)  # The first batch is on its way.
       kill_self()
@@ -78,11 +92,11 @@ def bus_error():
   os.kill(os.getpid(), signal.SIGBUS)
 
 
-def exit_without_a_word():
+def exit_silently():
   os._exit(0)
 
 
-def wait_for_ever():
+def wait_forever():
   threading.Event().wait()
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ from dropmae_jax.checkpoints.manager import Checkpoints, NotSaved
 from dropmae_jax.config import CheckpointOptions, Config, DataOptions
 from dropmae_jax.data import frame_pairs, non_finite_batch, prefetch
 from dropmae_jax.data.mixture import Mixture, mixture_of
-from dropmae_jax.data.prefetch import Feed, LoaderFailed, LoaderStalled
+from dropmae_jax.data.prefetch import LoaderFailed, LoaderStalled, Prefetcher
 from dropmae_jax.model.vit import architecture_of_size
 from dropmae_jax.runtime import cli, multihost, report, watchdog
 from dropmae_jax.runtime.errors import UserError
@@ -128,9 +129,8 @@ def fakes(monkeypatch):
     signal.signal(each, not_caught)
 
   class Watchdog(watchdog.Watchdog):
-    def __init__(self, seconds, *, say):
+    def __init__(self, seconds):
       assert seconds == RECIPE.step_stall_seconds
-      self.say, fakes.watchdog = say, self
 
     def watch(self, what, *, is_slow=False):
       fakes.events.append(('watch', what, is_slow))
@@ -141,7 +141,7 @@ def fakes(monkeypatch):
     def close(self):
       fakes.events.append('closed: Watchdog')
 
-  class SpiedFeed(Feed):
+  class SpiedPrefetcher(Prefetcher):
     def __init__(self, make_batches, **options):
       fakes.feeds.append(options)
       super().__init__(make_batches, **options)
@@ -150,7 +150,7 @@ def fakes(monkeypatch):
       fakes.asked = time.perf_counter()
       return super().__next__()
 
-  for kind in (Feed, Report, Checkpoints):
+  for kind in (Prefetcher, Report, Checkpoints):
     real = kind.close
     monkeypatch.setattr(
       kind,
@@ -180,7 +180,7 @@ def fakes(monkeypatch):
   monkeypatch.setattr(Report, 'batch_arrived', batch_arrived)
   monkeypatch.setattr(Report, 'compiled', compiled)
   monkeypatch.setattr(train, 'Watchdog', Watchdog)
-  monkeypatch.setattr(train, 'Feed', SpiedFeed)
+  monkeypatch.setattr(train, 'Prefetcher', SpiedPrefetcher)
   monkeypatch.setattr(train, 'open_mixture', fakes.open_mixture)
   monkeypatch.setattr(train, 'build', fakes.build_program)
   return fakes
@@ -230,7 +230,7 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
       jax.jit(lambda x: x + x)(np.ones(3))
 
   fakes.at[2] = implicit_transfer
-  fakes.at[6] = lambda: fakes.watchdog.say('the watchdog has something to say')
+  fakes.at[6] = lambda: logging.getLogger('dropmae_jax').warning('a warning of any module')
   workdir = tmp_path / 'new' / 'run'
   assert train.train(RECIPE, workdir) is True
   assert_fed(fakes, range(1, 12))
@@ -248,7 +248,7 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
   rows = [(step, np.float32(fakes.losses[step]), step) for step in (3, 6, 9, 11)]
   assert lines_of(workdir) == rows
   log = log_of(workdir)
-  for text in (' 25 videos, 3 steps per epoch, 8 x cpu\n', 'the watchdog has something to say\n'):
+  for text in (' 25 videos, 3 steps per epoch, 8 x cpu\n', 'a warning of any module\n'):
     assert text in log
   (options,) = fakes.feeds
   assert (options['first_step'], options['stall_seconds']) == (0, 55)
@@ -263,7 +263,7 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
     if step in (4, 8, 11):
       events.append(('watch', f'the checkpoint of step {step}', True))
   events += [('watch', 'closing the run', True), 'ending alone']
-  events += [f'closed: {name}' for name in ('Feed', 'Report', 'Checkpoints', 'Watchdog')]
+  events += [f'closed: {name}' for name in ('Prefetcher', 'Report', 'Checkpoints', 'Watchdog')]
   assert fakes.events == events
 
 
@@ -376,18 +376,20 @@ def test_the_pairs_of_a_mixture_are_listed_by_their_dataset():
 
 @pytest.mark.parametrize('bad', [None, 2])
 def test_a_loader_that_does_not_end_hides_no_error(fakes, tmp_path, monkeypatch, bad):
-  real = Feed.close
+  real = Prefetcher.close
 
   def close(self):
     real(self)
     raise LoaderStalled('a thread of the loader did not end')
 
-  monkeypatch.setattr(Feed, 'close', close)
+  monkeypatch.setattr(Prefetcher, 'close', close)
   fakes.bad = bad
   with pytest.raises(NonFiniteLoss if bad else LoaderStalled):
     train.train(changed(RECIPE, {'num_steps': 2}), tmp_path)
   closed = [event for event in fakes.events if 'closed' in event]
-  assert closed == [f'closed: {name}' for name in ('Feed', 'Report', 'Checkpoints', 'Watchdog')]
+  assert closed == [
+    f'closed: {name}' for name in ('Prefetcher', 'Report', 'Checkpoints', 'Watchdog')
+  ]
 
 
 @pytest.mark.parametrize('full_at', [4, 11])
@@ -527,37 +529,35 @@ def test_all_processes_must_mean_the_same_run(fakes, tmp_path, monkeypatch):
   assert told == [same | {'dataset': 'cannot be opened'}]
 
 
-def test_a_process_reads_its_share_of_every_batch(monkeypatch):
+def test_a_process_reads_its_share_of_every_batch(monkeypatch, caplog):
   monkeypatch.setattr(train.jax, 'process_index', lambda: 2)
   monkeypatch.setattr(train.jax, 'process_count', lambda: 4)
-  asked, said = [], []
+  asked = []
 
   def pair_batches(*arguments, **options):
     asked.append((arguments, options))
     return iter(())
 
-  class Unread(Feed):
+  class Unread(Prefetcher):
     def __init__(self, make_batches, **options):
       make_batches(7)
       self.options = options
 
   monkeypatch.setattr(frame_pairs, 'pair_batches', pair_batches)
-  monkeypatch.setattr(train, 'Feed', Unread)
+  monkeypatch.setattr(train, 'Prefetcher', Unread)
   videos, mesh = mixture_of(Videos()), sharding.make_mesh()
   is_asked = lambda: False
   recipe = changed(RECIPE, {'data.max_damaged_records': 1})
-  fed = train.start_loader(
-    recipe, videos, mesh, seed=13, first_step=6, say=said.append, is_interrupted=is_asked
-  )
+  fed = train.start_loader(recipe, videos, mesh, seed=13, first_step=6, is_interrupted=is_asked)
   ((arguments, options),) = asked
-  damaged = options.pop('tell_damaged')
+  damaged = options.pop('report_damaged')
   assert arguments == (videos, recipe.data)
   assert options == {
     'image_size': 16, 'batch_size': 8, 'seed': 13, 'first_step': 7, 'host': 2, 'num_hosts': 4,
   }  # fmt: skip
   assert (fed.options['first_step'], fed.options['is_interrupted']) == (6, is_asked)
   damaged('first')
-  assert 'first' in said[0]
+  assert 'first' in caplog.messages[0]
   with pytest.raises(UserError, match='max_damaged_records=1'):
     damaged('second')
 

@@ -5,6 +5,7 @@ cannot be read is renamed, and the run resumes from the one before it.
 """
 
 import contextlib
+import logging
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.runtime import multihost
 from dropmae_jax.runtime.errors import PROGRAM_ERRORS, RunFailed, UserError
 from dropmae_jax.train_step import TrainState
+
+_log = logging.getLogger('dropmae_jax')
 
 
 class NotSaved(RunFailed):
@@ -61,21 +64,14 @@ class Checkpoints:
     """Returns whether a checkpoint is to be saved at this step."""
     return step % self._every_steps == 0
 
-  def save(
-    self,
-    step: int,
-    state: TrainState,
-    *,
-    say: Callable[[str], None],
-  ) -> None:
+  def save(self, step: int, state: TrainState) -> None:
     """Copies the state off the devices and writes it in the background; once per step.
 
     Args:
       step: number of the state.
       state: on the devices.
-      say: is told when the one before could not be written, which ends nothing.
     """
-    self._settle(say)
+    self._settle()
     self._remove_given_up()
     if step == self.latest_step:
       return
@@ -90,18 +86,18 @@ class Checkpoints:
       try:
         self._manager.save(step, args=ocp.args.Composite(**items))
       except Exception as error:  # Orbax answers a full disk with whatever its parts have.
-        self._give_up(error, say)
+        self._give_up(error)
 
-  def _settle(self, say: Callable[[str], None]) -> None:
+  def _settle(self) -> None:
     """Waits for what is being written."""
     try:
       self._manager.wait_until_finished()
       self._has_saved |= self._pending is not None
       self._pending = None
     except Exception as error:  # As in `save`.
-      self._give_up(error, say)
+      self._give_up(error)
 
-  def _give_up(self, error: Exception, say: Callable[[str], None]) -> None:
+  def _give_up(self, error: Exception) -> None:
     """Frees the room of a checkpoint that could not be written; those before it are kept.
 
     A mistake in a program, by which this process has saved nothing yet, is raised.
@@ -115,7 +111,7 @@ class Checkpoints:
     self._remove_given_up()
     self._manager.reload()
     reason, newest = saved_weights.first_line(error), self.latest_step or 0
-    say(
+    _log.warning(
       f'the checkpoint of step {step} could not be written ({reason}); the newest one is of step'
       f' {newest}, and training goes on. Make room before the next one.'
     )
@@ -127,20 +123,14 @@ class Checkpoints:
         for remains in self._folder.glob(f'{step}.*-tmp*'):
           shutil.rmtree(remains, ignore_errors=True)
 
-  def finish(
-    self,
-    step: int,
-    state: TrainState,
-    *,
-    say: Callable[[str], None],
-  ) -> None:
+  def finish(self, step: int, state: TrainState) -> None:
     """Saves the last state, and waits until it is on the disk.
 
     Raises:
       NotSaved: it could not be written; says from where the next start goes on.
     """
-    self.save(step, state, say=say)
-    self._settle(say)
+    self.save(step, state)
+    self._settle()
     if self.latest_step != step:
       before = self.latest_step or 0
       raise NotSaved(

@@ -1,6 +1,6 @@
-"""Crops of single frames, resized to uint8 of one size: the part of the augmentation on the host.
+"""Random crops of frames, resized to one size: the part of the augmentation that runs on the host.
 
-Flips and normalisation need one size only, and run on the device: `pixels`.
+Flips and normalisation work on frames of one size and run on the device: `model/pixels`.
 """
 
 import math
@@ -32,13 +32,13 @@ class Box(NamedTuple):
 
 
 def random_resized_crop_box(uniform: Uniform, height: int, width: int) -> Box:
-  """Draws a crop by the law of torchvision's RandomResizedCrop.
+  """Draws a crop from the distribution of torchvision's RandomResizedCrop.
 
-  Up to ten tries of an area share in 0.2..1 and a log-uniform aspect ratio in 3/4..4/3; then the
-  largest centred crop of a ratio in that range.
+  Up to ten times it draws an area, 0.2 to 1 of the frame, and a log-uniform aspect ratio in
+  3/4..4/3. If no such crop fits, it is the largest centred crop with a ratio in that range.
 
   Args:
-    uniform: called twice per try, and twice for the position; at most CROP_DRAWS times.
+    uniform: called twice per attempt, and twice for the position; at most CROP_DRAWS times.
     height: of the frame, in pixels.
     width: of the frame, in pixels.
   """
@@ -56,14 +56,14 @@ def random_resized_crop_box(uniform: Uniform, height: int, width: int) -> Box:
 
 
 def same_place(box: Box, frame: tuple[int, int], other: tuple[int, int]) -> Box:
-  """Returns the crop of another frame that shows what a crop shows of this one.
+  """Returns the box of another frame at the same relative position as a box of this frame.
 
-  It is the same box where the frames are equally large, and never empty.
+  It is the same box if both frames have the same size, and it is never empty.
 
   Args:
     box: inside the frame.
-    frame: its height and width.
-    other: height and width of the other.
+    frame: height and width of this frame.
+    other: height and width of the other frame.
   """
   (height, width), (other_height, other_width) = frame, other
   top, left = box.top * other_height // height, box.left * other_width // width
@@ -81,7 +81,7 @@ def centre_box(height: int, width: int) -> Box:
 
 
 def resize_fast(crop: UInt8[np.ndarray, 'h w c'], out: UInt8[np.ndarray, 'size size c']) -> None:
-  """Resizes with OpenCV's bicubic (a = -0.75, no antialias), which costs far less than PIL's."""
+  """Resizes with OpenCV's bicubic (a = -0.75, no antialiasing), which is much faster than PIL's."""
   cv2.resize(crop, out.shape[:2], dst=out, interpolation=cv2.INTER_CUBIC)
 
 
@@ -101,14 +101,14 @@ def crop_and_resize(
   resize: str,
   out: UInt8[np.ndarray, 'size size c'] | None = None,
 ) -> UInt8[np.ndarray, 'size size c']:
-  """Cuts a box out of a frame and resizes it, to `size` x `size` pixels.
+  """Cuts a box out of a frame and resizes it to `size` x `size` pixels.
 
   Args:
-    frame: to cut from; not changed.
+    frame: not changed.
     box: inside the frame.
     size: pixels along a side of the result.
     resize: one of RESIZES.
-    out: contiguous memory for the result, which saves a copy; new if not given.
+    out: contiguous array for the result, which saves a copy; by default a new one.
   """
   out = np.empty((size, size, frame.shape[2]), np.uint8) if out is None else out
   RESIZES[resize](frame[box.top : box.top + box.height, box.left : box.left + box.width], out)

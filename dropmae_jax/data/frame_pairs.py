@@ -1,11 +1,13 @@
-"""Second stop: videos to a stream of uint8 frame pairs that is a pure function of (seed, step).
+"""Draws pairs of frames from videos and makes batches of them, as a pure function of (seed, step).
 
-One epoch is every video once, in an order of its own; a pair is drawn by (seed, epoch, place in
-the epoch) alone. Workers, hosts and restarts therefore never change what is fed: a run that goes
-on at step s takes the same stream, sliced at s. Of a mixture each dataset has its own epochs.
+Each epoch visits every video once, in a new order. A pair depends only on the seed, the epoch and
+the position in the epoch. So workers, hosts and restarts never change which pairs are read, and a
+run that resumes at step s reads the same stream from s on. Each dataset of a mixture has its own
+epochs.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -15,21 +17,23 @@ from jaxtyping import UInt8
 from dropmae_jax.config import DataOptions
 from dropmae_jax.data import augment, loader, loader_process
 from dropmae_jax.data.augment import Box, Uniform
-from dropmae_jax.data.damaged_records import too_many_damaged
-from dropmae_jax.data.loader import DAMAGED, FRAMES, Block
+from dropmae_jax.data.loader import DAMAGED, FRAMES, Chunk
 from dropmae_jax.data.mixture import Mixture, mixture_of
 from dropmae_jax.data.pair_stream import PAIR_DRAWS, PairKey, pair_keys
 from dropmae_jax.data.video_source import DamagedRecord, VideoSource
 
-# How many videos are drawn for a pair before it is given up.
-MOST_TRIES = 100
+# How many videos are tried for one pair.
+MAX_TRIES = 100
+
+_log = logging.getLogger('dropmae_jax')
 
 
 def sample_pair(uniform: Uniform, num_frames: int, frame_gap: int) -> tuple[int, int]:
-  """Draws an earlier and a later frame, 1 to frame_gap - 1 apart, by the published law.
+  """Draws an earlier and a later frame, 1 to frame_gap - 1 apart, from the published distribution.
 
-  The start is uniform over all frames but the last, the end uniform over what the gap and the
-  clip's end leave; so the gap is cut near the end. A clip of one frame gives it twice.
+  The earlier frame is uniform over all frames but the last. The later one is uniform over the
+  frames after it that are within the gap and the clip, so gaps are shorter near the end. A clip of
+  one frame returns this frame twice.
 
   Args:
     uniform: called twice.
@@ -44,15 +48,54 @@ def sample_pair(uniform: Uniform, num_frames: int, frame_gap: int) -> tuple[int,
   return earlier, earlier + 1 + int(second * choices)
 
 
+def _too_many_damaged(messages: Collection[str], most: int) -> DamagedRecord:
+  return DamagedRecord(
+    f'{list(messages)[-1]} It is damaged record {len(messages)} of this start, and'
+    f' config.data.max_damaged_records={most}.'
+  )
+
+
+class DamagedRecords:
+  """Counts the damaged records that a process meets, each once, and logs them."""
+
+  def __init__(self, most: int) -> None:
+    """Starts at zero.
+
+    Args:
+      most: how many are allowed.
+    """
+    self._most = most
+    self._messages: dict[str, None] = {}  # In the order in which they came.
+
+  def add(self, message: str) -> None:
+    """Counts a record, if its message is new.
+
+    Args:
+      message: names the record.
+
+    Raises:
+      DamagedRecord: there are more than are allowed.
+    """
+    if message in self._messages:
+      return
+    self._messages[message] = None
+    if len(self._messages) > self._most:
+      raise _too_many_damaged(self._messages, self._most)
+    _log.warning(
+      f'{message} Another video is taken instead; damaged record {len(self._messages)} of at most'
+      f' {self._most}.'
+    )
+
+
 class DrawnPair(NamedTuple):
   """What was drawn and read for a pair.
 
   Attributes:
-    video: number of the video; that of the key, unless that one is damaged.
+    video: number of the video; that of the key, unless its record was damaged.
     frame_numbers: in the video.
-    images: both frames, whole.
+    images: both whole frames.
     boxes: the crop of each.
-    damaged: what is wrong with each record that could not be read, and was replaced.
+    damaged: messages on the records that could not be read and were replaced.
   """
 
   video: int
@@ -63,7 +106,7 @@ class DrawnPair(NamedTuple):
 
 
 class PairMaker:
-  """Makes pairs, and blocks of them, from their keys: two frames are all that is read for each."""
+  """Makes pairs, and chunks of pairs, from their keys; reads only the two frames of each."""
 
   def __init__(self, videos: VideoSource | Mixture, options: DataOptions, image_size: int) -> None:
     self._datasets = mixture_of(videos).datasets
@@ -73,28 +116,28 @@ class PairMaker:
   def draw(self, key: PairKey) -> DrawnPair:
     """Draws two frames, reads them, and draws their crops.
 
-    Where a record is damaged, another video of the same dataset takes the place of this one.
+    If a record is damaged, another video of the same dataset is taken instead.
 
     Raises:
-      DamagedRecord: more records than `max_damaged_records` are damaged, for this pair alone; or
-        nothing else is found.
+      DamagedRecord: for this pair alone, more than `max_damaged_records` records are damaged; or
+        none of MAX_TRIES videos can be read.
     """
-    damaged: dict[str, None] = {}  # Each once, in the order that they were met.
-    for _ in range(MOST_TRIES):
+    damaged: dict[str, None] = {}  # Each once, in the order in which they came.
+    for _ in range(MAX_TRIES):
       try:
         return self._draw(key, tuple(damaged))
       except DamagedRecord as error:
         damaged[str(error)] = None
         if len(damaged) > self._options.max_damaged_records:
-          raise too_many_damaged(damaged, self._options.max_damaged_records) from error
+          raise _too_many_damaged(damaged, self._options.max_damaged_records) from error
       key = self._replacement(key)
     raise DamagedRecord(
-      f'{list(damaged)[-1]} All of the {MOST_TRIES} videos that were drawn for this pair are'
+      f'{list(damaged)[-1]} All of the {MAX_TRIES} videos that were drawn for this pair are'
       ' damaged.'
     )
 
   def frame_numbers(self, key: PairKey) -> tuple[int, int]:
-    """Draws two frames; reads nothing."""
+    """Draws the numbers of two frames; reads nothing."""
     return self._frame_numbers(key, iter(key.uniforms.tolist()).__next__)
 
   def _frame_numbers(self, key: PairKey, uniform: Uniform) -> tuple[int, int]:
@@ -114,7 +157,7 @@ class PairMaker:
     return DrawnPair(key.video, numbers, images, boxes, damaged)
 
   def _replacement(self, key: PairKey) -> PairKey:
-    """Returns a key that is random, and a function of this one."""
+    """Returns a random key, seeded by this one."""
     rng = np.random.default_rng(key.uniforms[:4].view(np.uint64))
     video = int(rng.integers(len(self._datasets[key.dataset])))
     return PairKey(key.dataset, video, rng.random(PAIR_DRAWS))
@@ -131,10 +174,16 @@ class PairMaker:
 
   def __call__(
     self, keys: Sequence[PairKey], out: UInt8[np.ndarray, 'b f size size c'] | None = None
-  ) -> Block:
-    """Makes a block of pairs: uint8 `frames` [b, 2, h, w, 3], which are written into `out`.
+  ) -> Chunk:
+    """Makes a chunk of pairs.
 
-    Beside them are `dataset` [b] and `video` [b], `frame_numbers` [b, 2], and what is `damaged`.
+    Args:
+      keys: of the pairs.
+      out: array for the frames; by default a new one.
+
+    Returns:
+      `frames` [b, 2, h, w, 3] of uint8, `dataset` [b], `video` [b], `frame_numbers` [b, 2], and
+      `damaged`, a tuple of messages.
     """
     size = self._image_size
     frames = np.empty((len(keys), 2, size, size, 3), np.uint8) if out is None else out
@@ -148,7 +197,7 @@ class PairMaker:
       'dataset': np.array([key.dataset for key in keys], np.int32),
       'video': np.array([pair.video for pair in drawn], np.int32),
       'frame_numbers': np.array([pair.frame_numbers for pair in drawn], np.int32),
-      DAMAGED: tuple(sentence for pair in drawn for sentence in pair.damaged),
+      DAMAGED: tuple(message for pair in drawn for message in pair.damaged),
     }
 
 
@@ -162,23 +211,23 @@ def pair_batches(
   first_step: int = 0,
   host: int = 0,
   num_hosts: int = 1,
-  tell_damaged: Callable[[str], None] | None = None,
+  report_damaged: Callable[[str], None] | None = None,
 ) -> loader.GatheredBatches:
   """Returns the endless stream of this host's batches, from `first_step` on.
 
   Args:
-    videos: where frames come from.
-    options: how pairs are drawn and fed.
-    image_size: pixels along a side.
-    batch_size: of all hosts together; every host gets an equal share of each.
-    seed: of order, pairs and crops.
-    first_step: batches to leave out.
+    videos: a dataset or a mixture.
+    options: how pairs are drawn and loaded.
+    image_size: side of a frame in pixels.
+    batch_size: in pairs, over all hosts; each host gets an equal share of every batch.
+    seed: of the order, the pairs and the crops.
+    first_step: how many batches to skip.
     host: number of this process.
     num_hosts: number of processes.
-    tell_damaged: is told of every damaged record that was met; may raise.
+    report_damaged: called with a message for every damaged record that is met; may raise.
 
   Raises:
-    ValueError: the hosts do not divide the batch.
+    ValueError: the batch size is not divisible by the number of hosts.
     UserError: the shared memory is too small for the loader processes.
   """
   cv2.setNumThreads(0)
@@ -195,5 +244,5 @@ def pair_batches(
     num_hosts=num_hosts,
     num_workers=options.num_workers,
     num_threads=options.num_threads,
-    tell_damaged=tell_damaged or (lambda sentence: None),
+    report_damaged=report_damaged or (lambda message: None),
   )

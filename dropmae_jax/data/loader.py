@@ -1,7 +1,7 @@
-"""Between the second stop and the third: keys of pairs to batches, by threads or by processes.
+"""Turns the keys of pairs into batches, by threads of the trainer or by loader processes.
 
-A process makes small blocks of pairs in shared memory, which the trainer gathers. So the shared
-memory that is needed grows with the number of processes, not with the batch.
+A loader process makes chunks of a few pairs in shared memory, and the trainer copies them into
+batches. So the shared memory needed grows with the number of processes, not with the batch size.
 """
 
 import functools
@@ -15,116 +15,113 @@ import numpy as np
 
 from dropmae_jax.data import loader_process
 
-# The largest block of a process: handing one over costs about the same, however large it is. The
-# shared memory may have no room for it, as in a container, which has 64 MB by default.
-BLOCK_PAIRS = (32, 16, 8)
-# Of each process: one block that it makes, one in grain's queue, one in grain's thread of it in the
-# trainer, one on the way between these, and one that is gathered or whose memory is given back.
-BLOCKS_PER_WORKER = 5
-# The largest block of a thread of the trainer. A batch of one such block is copied nowhere.
-THREAD_BLOCK_PAIRS = 128
-# Of each thread: one block that it makes, and one that is made.
-BLOCKS_PER_THREAD = 2
+# Largest chunk of a loader process, in pairs: handing one over costs about the same whatever its
+# size. Smaller ones where shared memory is short, as in a container, which has 64 MB by default.
+CHUNK_PAIRS = (32, 16, 8)
+# For each process: one chunk being made, one in grain's queue, one in the trainer's thread that
+# reads this queue, one on the way between them, and one being copied.
+CHUNKS_PER_WORKER = 5
+# Largest chunk of a thread of the trainer, in pairs. A batch of one such chunk is not copied.
+THREAD_CHUNK_PAIRS = 128
+# For each thread: one chunk being made, and one that is ready.
+CHUNKS_PER_THREAD = 2
 
-# Arrays of the same first axis by name, and under DAMAGED sentences on records that were not read.
-Block = dict[str, Any]
+# Arrays by name, with one entry per pair; under DAMAGED, messages on records that were not read.
+Chunk = dict[str, Any]
 FRAMES, DAMAGED = 'frames', 'damaged'
-# Makes a block of keys, with its frames in the array that is given; in a new one if none is.
-MakeBlock = Callable[..., Block]
+# Makes the chunk of some keys, with its frames in the given array, or in a new one.
+MakeChunk = Callable[..., Chunk]
 
 
-class HostBlocks:
-  """The blocks of one host: of an equal share of every batch, in one piece; a source of grain."""
+class HostChunks:
+  """The chunks of one host, as a source for grain: an equal, contiguous share of every batch."""
 
   def __init__(
     self,
     keys: grain.MapDataset,
-    make: MakeBlock,
+    make: MakeChunk,
     *,
-    block: int,
+    chunk: int,
     share: int,
     host: int,
     num_hosts: int,
   ) -> None:
-    self._keys, self._make, self._block = keys, make, block
+    self._keys, self._make, self._chunk = keys, make, chunk
     self._share, self._host, self._num_hosts = share, host, num_hosts
 
   def __len__(self) -> int:
-    return len(self._keys) // self._num_hosts // self._block
+    return len(self._keys) // self._num_hosts // self._chunk
 
-  def __getitem__(self, number: int) -> Block:
-    step, place = divmod(number * self._block, self._share)
-    first = (step * self._num_hosts + self._host) * self._share + place
-    return self._make([self._keys[first + each] for each in range(self._block)])
+  def __getitem__(self, number: int) -> Chunk:
+    step, offset = divmod(number * self._chunk, self._share)
+    first = (step * self._num_hosts + self._host) * self._share + offset
+    return self._make([self._keys[first + each] for each in range(self._chunk)])
 
 
-class SharedBlocks:
-  """Makes blocks in a loader process, with their frames in slots of shared memory."""
+class SharedChunks:
+  """Makes chunks in a loader process, with their frames in slots of shared memory."""
 
-  def __init__(self, make: MakeBlock, shape: tuple[int, ...]) -> None:
+  def __init__(self, make: MakeChunk, shape: tuple[int, ...]) -> None:
     self._make, self._shape = make, shape
     self._ring: loader_process.RingWriter | None = None
 
-  def __call__(self, keys: Sequence[Any]) -> Block:
-    """Returns the block, under FRAMES the slot instead of the array."""
-    if self._ring is None:  # Not before the process is the one that writes.
-      self._ring = loader_process.RingWriter(BLOCKS_PER_WORKER, self._shape)
+  def __call__(self, keys: Sequence[Any]) -> Chunk:
+    """Returns the chunk, with a slot under FRAMES instead of an array."""
+    if self._ring is None:  # Not in __init__, which runs in the trainer.
+      self._ring = loader_process.RingWriter(CHUNKS_PER_WORKER, self._shape)
     slot, out = self._ring.next_slot()
     return self._make(keys, out) | {FRAMES: slot}
 
 
 class GatheredBatches(Iterator[dict[str, np.ndarray]]):
-  """Batches put together from blocks; each lies in memory of its own.
+  """Batches put together from chunks; each batch has memory of its own.
 
-  Devices may read a batch for as long as they like, even where they make no copy of it. Blocks are
-  let go one by one.
+  So a device may read a batch for any length of time, even one that makes no copy of it. Each chunk
+  is released as soon as it is copied.
   """
 
   def __init__(
     self,
-    blocks: grain.DatasetIterator,
-    blocks_per_batch: int,
-    tell_damaged: Callable[[str], None],
+    chunks: grain.DatasetIterator,
+    chunks_per_batch: int,
+    report_damaged: Callable[[str], None],
   ) -> None:
-    self._blocks, self._blocks_per_batch = blocks, blocks_per_batch
-    self._tell_damaged = tell_damaged
+    self._chunks, self._chunks_per_batch = chunks, chunks_per_batch
+    self._report_damaged = report_damaged
     self._rings = loader_process.RingReader()
 
   def __next__(self) -> dict[str, np.ndarray]:
-    blocks, frames = [], None
-    for number in range(self._blocks_per_batch):
-      block = next(self._blocks)
-      for sentence in block.pop(DAMAGED):
-        self._tell_damaged(sentence)
-      part = block.pop(FRAMES)
-      if self._blocks_per_batch == 1 and isinstance(part, np.ndarray):
+    chunks, frames = [], None
+    for number in range(self._chunks_per_batch):
+      chunk = next(self._chunks)
+      for message in chunk.pop(DAMAGED):
+        self._report_damaged(message)
+      part = chunk.pop(FRAMES)
+      if self._chunks_per_batch == 1 and isinstance(part, np.ndarray):
         frames = part[None]
       else:
         if frames is None:
-          frames = np.empty((self._blocks_per_batch, *part.shape), np.uint8)
-        self._take(part, frames[number])
-      blocks.append(block)
-    batch = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+          frames = np.empty((self._chunks_per_batch, *part.shape), np.uint8)
+        if isinstance(part, np.ndarray):
+          np.copyto(frames[number], part)
+        else:
+          self._rings.copy(part, frames[number])
+      chunks.append(chunk)
+    batch = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     return batch | {FRAMES: frames.reshape(-1, *frames.shape[2:])}
 
-  def _take(self, part: np.ndarray | loader_process.Slot, out: np.ndarray) -> None:
-    if isinstance(part, np.ndarray):
-      np.copyto(out, part)
-    else:
-      self._rings.copy(part, out)
-
   def close(self) -> None:
-    """Ends the loader that makes the blocks."""
+    """Ends the loader that makes the chunks."""
     self._rings.stop()
     try:
-      self._blocks.close()
+      self._chunks.close()
     finally:
       self._rings.close()
 
 
 def batches_of(
   keys: grain.MapDataset,
-  make: MakeBlock,
+  make: MakeChunk,
   *,
   pair_shape: tuple[int, ...],
   batch_size: int,
@@ -133,24 +130,24 @@ def batches_of(
   num_hosts: int,
   num_workers: int,
   num_threads: int,
-  tell_damaged: Callable[[str], None],
+  report_damaged: Callable[[str], None],
 ) -> GatheredBatches:
-  """Returns this host's share of the batches of a stream of pairs; see `data.pair_batches`.
+  """Returns this host's share of the batches of a stream of pairs; see `frame_pairs.pair_batches`.
 
   Args:
     keys: of the pairs of all hosts.
-    make: a block of its keys.
+    make: makes the chunk of some keys.
     pair_shape: of the frames of a pair.
-    batch_size: of all hosts together.
-    first_step: batches to leave out.
+    batch_size: in pairs, over all hosts.
+    first_step: how many batches to skip.
     host: number of this process.
     num_hosts: number of processes.
-    num_workers: processes that make blocks; if 0, threads of this one do.
-    num_threads: of those.
-    tell_damaged: is told of what is damaged in a block; may raise.
+    num_workers: loader processes that make chunks; with 0, threads of this process make them.
+    num_threads: how many threads.
+    report_damaged: called with a message for every damaged record of a chunk; may raise.
 
   Raises:
-    ValueError: the hosts do not divide the batch.
+    ValueError: the batch size is not divisible by the number of hosts.
     UserError: the shared memory is too small for the loader processes.
   """
   if batch_size % num_hosts:
@@ -160,43 +157,43 @@ def batches_of(
     )
   share = batch_size // num_hosts
   if num_workers:
-    loader_process.unlink_blocks_of_dead_runs()
-    block = _fitting_block(share, math.prod(pair_shape), num_workers)
-    make = SharedBlocks(make, (block, *pair_shape))
+    loader_process.unlink_memory_of_dead_runs()
+    chunk = _chunk_that_fits(share, math.prod(pair_shape), num_workers)
+    make = SharedChunks(make, (chunk, *pair_shape))
   else:
-    block = _largest_divisor(share, THREAD_BLOCK_PAIRS)
-  made = HostBlocks(keys, make, block=block, share=share, host=host, num_hosts=num_hosts)
-  blocks_per_batch = share // block
-  blocks = grain.MapDataset.source(made)[first_step * blocks_per_batch :]
+    chunk = _largest_divisor(share, THREAD_CHUNK_PAIRS)
+  source = HostChunks(keys, make, chunk=chunk, share=share, host=host, num_hosts=num_hosts)
+  chunks_per_batch = share // chunk
+  chunks = grain.MapDataset.source(source)[first_step * chunks_per_batch :]
   if num_workers:
     read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    # What is left to grain are a few numbers, which are not worth shared memory of their own.
+    # Grain itself only has to send a few numbers, which are not worth shared memory of their own.
     options = grain.experimental.DatasetOptions(min_shm_size=2**62)
-    stream = grain.experimental.WithOptionsIterDataset(blocks.to_iter_dataset(read), options)
+    stream = grain.experimental.WithOptionsIterDataset(chunks.to_iter_dataset(read), options)
     stream = stream.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
       worker_init_fn=functools.partial(loader_process.start_worker, trainer=os.getpid()),
     )
   else:
-    ahead = BLOCKS_PER_THREAD * num_threads
-    read = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
-    stream = blocks.to_iter_dataset(read)
-  return GatheredBatches(iter(stream), blocks_per_batch, tell_damaged)
+    buffer_size = CHUNKS_PER_THREAD * num_threads
+    read = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer_size)
+    stream = chunks.to_iter_dataset(read)
+  return GatheredBatches(iter(stream), chunks_per_batch, report_damaged)
 
 
 def _largest_divisor(number: int, limit: int) -> int:
   return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
 
 
-def _fitting_block(share: int, pair_bytes: int, num_workers: int) -> int:
-  """Returns of how many pairs a block is, so that all that are there at a time find room.
+def _chunk_that_fits(share: int, pair_bytes: int, num_workers: int) -> int:
+  """Returns the chunk size, in pairs, at which all chunks fit into the free shared memory.
 
   Raises:
-    UserError: not even small ones do.
+    UserError: not even the smallest chunks fit.
   """
-  sizes = [_largest_divisor(share, limit) for limit in BLOCK_PAIRS]
-  of_pair = BLOCKS_PER_WORKER * num_workers * pair_bytes
+  sizes = [_largest_divisor(share, limit) for limit in CHUNK_PAIRS]
+  bytes_per_size = CHUNKS_PER_WORKER * num_workers * pair_bytes
   for size in sizes:
-    if size * of_pair <= loader_process.free_memory():
+    if size * bytes_per_size <= loader_process.free_memory():
       return size
-  raise loader_process.no_room(sizes[-1] * of_pair, num_workers)
+  raise loader_process.no_room(sizes[-1] * bytes_per_size, num_workers)

@@ -1,8 +1,8 @@
-"""Beside the second stop: what a loader process is to its machine, alive and dead.
+"""What a loader process needs from its machine, and the shared memory that it fills.
 
-It answers signals as the trainer needs it, ends when the trainer does, and hands over what it makes
-in blocks of shared memory that bear the names of both, so that what a killed process leaves can be
-told from what is in use, and removed.
+A loader process ignores the signals that the trainer handles, and ends when the trainer ends. The
+chunks of pairs that it makes lie in shared memory whose name contains the process ids of both, so
+that memory left by a killed process can be told from memory in use, and removed.
 """
 
 import atexit
@@ -31,12 +31,12 @@ from dropmae_jax.runtime.errors import UserError
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 # On this signal a loader process writes the stacks of its threads to the terminal.
 SHOW_STACKS = signal.SIGUSR1
-# The exit status of a loader process that was told to end. Grain waits for ever on one that ends
-# with 0; so 0 is left to those that nobody told to.
-ORDERLY_END = 75
+# Exit status of a loader process that ends normally. Grain would wait forever for a process that
+# exits with 0, so 0 is kept free: it always means an unexpected exit (see prefetch.py).
+NORMAL_EXIT = 75
 # Options of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# How long a process that is ahead of the trainer waits before it looks again.
+# How long a process whose slots are all full waits before it checks again.
 FULL_SECONDS = 0.001
 SHARED_MEMORY = pathlib.Path('/dev/shm')
 MORE_MEMORY = (
@@ -45,48 +45,54 @@ MORE_MEMORY = (
 
 
 def start_worker(worker: int, num_workers: int, *, trainer: int) -> None:
-  """Prepares a loader process: one core, many files, an end when the process `trainer` ends.
+  """Prepares a loader process: one core, many open files, an end when `trainer` ends.
 
-  Signals are the trainer's to answer, which needs its loader until it has saved.
+  It ignores Ctrl-C and SIGTERM: the trainer handles them, and needs its loader until the last
+  checkpoint is written.
+
+  Args:
+    worker: given by grain, not used.
+    num_workers: likewise.
+    trainer: process id of the parent.
   """
   del worker, num_workers
-  import cv2  # What else is here, processes without a loader use too.
+  import cv2  # The trainer imports this module too, and does not need OpenCV.
 
   cv2.setNumThreads(0)
   for each in STOP_SIGNALS:
     signal.signal(each, signal.SIG_IGN)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
   faulthandler.register(SHOW_STACKS)
-  atexit.register(_end_orderly)
-  threading.Thread(target=_end_without, args=(trainer,), daemon=True).start()
+  atexit.register(_exit_normally)
+  threading.Thread(target=_exit_with_parent, args=(trainer,), daemon=True).start()
   allow_many_files()
   keep_freed_memory()
   NamedMemory.prefix = f'{run_prefix(trainer)}{os.getpid()}-'
 
 
-def _end_orderly() -> None:
+def _exit_normally() -> None:
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(ORDERLY_END)
+  os._exit(NORMAL_EXIT)
 
 
-def _end_without(parent: int) -> None:
-  """Ends this process once its parent is gone, however that was killed."""
+def _exit_with_parent(parent: int) -> None:
+  """Ends this process once its parent is gone, even if the parent was killed."""
   while os.getppid() == parent:
     time.sleep(1)
   os._exit(1)
 
 
 def allow_many_files() -> None:
-  """Raises the limit of open files as far as it goes: every shard that is read stays open."""
-  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-  resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+  """Raises the limit of open files to the hard limit: every shard that is read stays open."""
+  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def keep_freed_memory() -> None:
-  """Lets the C library keep the memory of pictures for the next ones, where it can be told to.
+  """Makes the C library reuse the memory of freed frames, where it has an option for that.
 
-  It would give each back to the system, and taking it anew costs a page fault every 4 kB.
+  By default it returns such memory to the system, and each new frame costs a page fault per 4 kB.
   """
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is not None:  # Not every C library has it.
@@ -95,10 +101,10 @@ def keep_freed_memory() -> None:
 
 
 class NamedMemory(shared_memory.SharedMemory):
-  """Shared memory that is named after the run and the process that make it.
+  """Shared memory whose name contains the run and the process that make it.
 
   Attributes:
-    prefix: of the names of this process's blocks.
+    prefix: of the names of this process's shared memory.
   """
 
   prefix = ''
@@ -110,7 +116,7 @@ class NamedMemory(shared_memory.SharedMemory):
 
 
 class Slot(NamedTuple):
-  """Where in shared memory a block lies: in a ring of slots of one shape, the `number`-th made."""
+  """Where a chunk lies: the `number`-th one written to a ring of `slots` slots of one shape."""
 
   ring: str
   number: int
@@ -119,146 +125,147 @@ class Slot(NamedTuple):
 
 
 class _Ring:
-  """Bytes in shared memory: at the front how many blocks the trainer is done with, then slots."""
+  """A ring buffer in shared memory: a counter of the chunks that were read, then the slots."""
 
   def __init__(self, memory: shared_memory.SharedMemory, slots: int, shape: Sequence[int]) -> None:
     self._memory = memory
-    self.done = np.ndarray((), np.int64, buffer=memory.buf)
+    self.num_read = np.ndarray((), np.int64, buffer=memory.buf)
     self.slots = np.ndarray((slots, *shape), np.uint8, buffer=memory.buf, offset=mmap.PAGESIZE)
 
   def close(self) -> None:
-    """Lets go of the memory and removes it; nobody may hold a slot any more."""
-    del self.done, self.slots
+    """Releases the memory and removes it; no array of a slot may be in use any more."""
+    del self.num_read, self.slots
     self._memory.close()
     self.unlink()
 
   def unlink(self) -> None:
-    """Removes the memory, as soon as nobody holds it any more."""
+    """Removes the name of the memory, which is freed once both sides have released it."""
     with contextlib.suppress(FileNotFoundError):  # The other side may have been faster.
       self._memory.unlink()
 
 
 class RingWriter:
-  """A loader process's blocks: it fills the same few slots again and again.
+  """The loader process's side of a ring: it fills the same few slots again and again.
 
-  Memory that is taken anew for every block, as grain does it, costs a page fault every 4 kB.
+  New memory for every chunk, as grain takes it, costs a page fault per 4 kB.
   """
 
   def __init__(self, slots: int, shape: Sequence[int]) -> None:
-    """Takes memory for a number of slots of one shape.
+    """Allocates a number of slots of one shape.
 
     Raises:
-      OSError: there is not enough.
+      OSError: there is not enough shared memory.
     """
     memory = NamedMemory(create=True, size=mmap.PAGESIZE + slots * math.prod(shape))
     try:
-      # Else it would be taken page by page, and where there is none, the process killed.
+      # Without this, pages are allocated on first use, and a full memory kills the process.
       with (SHARED_MEMORY / memory.name).open('r+b') as file:
         os.posix_fallocate(file.fileno(), 0, memory.size)
     except OSError:
       memory.close()
       memory.unlink()
       raise
-    self._ring, self._made = _Ring(memory, slots, shape), 0
+    self._ring, self._num_written = _Ring(memory, slots, shape), 0
     self.name = memory.name
     atexit.register(self._ring.unlink)  # The trainer may never have opened it.
 
   def close(self) -> None:
-    """Lets go of the memory, and removes it."""
+    """Releases the memory, and removes it."""
     self._ring.close()
 
   def next_slot(self) -> tuple[Slot, UInt8[np.ndarray, '...']]:
-    """Returns the next slot and its bytes to fill, once the trainer is done with what they hold."""
+    """Returns the next slot and its bytes to fill, once the trainer has read what they hold."""
     slots = self._ring.slots
-    while self._made - self._ring.done >= len(slots):
+    while self._num_written - self._ring.num_read >= len(slots):
       time.sleep(FULL_SECONDS)
-    self._made += 1
-    number = self._made - 1
+    number = self._num_written
+    self._num_written += 1
     slot = Slot(self.name, number, len(slots), slots.shape[1:])
     return slot, slots[number % len(slots)]
 
 
 class RingReader:
-  """The trainer's view of the rings of its loader processes."""
+  """The trainer's side of the rings of all its loader processes."""
 
   def __init__(self) -> None:
-    """Begins without a ring; those that slots name are opened as they come."""
+    """Starts without a ring; each is opened when the first slot of it arrives."""
     self._rings: dict[str, _Ring] = {}
 
   def copy(self, slot: Slot, out: UInt8[np.ndarray, '...']) -> None:
-    """Copies what a slot holds, which may be overwritten from then on."""
+    """Copies what a slot holds; the writer may overwrite the slot from then on."""
     if slot.ring not in self._rings:
       memory = shared_memory.SharedMemory(slot.ring)
       self._rings[slot.ring] = _Ring(memory, slot.slots, slot.shape)
     ring = self._rings[slot.ring]
     np.copyto(out, ring.slots[slot.number % slot.slots])
-    ring.done[...] = slot.number + 1
+    ring.num_read[...] = slot.number + 1
 
   def stop(self) -> None:
-    """Lets the writers write on without waiting: nothing of it will be read."""
+    """Lets the writers continue without waiting, as nothing more will be read."""
     for ring in self._rings.values():
-      ring.done[...] = np.iinfo(np.int64).max
+      ring.num_read[...] = np.iinfo(np.int64).max
 
   def close(self) -> None:
-    """Lets go of all memory, and removes it."""
+    """Releases the memory of all rings, and removes it."""
     while self._rings:
       self._rings.popitem()[1].close()
 
 
 def _machine_prefix() -> str:
-  """Begins the names of blocks whose numbers of processes are meant as this process sees them.
+  """Returns the prefix of shared memory whose process ids mean the same as in this process.
 
-  Containers may share the memory and not the numbers: what is dead here may be alive there.
+  Containers may share /dev/shm but not process ids: an id that is dead here may be alive there.
   """
   return f'dropmae-{os.stat("/proc/self/ns/pid").st_ino}-'
 
 
 def run_prefix(trainer: int) -> str:
-  """Begins the names of all blocks of the run whose trainer has this process number."""
+  """Returns the prefix of all shared memory of the run whose trainer has this process id."""
   return f'{_machine_prefix()}{trainer}-'
 
 
-def unlink_blocks_of_dead_processes() -> None:
-  """Removes what loader processes of this trainer have left that were killed.
+def unlink_memory_of_dead_processes() -> None:
+  """Removes the shared memory of loader processes of this trainer that were killed.
 
-  Blocks that this process has still open it removes by itself as soon as it lets go of them.
+  What this process still has open is left: closing it removes it.
   """
   opened = pathlib.Path('/proc/self/maps').read_text()
-  left = _blocks_without_owner(run_prefix(os.getpid()))
-  _unlink(block for block in left if block.name not in opened)
+  left = _memory_without_owner(run_prefix(os.getpid()))
+  _unlink(path for path in left if path.name not in opened)
 
 
-def unlink_blocks_of_dead_runs() -> None:
-  """Removes what runs have left whose processes were all killed at once."""
-  _unlink(_blocks_without_owner(_machine_prefix()))
+def unlink_memory_of_dead_runs() -> None:
+  """Removes the shared memory of runs whose processes were all killed at once."""
+  _unlink(_memory_without_owner(_machine_prefix()))
 
 
-def _blocks_without_owner(prefix: str) -> Iterator[pathlib.Path]:
-  """Yields the blocks under a prefix that the number of a process follows which is gone."""
+def _memory_without_owner(prefix: str) -> Iterator[pathlib.Path]:
+  """Yields shared memory in whose name the prefix is followed by the id of a dead process."""
   for path in SHARED_MEMORY.glob(f'{prefix}*'):
     owner = path.name.removeprefix(prefix).partition('-')[0]
     if not pathlib.Path('/proc', owner).exists():
       yield path
 
 
-def _unlink(blocks: Iterable[pathlib.Path]) -> None:
-  for block in blocks:
-    # Another may have been faster, or owns it.
+def _unlink(paths: Iterable[pathlib.Path]) -> None:
+  for path in paths:
+    # Another process may have been faster, or another user may own it.
     with contextlib.suppress(FileNotFoundError, PermissionError):
-      block.unlink()
-      # Python's tracker would miss it at the end; it has to know what it shall forget.
-      resource_tracker.register(f'/{block.name}', 'shared_memory')
-      resource_tracker.unregister(f'/{block.name}', 'shared_memory')
+      path.unlink()
+      # Python's resource tracker would warn at exit that the file is gone. It only unregisters
+      # what was registered.
+      resource_tracker.register(f'/{path.name}', 'shared_memory')
+      resource_tracker.unregister(f'/{path.name}', 'shared_memory')
 
 
 def free_memory() -> int:
-  """Bytes of shared memory that are free."""
+  """Returns the bytes of shared memory that are free."""
   system = os.statvfs(SHARED_MEMORY)
   return system.f_bavail * system.f_frsize
 
 
 def no_room(num_bytes: int, num_workers: int) -> UserError:
-  """Returns the refusal to start a loader that would fill the memory, which kills its processes.
+  """Returns the error for a loader that would fill the shared memory, which kills its processes.
 
   Args:
     num_bytes: that the loader needs at a time.
@@ -271,5 +278,5 @@ def no_room(num_bytes: int, num_workers: int) -> UserError:
 
 
 def out_of_room(error: OSError) -> UserError:
-  """Returns the refusal of a loader process for which there was no room after all."""
+  """Returns the error for a loader process that found the shared memory full."""
   return UserError(f'{SHARED_MEMORY} is full ({error}); {MORE_MEMORY}.')

@@ -1,4 +1,4 @@
-"""Several datasets read together, each by its weight."""
+"""Several datasets read as one, each with a weight."""
 
 import dataclasses
 import hashlib
@@ -18,11 +18,11 @@ from dropmae_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Datasets that are fed together.
+  """Datasets that are read together.
 
   Attributes:
     datasets: at least one.
-    weights: a dataset's share of the pairs is its weight over the sum; all are positive.
+    weights: a dataset's share of the pairs is its weight over the sum of all; positive.
   """
 
   datasets: tuple[VideoSource, ...]
@@ -33,7 +33,7 @@ class Mixture:
 
   @property
   def fingerprint(self) -> str:
-    """Of all datasets and their shares; that of one dataset is its own."""
+    """A hash of all datasets and their shares; of one dataset, its own fingerprint."""
     if len(self.datasets) == 1:
       return fingerprint(self.datasets[0])
     shares = [str(weight / sum(self.weights)) for weight in self.weights]
@@ -42,7 +42,7 @@ class Mixture:
 
 
 def mixture_of(videos: VideoSource | Mixture) -> Mixture:
-  """Returns a mixture as it is, and a dataset as a mixture of it alone."""
+  """Returns a mixture unchanged, and a dataset as a mixture of one."""
   return videos if isinstance(videos, Mixture) else Mixture((videos,), (Fraction(1),))
 
 
@@ -50,25 +50,25 @@ def open_mixture(data_dir: str, text: str, split: str = 'train') -> Mixture:
   """Opens the datasets of `config.dataset`.
 
   Args:
-    data_dir: see `open_dataset`; for more than one dataset it is their common data directory.
-    text: one dataset's name, or several as 'NAME=WEIGHT,NAME=WEIGHT'.
+    data_dir: see `open_dataset`; several datasets share one data directory.
+    text: one dataset's name, or several as 'NAME=WEIGHT,NAME=WEIGHT'; a NAME may be MODULE:CLASS.
     split: of every dataset.
 
   Raises:
-    UserError: the text is not understood, or a dataset is not there or cannot be read.
+    UserError: the text cannot be parsed, or a dataset is missing or cannot be read.
   """
   weights = _parse_weights(text)
+  datasets = tuple(open_dataset(data_dir, name, split) for name in weights)
   if len(weights) > 1 and is_version_folder(pathlib.Path(data_dir)):
     raise UserError(
       f'data_dir={data_dir!r} is the folder of one dataset, and dataset={text!r} names'
       f' {len(weights)}; give the folder that was --data_dir when they were built.'
     )
-  datasets = tuple(open_dataset(data_dir, name, split) for name in weights)
   return Mixture(datasets, tuple(weights.values()))
 
 
 def _parse_weights(text: str) -> dict[str, Fraction]:
-  """Reads 'NAME' or 'NAME=WEIGHT,NAME=WEIGHT'; the weights are exact, so 0.3 is 3/10."""
+  """Parses 'NAME' or 'NAME=WEIGHT,NAME=WEIGHT'. Weights are exact fractions: 0.3 is 3/10."""
   if not re.search('[=,]', text):
     return {text: Fraction(1)}
   weights: dict[str, Fraction] = {}

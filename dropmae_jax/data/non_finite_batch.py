@@ -1,6 +1,6 @@
-"""What a batch was made of that made training diverge, for whoever looks after the cause.
+"""Lists the pairs of a batch whose loss or gradient was not finite, to help find the cause.
 
-Nothing of it has to be kept while training: pairs and noise are functions of (seed, step).
+Nothing is recorded while training: pairs and noise are computed again from (seed, step).
 """
 
 import dataclasses
@@ -17,42 +17,42 @@ from dropmae_jax.train_step import derive_seeds
 
 
 def describe_batch(config: Config, dataset: Mixture, step: int) -> dict[str, Any]:
-  """Lists the pairs of a step's global batch, and what their noise is drawn from.
+  """Lists the pairs of a step's global batch, and the key of its noise.
 
   Args:
     config: of the run.
-    dataset: that it reads.
+    dataset: of the run.
     step: number of the update, from 1 on.
 
   Returns:
-    `seed`, `step`, `step_key` (the words of the key that all noise of the step is derived from,
-    see `train_step.step_keys`), and `pairs`: of each its dataset, video, path, both frame numbers
-    and both crops as (top, left, height, width), in the order of the batch. Where a frame cannot
-    be read any more, `error` says why instead of the crops.
+    `seed`, `step`, `config`, `step_key` (the data of the key from which all noise of the step is
+    derived, see `train_step.step_keys`), and `pairs`, in the order of the batch: of each pair its
+    dataset, video, path, both frame numbers and both crops as (top, left, height, width). Of a
+    pair that can no longer be read, `error` gives the reason in place of the crops.
   """
   seeds = derive_seeds(config.seed)
   maker = frame_pairs.PairMaker(dataset, config.data, config.model.image_size)
   keys, paths = pair_stream.pair_keys(dataset, seeds.data), _paths(dataset)
   first = (step - 1) * config.batch_size
-  places = range(first, first + config.batch_size)
-  # The state of update N is at step N - 1 when its keys are derived.
+  positions = range(first, first + config.batch_size)
+  # When the keys of update N are derived, the state's step is still N - 1.
   key = jax.random.fold_in(seeds.steps, step - 1)
   return {
     'seed': config.seed,
     'step': step,
     'step_key': jax.random.key_data(key).tolist(),
-    'pairs': [_describe_pair(maker, keys[place], paths) for place in places],
+    'pairs': [_describe_pair(maker, keys[position], paths) for position in positions],
     'config': dataclasses.asdict(config),
   }
 
 
 def _paths(dataset: Mixture) -> list[Any]:
-  """Returns the paths of each dataset's videos; None where they cannot be read."""
+  """Returns the paths of each dataset's videos; None if it has none or they cannot be read."""
   found = []
   for each in dataset.datasets:
     try:
       found.append(each.paths())
-    except Exception:  # As when the storage is gone; what does not need it is still of use.
+    except Exception:  # For example, the storage is gone. The rest of the list is still useful.
       found.append(None)
   return found
 
@@ -85,6 +85,6 @@ def write(workdir: pathlib.Path, config: Config, dataset: Mixture, step: int) ->
     partial = path.with_suffix('.partial')
     partial.write_text(json.dumps(describe_batch(config, dataset, step), indent=1))
     partial.replace(path)
-  except Exception as error:  # The cause is to be told, whatever becomes of this.
+  except Exception as error:  # The user must see why training stopped in any case.
     return f'The pairs of its batch could not be listed: {error}'
   return f'The pairs of its batch are in {path}.'

@@ -1,6 +1,7 @@
-"""Which pairs are fed, by number: a function of the seed alone, and of how many videos there are.
+"""The keys of the pairs of a training stream: of each pair, its video and its random numbers.
 
-One epoch is every video once, in an order of its own; of a mixture each dataset has its own epochs.
+They depend only on the seed and the number of videos of each dataset. Each epoch visits every video
+once, in a new order. Each dataset of a mixture has its own epochs.
 """
 
 import dataclasses
@@ -14,20 +15,20 @@ from dropmae_jax.data import augment
 from dropmae_jax.data.mixture import Mixture, mixture_of
 from dropmae_jax.data.video_source import VideoSource
 
-# More than any run takes.
+# More than any run needs.
 EPOCHS = 10**9
-# For the frames, and for the crop of each.
+# Random numbers of a pair: one per frame number, and those of two crops.
 PAIR_DRAWS = 2 + 2 * augment.CROP_DRAWS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PairKey:
-  """All that a pair is a function of, beside the dataset and the options.
+  """Everything that a pair depends on, except the dataset and the options.
 
   Attributes:
-    dataset: number of a dataset in its mixture.
-    video: number of a video in that dataset.
-    uniforms: from [0, 1); what is random in the pair, from the frames to the last crop.
+    dataset: number of the dataset in its mixture.
+    video: number of the video in that dataset.
+    uniforms: from [0, 1), for the frame numbers and the crops.
   """
 
   dataset: int
@@ -41,33 +42,33 @@ def _epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class _DrawKey(grain.transforms.RandomMap):
-  """A place in the stream of a dataset to the key of a pair.
+  """Maps a position in the stream of one dataset to the key of a pair.
 
-  Each epoch is all videos in an order of its own. Grain's own shuffle costs up to milliseconds an
-  element where there are few videos, as it looks for each in a range of 2^16 numbers or more.
+  It shuffles the videos itself. Grain's shuffle takes up to milliseconds per element of a dataset
+  with few videos, because it searches a range of at least 2^16 numbers for each.
   """
 
   def __init__(self, dataset: int, num_videos: int, seed: int) -> None:
     self._dataset, self._num_videos, self._seed = dataset, num_videos, seed
 
   def random_map(self, element: int, rng: np.random.Generator) -> PairKey:
-    """Returns a key of random numbers for the video whose turn it is."""
-    epoch, place = divmod(int(element), self._num_videos)
-    video = int(_epoch_order(self._num_videos, self._seed, epoch)[place])
+    """Returns the key of the pair at a position."""
+    epoch, position = divmod(int(element), self._num_videos)
+    video = int(_epoch_order(self._num_videos, self._seed, epoch)[position])
     return PairKey(self._dataset, video, rng.random(PAIR_DRAWS))
 
 
 def pair_keys(videos: VideoSource | Mixture, seed: int) -> grain.MapDataset:
-  """Returns the endless stream of the keys of all pairs, by number.
+  """Returns the endless stream of the keys of all pairs, indexed by position.
 
   Args:
-    videos: where frames come from. A mixture takes its datasets in turn, as evenly as their
-      weights allow; ratios of weights that are no whole multiples of 1/100 are off by up to 1 %.
-    seed: of order, pairs and crops.
+    videos: a dataset or a mixture. The datasets of a mixture alternate as evenly as their weights
+      allow. Shares that are not multiples of 1/100 are off by up to 1 %.
+    seed: of the order, the pairs and the crops.
   """
   mixture, parts = mixture_of(videos), []
   for number, each in enumerate(mixture.datasets):
     own = seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-    places = grain.MapDataset.range(len(each) * EPOCHS).seed(own)
-    parts.append(places.random_map(_DrawKey(number, len(each), own)))
+    positions = grain.MapDataset.range(len(each) * EPOCHS).seed(own)
+    parts.append(positions.random_map(_DrawKey(number, len(each), own)))
   return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)

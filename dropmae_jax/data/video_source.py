@@ -1,7 +1,7 @@
-"""Datasets that tfds_kinetics built, opened for reading single frames of videos.
+"""Datasets opened for reading single frames: those of tfds_kinetics, and classes of the user's own.
 
-What cannot be read is refused when the dataset is opened, as far as names, sizes and numbers tell,
-and else when the frame is asked for; either way in one sentence that says what to do.
+Opening a dataset checks names, sizes and numbers. Other damage is found when a frame is read. Both
+are reported in one sentence that says what to do.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import importlib
 import os
 import pathlib
 import re
+import sys
 import time
 from typing import Protocol, runtime_checkable
 
@@ -18,13 +19,13 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dropmae_jax.runtime.errors import PROGRAM_ERRORS, UserError, os_errors_as_user_errors
+from dropmae_jax.runtime.errors import PROGRAM_ERRORS, UserError
 
-# Major versions of the dataset that are read: its other numbers change nothing for a reader.
+# Major versions of the dataset that can be read; other parts of the version do not matter here.
 SUPPORTED_VERSIONS = frozenset({2})
-# Pauses before a record that could not be read is tried again.
+# Pauses before a record that could not be read is read again.
 RETRY_SECONDS = (0.05, 0.5)
-# So array_record tells what the system answered to a call of it.
+# How array_record reports a system call that failed.
 SYSTEM_CALL_FAILED = re.compile(r'\b(pread|read|open|fstat|lseek)\(\) failed')
 
 
@@ -36,8 +37,9 @@ class DamagedRecord(UserError):
 class VideoSource(Protocol):
   """A dataset as the pipeline reads it: videos by number, frames by number.
 
-  It is pickled for loader processes. An attribute `fingerprint`, a text that differs where the
-  frames do, and a method `paths`, with a name for every video, may be there too.
+  It is pickled for loader processes. Two members are optional: an attribute `fingerprint`, a string
+  that differs if the frames differ (see `fingerprint` below), and a method `paths`, which returns a
+  name for every video.
   """
 
   def __len__(self) -> int:
@@ -49,16 +51,16 @@ class VideoSource(Protocol):
     ...
 
   def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """One decoded frame; raises DamagedRecord where that one cannot be read."""
+    """One decoded frame; raises DamagedRecord if it cannot be read."""
     ...
 
 
 class TfdsVideos:
-  """Random access to the frames of a dataset built by tfds_kinetics; reads only what is asked.
+  """A dataset built by tfds_kinetics, with random access to its frames.
 
   Attributes:
     folder: of the version that was opened.
-    fingerprint: of the stored frames of all splits, and of which videos they are.
+    fingerprint: a hash of the stored frames of all splits, and of their videos.
   """
 
   def __init__(self, folder: pathlib.Path, split: str) -> None:
@@ -69,7 +71,7 @@ class TfdsVideos:
       split: of the dataset.
 
     Raises:
-      UserError: the split is not there, or its files are missing, cut short or damaged.
+      UserError: there is no such split, or its files are missing, cut short or damaged.
     """
     self.folder, self._split = folder, split
     try:
@@ -78,7 +80,7 @@ class TfdsVideos:
       names = sorted(os.path.basename(path) for path in info.filenames) if info else []
     except PROGRAM_ERRORS:
       raise
-    except Exception as error:  # TFDS answers damaged metadata with whatever its parsers raise.
+    except Exception as error:  # On damaged metadata TFDS raises whatever its parsers raise.
       raise _damaged(folder, f'dataset_info.json or features.json: {error}') from error
     if builder.version.major not in SUPPORTED_VERSIONS:
       raise _other_version(folder, str(builder.version))
@@ -92,20 +94,20 @@ class TfdsVideos:
     self._records = builder.as_data_source(split, deserialize_method=raw)
     self._first, self._frames, self.fingerprint = self._read_index()
 
-  def _check_shards(self, names: list[str], recorded: int) -> None:
-    """Compares the shard files with the names and bytes of the metadata; reads none of them."""
+  def _check_shards(self, names: list[str], num_bytes: int) -> None:
+    """Compares the shard files with the names and sizes in the metadata, without reading them."""
     with os.scandir(self.folder) as entries:
       sizes = {entry.name: entry.stat().st_size for entry in entries}
-    lacking = [name for name in names if not sizes.get(name)]
-    if lacking:
+    missing = [name for name in names if not sizes.get(name)]
+    if missing:
       raise _damaged(
-        self.folder, f'{len(lacking)} of {len(names)} shards missing or empty: {lacking[0]}'
+        self.folder, f'{len(missing)} of {len(names)} shards missing or empty: {missing[0]}'
       )
-    there = sum(sizes[name] for name in names)
-    if there != recorded:
+    found = sum(sizes[name] for name in names)
+    if found != num_bytes:
       raise _damaged(
         self.folder,
-        f'the shards of {self._split} hold {there} bytes, not the {recorded} that were written',
+        f'the shards of {self._split} hold {found} bytes, not the {num_bytes} that were written',
       )
 
   def _read_index(self) -> tuple[np.ndarray, np.ndarray, str]:
@@ -116,10 +118,10 @@ class TfdsVideos:
         first, frames, fingerprint = (index[key] for key in ('first', 'frames', 'fingerprint'))
     except PROGRAM_ERRORS:
       raise
-    except Exception as error:  # Zip, zlib, pickle and numpy each have their own for a bad file.
+    except Exception as error:  # zipfile, zlib, pickle and numpy each raise their own types.
       raise _damaged(self.folder, f'{name}: {_reason(error)}') from error
-    whole = first.dtype.kind == frames.dtype.kind == 'i' and first.shape == frames.shape
-    if not (whole and first.ndim == 1 and len(first)):
+    consistent = first.dtype.kind == frames.dtype.kind == 'i' and first.shape == frames.shape
+    if not (consistent and first.ndim == 1 and len(first)):
       raise _damaged(self.folder, f'{name} does not list videos: {first.shape}, {frames.shape}')
     if first.min() < 0 or frames.min() < 1 or (first + frames).max() > len(self._records):
       raise _damaged(
@@ -135,7 +137,7 @@ class TfdsVideos:
     return int(self._frames[video])
 
   def paths(self) -> np.ndarray:
-    """The path of every video below the root it was built from; reads the index anew."""
+    """The path of every video, relative to the root of the videos; reads the index file again."""
     with np.load(self.folder / f'index-{self._split}.npz') as index:
       return index['path']
 
@@ -143,8 +145,8 @@ class TfdsVideos:
     """Reads one record and decodes its JPEG to RGB.
 
     Raises:
-      DamagedRecord: what was read is no picture.
-      UserError: the system does not let it be read.
+      DamagedRecord: the record does not hold a JPEG.
+      UserError: an I/O error.
     """
     record = int(self._first[video]) + number
     for pause in (*RETRY_SECONDS, None):
@@ -153,10 +155,10 @@ class TfdsVideos:
         return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
       except PROGRAM_ERRORS:
         raise
-      except Exception as error:  # Whatever array_record, protobuf and simplejpeg have.
+      except Exception as error:  # Of array_record, protobuf or simplejpeg.
         if pause is None:
           raise self._unreadable(video, record, error) from error
-        time.sleep(pause)  # It may be the storage, for a moment.
+        time.sleep(pause)  # The storage may recover.
     raise AssertionError('unreachable')
 
   def _unreadable(self, video: int, record: int, error: Exception) -> UserError:
@@ -169,13 +171,13 @@ class TfdsVideos:
       )
     if isinstance(error, OSError) or SYSTEM_CALL_FAILED.search(str(error)):
       return UserError(
-        f'{self.folder} cannot be read ({error}); see to its storage, and give the same command'
+        f'{self.folder} cannot be read ({error}); check its storage, and give the same command'
         ' again.'
       )
     file = instructions[int(np.searchsorted(ends, record, side='right'))].filename
     try:
       path = str(self.paths()[video])
-    except Exception:  # The record's error is the one to tell.
+    except Exception:  # The user has to see the error of the record.
       path = 'unknown path'
     return DamagedRecord(
       f'video {video} ({path}) cannot be read: record {record} of split {self._split}, in {file},'
@@ -184,13 +186,13 @@ class TfdsVideos:
 
 
 def _reason(error: Exception) -> str:
-  """Says what went wrong on one line; a KeyError, for one, says it only by its type."""
+  """Returns type and message of an error on one line; the message alone may say nothing."""
   text = ' '.join(str(error).split())
   return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
 def _remedy(folder: pathlib.Path) -> str:
-  return f'copy {folder} anew, or remove it and build it again with python -m tfds_kinetics'
+  return f'copy {folder} again, or remove it and build it again with python -m tfds_kinetics'
 
 
 def _damaged(folder: pathlib.Path, what: str) -> UserError:
@@ -200,7 +202,7 @@ def _damaged(folder: pathlib.Path, what: str) -> UserError:
 def _other_version(folder: pathlib.Path, version: str) -> UserError:
   supported = ' or '.join(f'{major}.x.y' for major in sorted(SUPPORTED_VERSIONS))
   return UserError(
-    f'{folder} is of format version {version}, and this code reads {supported}; build it anew with'
+    f'{folder} is of format version {version}, and this code reads {supported}; build it again with'
     ' python -m tfds_kinetics of this code, or use the code that wrote it.'
   )
 
@@ -210,27 +212,32 @@ def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> VideoSour
 
   Args:
     data_dir: what was given to the builder as --data_dir, or the version's folder itself.
-    dataset: TFDS name and config, such as 'kinetics_frames/folder'; or 'MODULE:CLASS', a class of
-      the protocol `VideoSource` that is made by CLASS(data_dir, split).
+    dataset: TFDS name and config, such as 'kinetics_frames/folder'; or 'MODULE:CLASS', where
+      CLASS(data_dir, split) returns a `VideoSource`.
     split: of the dataset.
 
   Raises:
-    UserError: it is not there, and then names the command that builds it; or it cannot be read.
+    UserError: there is no such dataset, and the message names the command that builds it; or it
+      cannot be read.
   """
-  with os_errors_as_user_errors(
-    f'data_dir={data_dir!r} cannot be opened',
-    'give another data_dir, or mend its permissions and links.',
-  ):
+  try:
     if ':' in dataset:
       return _open_class(data_dir, dataset, split)
     return _open_tfds(data_dir, dataset, split)
+  except OSError as error:  # Names the file, which may be a link in data_dir.
+    raise UserError(
+      f'{error.filename or data_dir} cannot be opened ({error.strerror or error}); give another'
+      ' data_dir, or fix its permissions and links.'
+    ) from error
 
 
 def _open_class(data_dir: str, dataset: str, split: str) -> VideoSource:
   module, _, name = dataset.partition(':')
+  if os.getcwd() not in sys.path:  # `python -m` searches the working directory, dropmae-train not.
+    sys.path.append(os.getcwd())
   try:
     cls = getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError) as error:
+  except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module is named.
     raise UserError(
       f'dataset={dataset!r} cannot be imported ({error}); give MODULE:CLASS, of a module in the'
       ' working directory or on PYTHONPATH.'
@@ -244,7 +251,7 @@ def _open_class(data_dir: str, dataset: str, split: str) -> VideoSource:
 
 
 def fingerprint(videos: VideoSource) -> str:
-  """Returns the fingerprint of a dataset: its own, or one of its videos' numbers of frames."""
+  """Returns the fingerprint of a dataset: its own, or a hash of its videos' numbers of frames."""
   if hasattr(videos, 'fingerprint'):
     return videos.fingerprint
   digest = hashlib.sha256(f'{type(videos).__module__}:{type(videos).__qualname__}'.encode())
@@ -272,12 +279,16 @@ def _open_tfds(data_dir: str, dataset: str, split: str) -> TfdsVideos:
       f' python -m tfds_kinetics --config={config} --videos=VIDEOS --data_dir={data_dir or "DIR"}'
     )
   newest = versions[-1]
-  # Before it is parsed: another format's metadata need not be ones that this TFDS reads.
+  # Checked before TFDS parses the metadata, which may fail on another format.
   if int(newest.name.partition('.')[0]) not in SUPPORTED_VERSIONS:
     raise _other_version(newest, newest.name)
   return TfdsVideos(newest, split)
 
 
 def is_version_folder(folder: pathlib.Path) -> bool:
-  """Whether a folder is a version of a dataset, not a data directory."""
-  return os.path.exists(folder / 'dataset_info.json')
+  """Whether a folder is one version of a dataset, rather than a data directory.
+
+  Raises:
+    OSError: the path cannot be checked, for example because it is too long.
+  """
+  return (folder / 'dataset_info.json').exists()

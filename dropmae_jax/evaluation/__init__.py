@@ -1,1 +1,1 @@
-"""What a checkpoint has learned, and what it is trained on: pictures."""
+"""Pictures of what a checkpoint has learned, and of the pairs that training reads."""

@@ -1,11 +1,10 @@
-"""Shows a dataset as training sees it, before anything is trained on it.
+"""Shows a dataset as training reads it, before training.
 
     dropmae-inspect --data_dir=DIR --output=FILE.png [--dataset=...] [--seed=N]
 
-prints what the split holds, of each dataset if they are several, and draws the first pairs that
-training with this seed is fed: both whole frames with the boxes of their crops, the two crops, and
-below all how far apart the frames of pairs are. Numbers come from the index; of the frames, only
-those that are drawn are read.
+prints statistics of the split of each dataset, and draws the first pairs that training with this
+seed reads: both whole frames with the boxes of their crops, the two crops, and at the bottom the
+distribution of the distance between the frames of a pair. It reads only the frames that it draws.
 """
 
 import argparse
@@ -20,9 +19,10 @@ from dropmae_jax.config import DataOptions
 from dropmae_jax.data import augment, frame_pairs, loader_process, pair_stream
 from dropmae_jax.data.frame_pairs import DrawnPair
 from dropmae_jax.data.mixture import Mixture, open_mixture
+from dropmae_jax.data.video_source import TfdsVideos, VideoSource
 from dropmae_jax.evaluation import reconstruction
 from dropmae_jax.runtime import cli
-from dropmae_jax.runtime.errors import UserError, did_you_mean
+from dropmae_jax.runtime.errors import UserError, check_name
 from dropmae_jax.train_step import derive_seeds
 
 GAP_DRAWS = 10_000
@@ -33,18 +33,29 @@ BOX_COLOUR = (255, 210, 0)
 
 
 class Index(NamedTuple):
-  """What is known of a split without reading its frames; an entry of each array per clip."""
+  """What is known of a split without reading its frames; arrays have an entry per clip.
+
+  Only datasets of tfds_kinetics have classes and a size in bytes; other datasets may have no paths.
+
+  Attributes:
+    dataset: its name.
+    frames: number of frames.
+    label: index of the class in `classes`.
+    path: string.
+    classes: names; '' where the dataset has no classes.
+    num_bytes: of all shards.
+  """
 
   dataset: str
   frames: Int[np.ndarray, ' n']
-  label: Int[np.ndarray, ' n']
-  path: np.ndarray
-  classes: np.ndarray
-  num_bytes: int
+  label: Int[np.ndarray, ' n'] | None = None
+  path: np.ndarray | None = None
+  classes: np.ndarray | None = None
+  num_bytes: int | None = None
 
 
 class ShownPair(NamedTuple):
-  """A pair of the training stream with all that led to it."""
+  """A pair of the training stream: its dataset, what was drawn and read, and the two crops."""
 
   dataset: int
   drawn: DrawnPair
@@ -54,11 +65,9 @@ class ShownPair(NamedTuple):
 def first_pairs(
   videos: Mixture, options: DataOptions, *, image_size: int, seed: int, count: int
 ) -> list[ShownPair]:
-  """Makes the first pairs that training with this seed is fed."""
-  keys, maker = (
-    pair_stream.pair_keys(videos, seed),
-    frame_pairs.PairMaker(videos, options, image_size),
-  )
+  """Makes the first pairs that training with this seed reads."""
+  keys = pair_stream.pair_keys(videos, seed)
+  maker = frame_pairs.PairMaker(videos, options, image_size)
   pairs = []
   for number in range(count):
     drawn = maker.draw(keys[number])
@@ -66,13 +75,19 @@ def first_pairs(
   return pairs
 
 
-def read_index(folder: pathlib.Path, split: str) -> Index:
-  """Reads the index of a split, and the sizes of its shards.
+def read_index(videos: VideoSource, split: str) -> Index:
+  """Collects what is known of a split.
 
   Args:
-    folder: of the dataset's version.
-    split: of it.
+    videos: the dataset, opened.
+    split: that was opened.
   """
+  if not isinstance(videos, TfdsVideos):
+    dataset = f'{type(videos).__module__}:{type(videos).__qualname__}'
+    frames = np.array([videos.num_frames(video) for video in range(len(videos))])
+    path = np.asarray(videos.paths()) if hasattr(videos, 'paths') else None
+    return Index(dataset, frames, path=path)
+  folder = videos.folder
   shards = folder.glob(f'*-{split}.array_record*')
   with np.load(folder / f'index-{split}.npz') as index:
     columns = {name: index[name] for name in ('frames', 'label', 'path', 'classes')}
@@ -80,23 +95,31 @@ def read_index(folder: pathlib.Path, split: str) -> Index:
   return Index(dataset, **columns, num_bytes=sum(path.stat().st_size for path in shards))
 
 
+def path_of(index: Index, video: int) -> str:
+  """Returns the path of a clip; '-' if paths are not known."""
+  return '-' if index.path is None else str(index.path[video])
+
+
 def class_of(index: Index, video: int) -> str:
-  """Returns the name of a clip's class; '-' where there are no classes."""
-  return str(index.classes[index.label[video]]) or '-'
+  """Returns the name of a clip's class; '-' if there are no classes."""
+  return '-' if index.classes is None else str(index.classes[index.label[video]]) or '-'
 
 
 def gap_counts(
   frames: Int[np.ndarray, ' n'], frame_gap: int, *, seed: int, draws: int
 ) -> Int[np.ndarray, ' g']:
-  """Counts the gaps, from 0 on, of pairs drawn by the law of training from random clips.
+  """Counts the gaps of pairs drawn from random clips with the distribution of training.
 
-  They are not the pairs of the stream, of which most would be read for their numbers alone.
+  These are not the pairs of the training stream.
 
   Args:
-    frames: of each clip.
-    frame_gap: of the law.
+    frames: number of frames of each clip.
+    frame_gap: the frames of a pair are at most frame_gap - 1 apart.
     seed: of clips and pairs.
     draws: number of pairs.
+
+  Returns:
+    The number of pairs with a gap of 0, 1, ..., frame_gap - 1 frames.
   """
   rng = np.random.default_rng(seed)
   pairs = [
@@ -107,45 +130,48 @@ def gap_counts(
 
 
 def bars(counts: Int[np.ndarray, ' g']) -> list[tuple[str, int]]:
-  """Gathers gaps in bars of equal width: the range of each, such as '1-2', and its count."""
+  """Groups gaps into bars of equal width: of each its range, such as '1-2', and its count."""
   width = -(-(len(counts) - 1) // GAP_BARS)
-  found = [('0', int(counts[0]))] if counts[0] else []
+  grouped = [('0', int(counts[0]))] if counts[0] else []
   for low in range(1, len(counts), width):
     high = min(low + width, len(counts)) - 1
     name = str(low) if low == high else f'{low}-{high}'
-    found.append((name, int(counts[low : high + 1].sum())))
-  return found
+    grouped.append((name, int(counts[low : high + 1].sum())))
+  return grouped
 
 
 def statistics(index: Index, counts: Int[np.ndarray, ' g']) -> str:
-  """Returns what the split holds and how far apart its pairs are, as text."""
+  """Returns statistics of the split and its gaps, as text; '-' where a number is not known."""
   frames = index.frames
-  total, gathered = int(frames.sum()), bars(counts)
-  most = max(count for _, count in gathered)
+  total, grouped = int(frames.sum()), bars(counts)
+  most = max(count for _, count in grouped)
+  classes = '-' if index.classes is None else sum(name != '' for name in index.classes)
+  num_bytes = index.num_bytes
+  size = '-' if num_bytes is None else f'{num_bytes} ({num_bytes / total:.0f} per frame)'
   lines = [
     f'dataset           {index.dataset}',
     f'clips             {len(frames)}',
     f'frames            {total}',
     f'frames per clip   least {frames.min()}, median {np.median(frames):g}, most {frames.max()}',
-    f'classes           {sum(name != "" for name in index.classes)}',
-    f'bytes on disk     {index.num_bytes} ({index.num_bytes / total:.0f} per frame)',
+    f'classes           {classes}',
+    f'bytes on disk     {size}',
     f'frames between the two of a pair, {counts.sum()} pairs:',
   ]
   lines += [
     f'{name:>9} {count / counts.sum():6.1%} {"#" * round(BAR_WIDTH * count / most)}'
-    for name, count in gathered
+    for name, count in grouped
   ]
   return '\n'.join(lines)
 
 
 def draw_chart(pen: ImageDraw.ImageDraw, top: int, width: int, counts: np.ndarray) -> None:
-  """Draws the gaps as upright bars, under each its range."""
-  gathered = bars(counts)
-  most, step = max(count for _, count in gathered), (width - 2 * MARGIN) / len(gathered)
+  """Draws the gaps as a bar chart; below each bar is the least gap of its range."""
+  grouped = bars(counts)
+  most, step = max(count for _, count in grouped), (width - 2 * MARGIN) / len(grouped)
   title = f'frames between the two of a pair, {counts.sum()} pairs'
   pen.text((MARGIN, top), title, fill='black')
   floor = top + CHART - CAPTION
-  for number, (name, count) in enumerate(gathered):
+  for number, (name, count) in enumerate(grouped):
     left = MARGIN + number * step
     height = (CHART - 2 * CAPTION) * count / most
     pen.rectangle((left, floor - height, left + max(1, step - 3), floor), fill=(70, 110, 180))
@@ -155,10 +181,15 @@ def draw_chart(pen: ImageDraw.ImageDraw, top: int, width: int, counts: np.ndarra
 def contact_sheet(
   pairs: list[ShownPair], indices: list[Index], counts: Int[np.ndarray, ' g']
 ) -> Image.Image:
-  """Draws a row for each pair, and the gaps below.
+  """Draws a row for each pair, and a chart of the gaps at the bottom.
 
-  A row has a caption, the two frames pixel for pixel with their boxes, and the two crops; the
-  columns are as wide as the widest frame, and as a crop.
+  A row has a caption, the two frames at their own size with the boxes of the crops, and the two
+  crops.
+
+  Args:
+    pairs: at least one.
+    indices: of each dataset of the mixture.
+    counts: of the gaps; see `gap_counts`.
   """
   images = [image for pair in pairs for image in pair.drawn.images]
   size = pairs[0].crops.shape[1]
@@ -174,10 +205,10 @@ def contact_sheet(
     earlier, later = pair.drawn.frame_numbers
     index, video = indices[pair.dataset], pair.drawn.video
     caption = (
-      f'{index.dataset}   {index.path[video]}   class {class_of(index, video)}'
+      f'{index.dataset}   {path_of(index, video)}   class {class_of(index, video)}'
       f'   frames {earlier} and {later} of {index.frames[video]}   gap {later - earlier}'
     )
-    # The font that PIL always has knows few letters.
+    # PIL's built-in font has few letters.
     caption = caption.encode('ascii', 'backslashreplace').decode()
     pen.text((MARGIN, top + 3), caption, fill='black')
     panels = [*pair.drawn.images, *pair.crops]
@@ -194,7 +225,7 @@ def parse() -> tuple[argparse.Namespace, DataOptions]:
   """Reads the command line.
 
   Raises:
-    UserError: a flag is wrong.
+    UserError: an option is wrong.
   """
   defaults = DataOptions()
   parser = cli.Parser(prog='dropmae-inspect', description=__doc__.splitlines()[0])
@@ -221,9 +252,7 @@ def parse() -> tuple[argparse.Namespace, DataOptions]:
   ):
     if not low <= getattr(arguments, name) <= high:
       raise UserError(f'--{name}={getattr(arguments, name)} is not in {low}..{high}.')
-  if arguments.resize not in augment.RESIZES:
-    near = did_you_mean(arguments.resize, augment.RESIZES)
-    raise UserError(f'--resize={arguments.resize} is unknown; {near}')
+  check_name('--resize', arguments.resize, augment.RESIZES)
   options = DataOptions(
     frame_gap=arguments.frame_gap,
     resize=arguments.resize,
@@ -238,7 +267,7 @@ def main() -> None:
   arguments, options = parse()
   loader_process.allow_many_files()
   mixture = open_mixture(arguments.data_dir, arguments.dataset, arguments.split)
-  indices = [read_index(each.folder, arguments.split) for each in mixture.datasets]
+  indices = [read_index(each, arguments.split) for each in mixture.datasets]
   counts = []
   for index, weight in zip(indices, mixture.weights, strict=True):
     draws = max(1, round(GAP_DRAWS * weight / sum(mixture.weights)))

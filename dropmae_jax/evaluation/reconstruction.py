@@ -1,4 +1,4 @@
-"""Pictures that tell whether a checkpoint has learned.
+"""Draws the reconstruction of masked frames by a checkpoint.
 
     dropmae-figures --checkpoint=DIR --video=FILE --output=FILE.png
 
@@ -33,10 +33,10 @@ GREY = 128
 
 
 def read_frames(video: pathlib.Path, numbers: tuple[int, ...]) -> list[UInt8[np.ndarray, 'h w c']]:
-  """Decodes the frames of the given numbers; the last frame stands in beyond the end.
+  """Decodes the frames of the given numbers; numbers beyond the end give the last frame.
 
   Raises:
-    UserError: the file is not there or holds no frame that can be decoded.
+    UserError: there is no such file, or no frame of it can be decoded.
   """
   if not video.is_file():
     raise UserError(f'--video={video} is not a file; give a video.')
@@ -68,10 +68,10 @@ def square(frame: UInt8[np.ndarray, 'h w c'], size: int) -> UInt8[np.ndarray, 's
 def reconstruct(
   model: MaskedAutoencoder, frames: Float[Array, 'b f h w c'], seed: int, objective: Objective
 ) -> tuple[Float[Array, 'b f h w c'], Float[Array, 'b f h w c']]:
-  """Masks frames and fills them in, with attention dropout off.
+  """Masks pairs of frames and predicts the masked patches, without attention dropout.
 
-  A model of normalised targets knows a patch but for its mean and contrast; these are taken from
-  the input, as is usual for such pictures.
+  A model with normalised targets does not predict the mean and the contrast of a patch. As usual
+  for such pictures, these are taken from the input.
 
   Args:
     model: the trained model.
@@ -80,7 +80,8 @@ def reconstruct(
     objective: what the model was trained for.
 
   Returns:
-    1 where a pixel is masked and 0 elsewhere; and the frames with masked patches predicted.
+    An array that is 1 where a pixel is masked and 0 elsewhere; and the frames with their masked
+    patches replaced by the prediction.
   """
   size = model.architecture.patch_size
   vectors = patches.patchify(frames, size)
@@ -100,7 +101,7 @@ def reconstruct(
 
 
 def draw_panels(rows: list[list[UInt8[np.ndarray, 'h w c']]]) -> Image.Image:
-  """Puts panels in a grid under their titles."""
+  """Arranges panels in a grid, with a title above each column."""
   scale = -(-PANEL // rows[0][0].shape[0])
   side, margin, header = rows[0][0].shape[0] * scale, 8, 24
   width = margin + len(TITLES) * (side + margin)
@@ -119,7 +120,7 @@ def save_png(image: Image.Image, path: pathlib.Path) -> None:
   """Writes a picture whole or not at all.
 
   Raises:
-    UserError: the folder is not there, or the name is that of a folder.
+    UserError: the folder of the file does not exist, or the path is a folder.
   """
   if not path.absolute().parent.is_dir():
     raise UserError(f'the folder of --output={path} does not exist; make it first.')
@@ -145,8 +146,8 @@ def reconstruction_figure(
     model, pixels.normalise(jnp.asarray(pair))[None], seed, weights.objective
   )
   masked_input = np.where(np.asarray(is_masked[0]) > 0, GREY, pair).astype(np.uint8)
-  outcome = np.asarray(pixels.denormalise(filled[0]))
-  return draw_panels([[pair[f], masked_input[f], outcome[f]] for f in range(2)])
+  reconstruction = np.asarray(pixels.denormalise(filled[0]))
+  return draw_panels([[pair[f], masked_input[f], reconstruction[f]] for f in range(2)])
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""What every command needs, whatever it computes."""
+"""What every command needs: command lines, errors, files, logs, several processes."""

@@ -1,4 +1,4 @@
-"""The command lines of the package: how they are read, and how they end."""
+"""The command lines of the package: their parser, and their exit statuses."""
 
 import argparse
 import os
@@ -13,24 +13,24 @@ from dropmae_jax.runtime.errors import RunFailed, UserError, did_you_mean
 
 
 class Terminated(KeyboardInterrupt):
-  """SIGTERM, which unwinds the program as Ctrl-C does, so that temporary folders are removed."""
+  """SIGTERM as an exception, so that temporary folders are removed, as after Ctrl-C."""
 
 
 class Parser(argparse.ArgumentParser):
-  """An argument parser that answers bad input by a `UserError`, and knows no abbreviations."""
+  """An argument parser that raises `UserError` on bad input and accepts no abbreviations."""
 
   def __init__(self, **options: object) -> None:
     super().__init__(allow_abbrev=False, **options)
 
   def error(self, message: str) -> NoReturn:
-    """Refuses the command line."""
+    """Raises the error of a bad command line."""
     raise UserError(f'{message}; --help lists what there is.')
 
   def parse_args(
     self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
   ) -> argparse.Namespace:
-    """Parses a command line; of an option that is unknown, says which one was probably meant."""
-    # Argparse has no public list of its options; and it would name what is missing first.
+    """Parses a command line; the error about an unknown option names the closest one."""
+    # Argparse has no public list of its options, and would report missing options first.
     options = {option.lstrip('-'): option for option in self._option_string_actions}
     for argument in sys.argv[1:] if args is None else args:
       name, equals, value = argument.partition('=')
@@ -48,10 +48,10 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], int | None]) -> NoReturn:
   """Runs a command and ends the process with its exit status.
 
-  After an error it is that of the error (`errors.ExitStatus`); after Ctrl-C, SIGTERM, or SIGPIPE
-  (nobody reads the output any more), 128 + the signal's number, as shells count. A command with
-  handlers of its own for the first two sets them later. SIGTERM while the process exits, which
-  takes libraries a while, does not change the status.
+  After an error it is that of the error (`errors.ExitStatus`). After Ctrl-C, SIGTERM or SIGPIPE
+  (nobody reads the output any more) it is 128 + the signal's number, as in shells. A command with
+  its own handlers for Ctrl-C and SIGTERM sets them in `main`. SIGTERM while the process exits,
+  which can take libraries some time, does not change the status.
   """
   signal.signal(signal.SIGTERM, _terminate)
   try:
@@ -67,23 +67,23 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   except BrokenPipeError:
     if not _is_output_closed():
       raise
-    # Python writes what is left when it exits, and would complain.
+    # Python flushes its buffer at exit, which would fail with a traceback.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 128 + signal.SIGPIPE
   finally:
-    # Python would restore its own handler before the libraries have ended.
+    # While libraries are still ending, Python would already have restored the default handler.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
   sys.exit(status)
 
 
 def _terminate(number: int, _: FrameType | None) -> NoReturn:
-  # A second one must not interrupt the cleanup.
+  # A second SIGTERM must not interrupt the cleanup.
   signal.signal(number, signal.SIG_IGN)
   raise Terminated
 
 
 def _is_output_closed() -> bool:
-  """Whether it was the standard output that broke, and not another pipe of the command."""
+  """Whether the standard output is the broken pipe, rather than another pipe of the command."""
   poll = select.poll()
   poll.register(sys.stdout.fileno(), 0)
   return bool(poll.poll(0))

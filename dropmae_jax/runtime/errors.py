@@ -1,6 +1,6 @@
-"""What may go wrong, and the exit status of each: the same for every command.
+"""The errors and exit statuses of all commands.
 
-Whatever the user can mend is a `UserError`: one sentence that names the value and the remedy.
+What the user can fix is a `UserError`: one sentence that names the value and the remedy.
 """
 
 import contextlib
@@ -11,20 +11,20 @@ from collections.abc import Iterable, Iterator
 
 
 class ExitStatus(enum.IntEnum):
-  """How a command ends. After a signal that it does not handle, shells see 128 + its number."""
+  """How a command ends. After a signal that it does not handle it is 128 + the signal's number."""
 
   DONE = 0
   # Training diverged, the last state was not saved, the loader failed, or an unexpected error.
   FAILED = 1
   BAD_INPUT = 2
-  # A step or the loader hung: the same command may well succeed.
+  # A step or the loader hung; the same command may succeed when it is started again.
   HUNG = os.EX_UNAVAILABLE
   # A signal stopped the run after a checkpoint: the same command resumes.
   STOPPED = os.EX_TEMPFAIL
 
 
 class UserError(ValueError):
-  """Input that the user can mend; the message names the value and the remedy in one sentence."""
+  """Input that the user can fix; the message names the value and the remedy in one sentence."""
 
   exit_status = ExitStatus.BAD_INPUT
 
@@ -35,7 +35,7 @@ class RunFailed(RuntimeError):
   exit_status = ExitStatus.FAILED
 
 
-# Mistakes in a program, this one or a library's: whatever a file holds, these say nothing about it.
+# Bugs of this program or a library, as opposed to damage of a file that is read.
 PROGRAM_ERRORS = (TypeError, AttributeError, NameError, ImportError)
 
 
@@ -44,8 +44,8 @@ def os_errors_as_user_errors(what: str, remedy: str) -> Iterator[None]:
   """Turns an OSError inside, such as a missing permission, into a `UserError`.
 
   Args:
-    what: cannot be done; the system's reason follows it in parentheses.
-    remedy: the end of the sentence.
+    what: begins the sentence with what cannot be done; the system's reason follows in parentheses.
+    remedy: ends the sentence.
   """
   try:
     yield
@@ -56,7 +56,7 @@ def os_errors_as_user_errors(what: str, remedy: str) -> Iterator[None]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
   """Returns a clause that names the valid name most like `name`, or lists all of them.
 
-  A dotted name whose last part is that of `name` is taken before one that is spelled alike.
+  A dotted name with the same last part as `name` is preferred to one with a similar spelling.
   """
   known = sorted(known)
   leaf = name.rpartition('.')[2]
@@ -66,10 +66,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def check_name(what: str, name: str, table: Iterable[str]) -> None:
-  """Refuses a name that is not in the table that owns it.
+  """Checks that a name is in the table that owns it.
 
   Raises:
-    UserError: says which name was probably meant, or which there are.
+    UserError: it is not; the message names the closest one, or all.
   """
   if name not in table:
     raise UserError(f'{what}={name!r} is unknown; {did_you_mean(name, table)}')

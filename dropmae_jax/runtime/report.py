@@ -1,4 +1,8 @@
-"""What a run tells: progress on the terminal, log.txt, metrics.jsonl and TensorBoard scalars."""
+"""What a run reports: progress on the terminal, log.txt, metrics.jsonl and TensorBoard scalars.
+
+All modules log to the logger 'dropmae_jax'. A `Report` decides where its lines go while it is open;
+before that, warnings go to the standard error, as Python does by default.
+"""
 
 import concurrent.futures
 import json
@@ -33,12 +37,23 @@ class NonFiniteLoss(RunFailed):
     self.step = step
 
 
+class _AboveBar(logging.Handler):
+  """Writes lines above the progress bar, except those that the bar itself shows."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    if not hasattr(record, 'is_in_bar'):
+      tqdm.tqdm.write(self.format(record))
+
+
 class Report:
-  """Follows a training run; writes on the first process only, checks the loss on all.
+  """Follows a training run; the first process writes, and all check the loss.
+
+  What is logged goes to log.txt and to the terminal on the first process. Other processes write
+  warnings to their terminal, with their number in front.
 
   Lines of metrics.jsonl: `step`, `loss`, `learning_rate`, `gradient_norm` of that step;
-  `pairs_per_second` and `data_wait` since the last line. `data_wait` is the share of time in
-  which the loop waited for a batch while the devices had nothing queued.
+  `pairs_per_second` and `data_wait` since the last line. `data_wait` is the share of the time in
+  which the loop waited for a batch while the devices were idle.
   """
 
   def __init__(
@@ -55,74 +70,71 @@ class Report:
     self._log_every = log_every
     self._window: list[tuple[int, Any]] = []
     self._writes = jax.process_index() == 0
-    self._show = tqdm.tqdm(
+    self._bar = tqdm.tqdm(
       total=num_steps,
       initial=first_step,
       unit='step',
       disable=not (self._writes and sys.stderr.isatty()),
     )
+    self._open_log(workdir)
     if self._writes:
-      self._handlers = [logging.FileHandler(workdir / 'log.txt')]
-      if self._show.disable:
-        self._handlers.append(logging.StreamHandler(sys.stdout))
-      for handler in self._handlers:
-        handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
-        _log.addHandler(handler)
-      _log.setLevel(logging.INFO)
-      _log.propagate = False  # absl would show every line a second time.
       self._metrics = _open_metrics(workdir / 'metrics.jsonl', first_step)
-      # After a restart TensorBoard may show the steps that are done anew twice; they are equal.
+      # After a restart TensorBoard may show repeated steps twice; their values are equal.
       self._scalars = Writer(str(workdir / 'tensorboard'))
     self._started = time.perf_counter()
     self._watcher = concurrent.futures.ThreadPoolExecutor(1)
     self._finished: concurrent.futures.Future | None = None
     self._restart_clock(first_step)
 
+  def _open_log(self, workdir: pathlib.Path) -> None:
+    if self._writes:
+      timed = '%(asctime)s %(message)s'
+      formats = {logging.FileHandler(workdir / 'log.txt'): timed}
+      if self._bar.disable:
+        formats[logging.StreamHandler(sys.stdout)] = timed
+      else:
+        formats[_AboveBar()] = '%(message)s'
+    else:
+      number = jax.process_index()
+      formats = {logging.StreamHandler(sys.stderr): f'process {number}: %(message)s'}
+    for handler, text in formats.items():
+      handler.setFormatter(logging.Formatter(text))
+      _log.addHandler(handler)
+    self._handlers = list(formats)
+    _log.setLevel(logging.INFO if self._writes else logging.WARNING)
+    _log.propagate = False  # A handler of the root logger would show every line a second time.
+
   def _restart_clock(self, step: int) -> None:
     self._clock_step, self._clock, self._waited = step, time.perf_counter(), 0.0
 
-  def say(self, text: str) -> None:
-    """Shows a line on the terminal and keeps it in log.txt."""
-    if self._writes:
-      self._show.clear()
-      if not self._show.disable:
-        tqdm.tqdm.write(text)
-      _log.info(text)
-
-  def warn(self, text: str) -> None:
-    """Says what went wrong, on whichever process it did."""
-    self.say(text)
-    if not self._writes:
-      print(f'process {jax.process_index()}: {text}', file=sys.stderr, flush=True)
-
   def compiled(self, step: int) -> None:
-    """Starts the clock anew after the first step, whose time is that of the compiler."""
-    self.say(f'first step, compilation included: {time.perf_counter() - self._started:.1f} s')
+    """Restarts the clock after the first step, which took the time of the compiler."""
+    _log.info(f'first step, compilation included: {time.perf_counter() - self._started:.1f} s')
     self._restart_clock(step)
 
-  def batch_arrived(self, asked: float) -> None:
-    """Counts the time since `asked` in which the devices had nothing left to do.
+  def batch_arrived(self, waiting_since: float) -> None:
+    """Adds the time in which the loop waited for a batch and the devices were idle.
 
     Args:
-      asked: time.perf_counter() when the loop asked for the batch that it has now.
+      waiting_since: time.perf_counter() when the loop began to wait for the batch it has now.
     """
     if self._finished is not None and self._finished.done():
-      began = max(asked, self._finished.result(), self._clock)
+      began = max(waiting_since, self._finished.result(), self._clock)
       self._waited += time.perf_counter() - began
 
   def after_step(self, step: int, metrics: Any) -> None:
-    """Takes a step's metrics, which stay on the device until a line is due."""
+    """Stores a step's metrics, which stay on the device until a line is due."""
     self._window.append((step, metrics))
     self._finished = self._watcher.submit(_time_when_ready, metrics)
-    self._show.update()
+    self._bar.update()
     if step % self._log_every == 0 or step == self._num_steps:
       self._write_line(step)
 
   def check_finite(self) -> None:
     """Stops the run if a step since the last check had no finite loss or gradient.
 
-    The gradient counts because a step's loss is from before its update: parameters that a bad
-    gradient has ruined must not be saved.
+    The gradient is checked too, because a step's loss is computed before its update: parameters
+    that an infinite gradient has destroyed must not be saved.
 
     Raises:
       NonFiniteLoss: names the first such step.
@@ -158,19 +170,22 @@ class Report:
       f'loss {row["loss"]:.4f}  lr {row["learning_rate"]:.2e}  grad {row["gradient_norm"]:.3f}'
       f'  {row["pairs_per_second"]:.1f} pairs/s  data wait {row["data_wait"]:.0%}'
     )
-    self._show.set_postfix_str(text)
-    _log.info(f'step {step}/{self._num_steps}  {text}  left {left:.0f} s')
+    self._bar.set_postfix_str(text)
+    line = f'step {step}/{self._num_steps}  {text}  left {left:.0f} s'
+    _log.info(line, extra={'is_in_bar': True})
 
   def close(self) -> None:
-    """Writes out and closes everything."""
+    """Flushes and closes everything."""
     self._watcher.shutdown()
-    self._show.close()
+    self._bar.close()
     if self._writes:
       self._metrics.close()
       self._scalars.close()
-      for handler in self._handlers:
-        _log.removeHandler(handler)
-        handler.close()
+    for handler in self._handlers:
+      _log.removeHandler(handler)
+      handler.close()
+    _log.setLevel(logging.NOTSET)
+    _log.propagate = True
 
 
 def _time_when_ready(metrics: Any) -> float:
@@ -179,7 +194,7 @@ def _time_when_ready(metrics: Any) -> float:
 
 
 def _open_metrics(path: pathlib.Path, first_step: int) -> TextIO:
-  """Opens metrics.jsonl to append, without the lines of steps that are done anew."""
+  """Opens metrics.jsonl to append, without the lines of steps that will be repeated."""
   if path.exists():
     lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
     temporary = path.with_suffix('.partial')
@@ -192,4 +207,4 @@ def _step_of(line: str) -> float:
   try:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):
-    return float('inf')  # A line that a kill cut short.
+    return float('inf')  # A line cut short when the process was killed.

@@ -1,4 +1,4 @@
-"""Crops by the law, resizes against PIL, flips by key."""
+"""Crops against their distribution, resizes against PIL, flips against dm-pix."""
 
 import itertools
 
@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dropmae_jax import config
 from dropmae_jax.data import augment
 from dropmae_jax.data.augment import Box
 from dropmae_jax.model import pixels
 
 
 def picture(seed, height, width):
-  """Smooth noise: what a photograph is to a resize."""
+  """Smooth noise, which resizes like a photograph."""
   small = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
   return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -47,8 +46,8 @@ def test_the_same_place_of_another_frame_lies_inside_it(seed, height, width, tal
   assert abs((left + crop_width) / wide - (box.left + box.width) / width) < 1 / wide
 
 
-def test_crop_law():
-  """In a huge frame nothing is rejected, so area and log ratio are uniform."""
+def test_the_distribution_of_crops():
+  """In a huge frame no crop of up to half the area is rejected: area and log ratio are uniform."""
   rng = np.random.default_rng(0)
   boxes = [augment.random_resized_crop_box(rng.random, 20_000, 20_000) for _ in range(100_000)]
   kept = [b for b in boxes if b.height * b.width <= 0.5 * 20_000**2]
@@ -66,7 +65,7 @@ def test_crop_law():
 
 
 def simulated_boxes(rng, height, width, count):
-  """The law once more, for all draws at a time: top, left, height, width, and which fell back."""
+  """A vectorised second implementation: top, left, height, width, and the share of fallbacks."""
   shape = (count, augment.CROP_ATTEMPTS)
   area = height * width * rng.uniform(0.2, 1, shape)
   ratio = np.exp(rng.uniform(-np.log(4 / 3), np.log(4 / 3), shape))
@@ -112,7 +111,7 @@ def test_acceptance_rates_are_those_of_the_published_code(height, width, first_t
     box = augment.random_resized_crop_box(uniform, height, width)
     count = next(calls)
     assert count <= augment.CROP_DRAWS
-    first += count == 4  # One try, and the place.
+    first += count == 4  # One attempt, and the position.
     centred += count == 2 * augment.CROP_ATTEMPTS and box == centre
   assert first / 4000 == pytest.approx(first_try, abs=0.03)
   assert centred / 4000 == pytest.approx(fallback, abs=0.02)
@@ -132,7 +131,7 @@ def test_fallback_is_the_largest_centred_crop_of_a_ratio_in_range(size, expected
 
 
 @pytest.mark.parametrize('box', [Box(0, 0, 256, 340), Box(10, 31, 190, 150), Box(100, 200, 60, 80)])
-def test_exact_resize_is_pils(box):
+def test_the_exact_resize_is_that_of_pil(box):
   frame = picture(0, 256, 340)
   expected = Image.fromarray(frame).crop(
     (box.left, box.top, box.left + box.width, box.top + box.height)
@@ -145,13 +144,9 @@ def test_exact_resize_is_pils(box):
   assert 35 < noise < 90
 
 
-def test_the_config_knows_all_resizes():
-  assert tuple(augment.RESIZES) == config.RESIZES
-
-
 @pytest.mark.parametrize('resize', list(augment.RESIZES))
 @pytest.mark.parametrize('box', [Box(0, 0, 256, 340), Box(10, 31, 190, 150), Box(16, 58, 224, 224)])
-def test_a_crop_in_given_memory_is_the_crop_of_a_copy(resize, box):
+def test_a_crop_into_a_given_array_is_the_crop_of_a_copy(resize, box):
   frame = picture(0, 256, 340)
   before = frame.copy()
   pair = np.full((2, 224, 224, 3), 77, np.uint8)
@@ -168,7 +163,7 @@ def test_a_crop_in_given_memory_is_the_crop_of_a_copy(resize, box):
 
 
 def test_the_boxes_of_a_seed_are_the_recorded_ones():
-  """The training stream is a function of the seed: a change here changes what seeds mean."""
+  """A change here changes the training stream of every seed."""
   rng = np.random.default_rng(3)
   boxes = [augment.random_resized_crop_box(rng.random, 256, 340) for _ in range(400)]
   expected = [(73, 115, 165, 142), (107, 10, 142, 124), (29, 41, 212, 209), (4, 2, 227, 284)]
@@ -177,8 +172,8 @@ def test_the_boxes_of_a_seed_are_the_recorded_ones():
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_exact_resize_is_pils_at_any_box(drawn):
-  """Up to the thinnest crops, where PIL's own rounding of the two passes would show first."""
+def test_the_exact_resize_is_that_of_pil_for_any_box(drawn):
+  """Also for very thin crops, where PIL's rounding between its two passes matters most."""
   height, width = drawn.draw(st.integers(1, 300)), drawn.draw(st.integers(1, 300))
   tall, wide = drawn.draw(st.integers(1, height)), drawn.draw(st.integers(1, width))
   top = drawn.draw(st.integers(0, height - tall))
@@ -191,7 +186,7 @@ def test_exact_resize_is_pils_at_any_box(drawn):
   assert np.abs(ours - expected).max() <= 1
 
 
-def test_normalise_is_imagenets_and_has_an_inverse():
+def test_normalise_is_that_of_imagenet_and_has_an_inverse():
   frames = np.arange(256 * 3, dtype=np.uint8).reshape(1, 1, 16, 16, 3)
   normal = pixels.normalise(jnp.asarray(frames))
   expected = (frames / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -201,7 +196,7 @@ def test_normalise_is_imagenets_and_has_an_inverse():
 
 @pytest.mark.parametrize('shared', [True, False])
 def test_flips(shared):
-  """Each frame by a key of its own, or both by the pair's, as dm-pix flips one image."""
+  """Each frame by its own key, or both by the key of the pair."""
   frames = np.random.default_rng(0).integers(0, 256, (400, 2, 4, 6, 3), np.uint8)
   keys = jax.random.split(jax.random.key(0), 400)
   flipped = pixels.flip_and_normalise(keys, jnp.asarray(frames), shared=shared)

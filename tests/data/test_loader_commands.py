@@ -1,98 +1,29 @@
-"""Training runs whose loader is killed, stopped or fed damaged records, as a user meets them."""
+"""Training commands whose loader is killed, hangs or reads damaged records."""
 
-import contextlib
 import os
-import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import COMPILE_ONCE, ROOT, run_python, train_arguments
+from conftest import run_python, train_arguments
+from processes import (
+  WORKERS,
+  assert_gone,
+  memory_of,
+  processes_of,
+  running,
+  shared_files,
+  training,
+  wait_for_line,
+)
 from test_commands import assert_one_sentence, losses
 
-from dropmae_jax.data import loader_process
-from dropmae_jax.runtime.watchdog import STALLED
+from dropmae_jax.runtime.errors import ExitStatus
 
-WORKERS = '--config.data.num_workers=2'
-SHM = loader_process.SHARED_MEMORY
-
-
-@contextlib.contextmanager
-def running(*arguments):
-  process = subprocess.Popen(
-    [sys.executable, *map(str, arguments)],
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1', **COMPILE_ONCE},
-  )
-  try:
-    yield process
-  finally:
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def training(data_dir, workdir, *more):
-  return running(*train_arguments(data_dir, workdir, WORKERS, *more))
-
-
-def processes_of(trainer, ready=b'spawn_main'):
-  """The loader's processes, once both are there."""
-  deadline = time.monotonic() + 60
-  while time.monotonic() < deadline:
-    children = ' '.join(
-      task.read_text() for task in pathlib.Path(f'/proc/{trainer}/task').glob('*/children')
-    )
-    found = [
-      int(child)
-      for child in children.split()
-      if ready in pathlib.Path(f'/proc/{child}/cmdline').read_bytes()
-    ]
-    if len(found) == 2:
-      return found
-    time.sleep(0.02)
-  raise AssertionError('the loader has no processes')
-
-
-def shared_files(pids):
-  """Names in /dev/shm that processes have open: batches, and the semaphores of queues."""
-  lines = [line for p in pids for line in pathlib.Path(f'/proc/{p}/maps').read_text().split('\n')]
-  return {line.split('/dev/shm/')[1].split()[0] for line in lines if '/dev/shm/' in line}
-
-
-def blocks_of(trainer):
-  return {path.name for path in SHM.glob(f'{loader_process.run_prefix(trainer)}*')}
-
-
-def assert_gone(pids, names):
-  deadline = time.monotonic() + 20
-  while time.monotonic() < deadline:
-    alive = [pid for pid in pids if pathlib.Path(f'/proc/{pid}').exists()]
-    left = {name for name in names if (SHM / name).exists()}
-    if not alive and not left:
-      return
-    time.sleep(0.1)
-  raise AssertionError(f'{alive=}, {left=}')
-
-
-def wait_for_line(process, text):
-  for line in process.stdout:
-    if text in line:
-      return
-  raise AssertionError(f'no line with {text!r}: {process.stderr.read()}')
-
-
-# Kills a process of the loader once the third step is reported.
+# Kills a loader process after the third step.
 LOSING = """
 import multiprocessing, os, signal
-from absl import app
 from dropmae_jax import main
 from dropmae_jax.runtime import cli, report
 real = report.Report.after_step
@@ -101,13 +32,13 @@ def after_step(self, step, metrics):
   if step == 3:
     os.kill(multiprocessing.active_children()[1].pid, signal.SIGKILL)
 report.Report.after_step = after_step
-cli.run(lambda: app.run(main.main, flags_parser=main.parse))
+cli.run(main.main)
 """
 
 
 @pytest.mark.slow
-def test_a_run_whose_loader_loses_a_process_ends_as_any_other(data_dir, tmp_path):
-  """More steps than batches lie ahead at the time of the death."""
+def test_a_run_whose_loader_process_dies_ends_with_the_same_losses(data_dir, tmp_path):
+  """The run is longer than what was prefetched when the process died."""
   done = run_python(*train_arguments(data_dir, tmp_path / 'plain', '--config.num_steps=40'))
   assert done.returncode == 0, done.stderr
   arguments = train_arguments(data_dir, tmp_path / 'losing', WORKERS, '--config.num_steps=40')
@@ -121,29 +52,29 @@ def test_a_run_whose_loader_loses_a_process_ends_as_any_other(data_dir, tmp_path
   assert process.returncode == 0, errors
   assert 'Traceback' not in errors
   assert losses(tmp_path / 'losing') == losses(tmp_path / 'plain')
-  assert not blocks_of(process.pid)
+  assert not memory_of(process.pid)
 
 
 @pytest.mark.slow
-def test_a_killed_trainer_takes_its_loader_along(data_dir, tmp_path):
+def test_the_loader_of_a_killed_trainer_ends(data_dir, tmp_path):
   with training(data_dir, tmp_path, '--config.num_steps=100000') as process:
     wait_for_line(process, 'step 3/')
     pids = processes_of(process.pid)
-    names = shared_files([process.pid, *pids]) | blocks_of(process.pid)
+    names = shared_files([process.pid, *pids]) | memory_of(process.pid)
     assert names
     process.kill()
     process.wait()
-    assert_gone(pids, names | blocks_of(process.pid))
+    assert_gone(pids, names | memory_of(process.pid))
 
 
-def test_what_a_run_killed_as_a_whole_leaves_is_removed_by_the_next(data_dir, tmp_path):
+def test_the_memory_of_a_run_killed_as_a_whole_is_removed_by_the_next_run(data_dir, tmp_path):
   with training(data_dir, tmp_path, '--config.num_steps=100000') as process:
     wait_for_line(process, 'step 3/')
     os.killpg(process.pid, signal.SIGKILL)
-  assert blocks_of(process.pid)
+  assert memory_of(process.pid)
   done = run_python(*train_arguments(data_dir, tmp_path / 'b', WORKERS, '--config.num_steps=2'))
   assert done.returncode == 0, done.stderr
-  assert not blocks_of(process.pid)
+  assert not memory_of(process.pid)
 
 
 def test_a_loader_that_hangs_ends_the_run_with_stacks(data_dir, tmp_path):
@@ -155,10 +86,10 @@ def test_a_loader_that_hangs_ends_the_run_with_stacks(data_dir, tmp_path):
     for pid in pids:
       os.kill(pid, signal.SIGSTOP)
     _, errors = process.communicate(timeout=120)
-    assert_gone(pids, names | blocks_of(process.pid))
-  assert process.returncode == STALLED
-  (told,) = [line for line in errors.splitlines() if line.startswith('error: ')]
-  assert 'no batch came within data.stall_seconds=20; log.txt shows where' in told
+    assert_gone(pids, names | memory_of(process.pid))
+  assert process.returncode == ExitStatus.HUNG
+  (error,) = [line for line in errors.splitlines() if line.startswith('error: ')]
+  assert 'no batch came within data.stall_seconds=20; log.txt shows where' in error
   assert 'Traceback' not in errors
   log = (tmp_path / 'log.txt').read_text()
   assert 'the loader hangs; all threads of this process:' in log
@@ -166,7 +97,7 @@ def test_a_loader_that_hangs_ends_the_run_with_stacks(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_while_the_loader_hangs_saves_what_there_is(data_dir, tmp_path):
+def test_a_signal_while_the_loader_hangs_saves_the_last_step(data_dir, tmp_path):
   with training(data_dir, tmp_path, '--config.num_steps=100000') as process:
     wait_for_line(process, 'step 3/')
     for pid in processes_of(process.pid):
@@ -180,10 +111,9 @@ def test_a_signal_while_the_loader_hangs_saves_what_there_is(data_dir, tmp_path)
   assert int(folder.name) >= 3
 
 
-# Reads in threads of the trainer, and from the tenth frame on for ever.
+# Reads in threads of the trainer, which hang from the tenth frame on.
 HANGING = """
 import itertools, threading
-from absl import app
 from dropmae_jax import main
 from dropmae_jax.data import video_source
 from dropmae_jax.runtime import cli
@@ -193,16 +123,16 @@ def frame(self, video, number):
     threading.Event().wait()
   return real(self, video, number)
 video_source.TfdsVideos.frame = frame
-cli.run(lambda: app.run(main.main, flags_parser=main.parse))
+cli.run(main.main)
 """
 
 
-def test_a_run_whose_own_threads_hang_does_end(data_dir, tmp_path):
+def test_a_run_whose_own_threads_hang_ends(data_dir, tmp_path):
   done = run_python(
     '-c', HANGING, *train_arguments(data_dir, tmp_path, '--config.data.num_threads=2')[2:],
     '--config.num_steps=100', '--config.data.stall_seconds=3',
   )  # fmt: skip
-  assert done.returncode == STALLED, done.stderr
+  assert done.returncode == ExitStatus.HUNG, done.stderr
   assert 'error: no batch came within data.stall_seconds=3' in done.stderr
   assert 'Traceback' not in done.stderr
   assert ' in frame' in (tmp_path / 'log.txt').read_text()

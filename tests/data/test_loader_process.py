@@ -1,11 +1,11 @@
-"""What a loader process asks of its machine."""
+"""How a loader process uses memory."""
 
 import ctypes
 
 import pytest
 from conftest import run_python
 
-# Pictures of 12 MB, each given up before the next: page faults tell whether the memory is kept.
+# Frees 12 MB again and again; page faults show whether the memory is reused.
 FAULTS = """
 import resource
 import numpy as np
@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(
   not hasattr(ctypes.CDLL(None), 'mallopt'), reason='the C library has no mallopt'
 )
-def test_memory_that_was_given_up_is_used_again_without_page_faults():
+def test_freed_memory_is_reused_without_page_faults():
   plain, kept = (
     int(run_python('-c', FAULTS.format(before=line)).stdout)
     for line in ('', 'loader_process.keep_freed_memory()')

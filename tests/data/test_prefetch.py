@@ -1,4 +1,4 @@
-"""Batches on the devices: in order and without a gap, whatever happens to the loader."""
+"""Batches on the devices come in order and without a gap, also when the loader fails."""
 
 import contextlib
 import errno
@@ -16,22 +16,21 @@ import jax
 import numpy as np
 import pytest
 from sources import (
+  DyingVideos,
   FaultyVideos,
-  MortalVideos,
   NumberedVideos,
   bus_error,
-  exit_without_a_word,
+  exit_silently,
   kill_self,
   raise_bad_input,
   raise_no_space,
   raise_runtime_error,
-  wait_for_ever,
+  wait_forever,
 )
 
 from dropmae_jax.config import DataOptions
-from dropmae_jax.data import frame_pairs, loader_process, prefetch
-from dropmae_jax.data import loader as blocks
-from dropmae_jax.data.prefetch import Feed, LoaderFailed
+from dropmae_jax.data import frame_pairs, loader, loader_process, prefetch
+from dropmae_jax.data.prefetch import LoaderFailed, Prefetcher
 from dropmae_jax.runtime.errors import UserError
 
 STEPS = 12
@@ -44,35 +43,36 @@ def make_batches(videos, num_workers=0, num_threads=0, batch_size=4):
   )
 
 
-def blocks_in_memory(processes=()):
-  """The shared memory of loader processes, by default of all that this process has had."""
+def shared_memory(processes=()):
+  """The shared memory of loader processes, by default of all that this process has started."""
   prefix = loader_process.run_prefix(os.getpid())
   own = tuple(f'{prefix}{process}-' for process in processes) or prefix
   return [path for path in loader_process.SHARED_MEMORY.iterdir() if path.name.startswith(own)]
 
 
-def assert_no_blocks(processes=()):
-  """What the trainer holds it lets go soon; what it does not know of has to be removed."""
+def assert_no_shared_memory(processes=()):
+  """Memory of dead processes is removed, and what the trainer has open is released soon."""
   deadline = time.monotonic() + 5
-  while blocks_in_memory(processes) and time.monotonic() < deadline:
+  while shared_memory(processes) and time.monotonic() < deadline:
     gc.collect()
     time.sleep(0.1)
-  assert not blocks_in_memory(processes)
+  assert not shared_memory(processes)
 
 
-@contextlib.contextmanager
-def feeding(make, *, first_step=0, stall_seconds=60.0):
-  """Yields a feed of frames, and the list of what it says."""
-  said = []
-  fed = Feed(
-    make,
-    first_step=first_step,
-    to_device=lambda batch: jax.device_put(batch['frames'].copy()),
-    stall_seconds=stall_seconds,
-    say=said.append,
+def prefetching(make, *, first_step=0, stall_seconds=60.0):
+  """A context of a prefetcher of frames."""
+  return contextlib.closing(
+    Prefetcher(
+      make,
+      first_step=first_step,
+      to_device=lambda batch: jax.device_put(batch['frames'].copy()),
+      stall_seconds=stall_seconds,
+    )
   )
-  with contextlib.closing(fed):
-    yield fed, said
+
+
+def logged(caplog):
+  return [each.getMessage() for each in caplog.records if each.name == 'dropmae_jax']
 
 
 def plain(count, first_step=0):
@@ -80,20 +80,13 @@ def plain(count, first_step=0):
   return [next(stream)['frames'] for _ in range(count)]
 
 
-def assert_fed(fed, count, first_step=0):
+def assert_next(batches, count, first_step=0):
   for expected in plain(count, first_step):
-    np.testing.assert_array_equal(next(fed), expected)
-
-
-def assert_fed_like(fed, make, count):
-  """The next batches of a feed that has given one are those of another loader."""
-  with contextlib.closing(make(1)) as stream:
-    for _ in range(count):
-      np.testing.assert_array_equal(next(fed), next(stream)['frames'])
+    np.testing.assert_array_equal(next(batches), expected)
 
 
 def started_processes(number=2):
-  """The loader's processes, once all are there."""
+  """The loader processes, once all run."""
   deadline = time.monotonic() + 30
   while len(loader_processes()) < number and time.monotonic() < deadline:
     time.sleep(0.01)
@@ -105,18 +98,18 @@ def loader_processes():
 
 
 @pytest.mark.parametrize(('num_workers', 'num_threads'), [(0, 0), (0, 2), (2, 0)])
-def test_the_feed_is_the_plain_stream(num_workers, num_threads):
+def test_the_batches_are_those_of_the_plain_stream(num_workers, num_threads, caplog):
   videos = NumberedVideos([10] * 24)
-  with feeding(make_batches(videos, num_workers, num_threads), first_step=3) as (fed, said):
-    assert_fed(fed, STEPS, first_step=3)
-  assert said == []
+  with prefetching(make_batches(videos, num_workers, num_threads), first_step=3) as batches:
+    assert_next(batches, STEPS, first_step=3)
+  assert logged(caplog) == []
   assert not loader_processes()
-  assert 'feed' not in {thread.name for thread in threading.enumerate()}
+  assert 'prefetch' not in {thread.name for thread in threading.enumerate()}
 
 
-def test_two_batches_lie_ahead_on_the_device_and_no_more():
+def test_two_batches_are_ready_on_the_device_and_no_more():
   copied = []
-  fed = Feed(
+  batches = Prefetcher(
     make_batches(NumberedVideos([10] * 24)),
     first_step=0,
     to_device=lambda batch: (
@@ -124,91 +117,97 @@ def test_two_batches_lie_ahead_on_the_device_and_no_more():
       jax.device_put(batch['frames']),
     )[1],
     stall_seconds=60.0,
-    say=print,
   )
-  with contextlib.closing(fed):
+  with contextlib.closing(batches):
     for taken in range(3):
       deadline = time.monotonic() + 10
       while len(copied) < taken + prefetch.AHEAD and time.monotonic() < deadline:
         time.sleep(0.01)
       time.sleep(0.2)
-      assert copied == ['feed'] * (taken + prefetch.AHEAD)
-      next(fed)
+      assert copied == ['prefetch'] * (taken + prefetch.AHEAD)
+      next(batches)
 
 
 @pytest.mark.parametrize(
   ('fault', 'how'),
-  [(kill_self, 'killed by signal 9'), (exit_without_a_word, 'exit status 0')],
+  [(kill_self, 'killed by signal 9'), (exit_silently, 'exit status 0')],
 )
 @pytest.mark.parametrize('first_step', [0, 4])
-def test_the_stream_goes_on_after_a_dead_process(tmp_path, fault, how, first_step, monkeypatch):
-  """Also if it dies in its first batch, long before anyone asks for that or looks after it."""
+def test_a_loader_restarts_after_the_death_of_a_process(
+  tmp_path, fault, how, first_step, monkeypatch, caplog
+):
+  """Also if it dies in its first batch, long before anything waits for that or checks it."""
   videos = FaultyVideos(fault, str(tmp_path / 'marker'))
   began = time.monotonic()
-  held_up, watch = threading.Event(), prefetch._Reader._watch
-  monkeypatch.setattr(prefetch._Reader, '_watch', lambda reader: (held_up.wait(), watch(reader)))
-  with feeding(make_batches(videos, num_workers=2), first_step=first_step) as (fed, said):
+  may_watch, watch = threading.Event(), prefetch._Reader._watch
+  monkeypatch.setattr(prefetch._Reader, '_watch', lambda reader: (may_watch.wait(), watch(reader)))
+  with prefetching(make_batches(videos, num_workers=2), first_step=first_step) as batches:
     first = [process.pid for process in started_processes()]
     while first_step and len(loader_processes()) == len(first):
       time.sleep(0.01)
-    held_up.set()
-    assert_fed(fed, STEPS, first_step)
-    assert blocks_in_memory([process.pid for process in loader_processes()])
-    assert_no_blocks(first)
-  assert_no_blocks()
+    may_watch.set()
+    assert_next(batches, STEPS, first_step)
+    assert shared_memory([process.pid for process in loader_processes()])
+    assert_no_shared_memory(first)
+  assert_no_shared_memory()
   assert (tmp_path / 'marker').exists()
-  assert len(said) == 1
-  assert said[0].startswith(f'a process of the loader died ({how}), death 1 of this run; it is')
+  (message,) = logged(caplog)
+  assert re.fullmatch(
+    rf'a process of the loader died \({how}\), death 1 of this run; the loader is restarted from'
+    r' step \d+',
+    message,
+  )
   assert time.monotonic() - began < 50
   assert not loader_processes()
 
 
-@pytest.mark.parametrize('fault', [kill_self, exit_without_a_word])
-def test_deaths_in_a_row_end_it(fault):
+@pytest.mark.parametrize('fault', [kill_self, exit_silently])
+def test_deaths_in_a_row_end_the_run(fault, caplog):
   with (
-    feeding(make_batches(FaultyVideos(fault), num_workers=1)) as (fed, said),
+    prefetching(make_batches(FaultyVideos(fault), num_workers=1)) as batches,
     pytest.raises(LoaderFailed, match=r'died 3 times in a row \(the last: .*lower config'),
   ):
     for _ in range(STEPS):
-      next(fed)
-  # Whether batches came between the deaths before is chance; between the last three none did.
-  before_last, last = (re.search(r'from step (\d+)', line)[1] for line in said[-2:])
+      next(batches)
+  # Batches may have come between earlier deaths, but none between the last three.
+  before_last, last = (re.search(r'from step (\d+)', line)[1] for line in logged(caplog)[-2:])
   assert before_last == last
   assert not loader_processes()
 
 
-def test_deaths_with_batches_between_do_not(tmp_path):
-  with feeding(make_batches(MortalVideos(tmp_path, 4), num_workers=1)) as (fed, said):
-    assert_fed(fed, 6)
-  assert len(said) == 4
-  assert 'death 4 of this run' in said[-1]
+def test_deaths_with_batches_between_do_not(tmp_path, caplog):
+  with prefetching(make_batches(DyingVideos(tmp_path, 4), num_workers=1)) as batches:
+    assert_next(batches, 6)
+  assert len(logged(caplog)) == 4
+  assert 'death 4 of this run' in logged(caplog)[-1]
 
 
 @pytest.mark.parametrize(
   ('num_workers', 'num_threads'),
   [(0, 0), (0, 1), pytest.param(2, 0, marks=pytest.mark.slow)],
 )
-def test_a_loader_that_hangs_ends_with_stacks(num_workers, num_threads, capfd):
+def test_a_loader_that_hangs_ends_with_stacks(num_workers, num_threads, capfd, caplog):
   release = threading.Event()
-  videos = FaultyVideos(wait_for_ever if num_workers else release.wait)
+  videos = FaultyVideos(wait_forever if num_workers else release.wait)
   stall = 15 if num_workers else 2  # Processes have to start within it.
   make = make_batches(videos, num_workers, num_threads)
   began = time.monotonic()
   message = f'no batch came within data.stall_seconds={stall}; log.txt shows where'
   with (
-    feeding(make, stall_seconds=stall) as (fed, said),
+    prefetching(make, stall_seconds=stall) as batches,
     pytest.raises(LoaderFailed, match=message),
   ):
     for _ in range(STEPS):
-      next(fed)
+      next(batches)
   assert time.monotonic() - began < 2 * stall + 10
-  assert 'the loader hangs' in said[0]
-  assert '__next__' in said[0]
-  assert 'feed.py' in said[0]
+  (message,) = logged(caplog)
+  assert 'the loader hangs' in message
+  assert '__next__' in message
+  assert 'prefetch.py' in message
   if num_workers:
     err = capfd.readouterr().err
     print(err)
-    assert 'wait_for_ever' in err
+    assert 'wait_forever' in err
   release.set()
   time.sleep(0.2)
   assert not loader_processes()
@@ -216,40 +215,42 @@ def test_a_loader_that_hangs_ends_with_stacks(num_workers, num_threads, capfd):
 
 @pytest.mark.parametrize('num_workers', [0, 2])
 @pytest.mark.parametrize('fault', [raise_bad_input, raise_runtime_error])
-def test_an_error_of_reading_is_told_and_nothing_is_built_anew(num_workers, fault):
+def test_an_error_of_reading_is_raised_and_nothing_is_restarted(num_workers, fault, caplog):
   with (
-    feeding(make_batches(FaultyVideos(fault), num_workers)) as (fed, said),
-    pytest.raises((UserError, RuntimeError), match='video 5 is') as told,
+    prefetching(make_batches(FaultyVideos(fault), num_workers)) as batches,
+    pytest.raises((UserError, RuntimeError), match='video 5 is') as raised,
   ):
     for _ in range(STEPS):
-      next(fed)
-  assert not isinstance(told.value, LoaderFailed)
-  assert said == []
+      next(batches)
+  assert not isinstance(raised.value, LoaderFailed)
+  assert logged(caplog) == []
   assert not loader_processes()
 
 
-@pytest.mark.parametrize('pairs', blocks.BLOCK_PAIRS[::2])
-def test_the_memory_that_is_shared_does_not_grow_with_the_batch(pairs, monkeypatch):
-  """A loader that nobody waits for fills what it may, and no more; where there is less, less."""
-  num_workers, blocks_per_batch = 2, 20
+@pytest.mark.parametrize('pairs', loader.CHUNK_PAIRS[::2])
+def test_shared_memory_does_not_grow_with_the_batch(pairs, monkeypatch):
+  """Far ahead of the step, a loader uses as much as it may. Where less is free, it uses less."""
+  num_workers, chunks_per_batch = 2, 20
   videos = NumberedVideos([10] * 24)
-  make = make_batches(videos, num_workers, batch_size=blocks_per_batch * blocks.BLOCK_PAIRS[0])
-  of_process = blocks.BLOCKS_PER_WORKER * pairs * 2 * 16 * 16 * 3
+  make = make_batches(videos, num_workers, batch_size=chunks_per_batch * loader.CHUNK_PAIRS[0])
+  of_process = loader.CHUNKS_PER_WORKER * pairs * 2 * 16 * 16 * 3
   monkeypatch.setattr(loader_process, 'free_memory', lambda: num_workers * of_process)
-  with feeding(make) as (fed, _):
-    next(fed)
+  with prefetching(make) as batches:
+    next(batches)
     time.sleep(1)
-    sizes = [block.stat().st_size for block in blocks_in_memory()]
+    sizes = [path.stat().st_size for path in shared_memory()]
     assert len(sizes) == num_workers
     assert all(of_process < size <= of_process + 2 * mmap.PAGESIZE for size in sizes)
-    assert_fed_like(fed, make, 3)
-  assert_no_blocks()
+    with contextlib.closing(make(1)) as stream:
+      for _ in range(3):
+        np.testing.assert_array_equal(next(batches), next(stream)['frames'])
+  assert_no_shared_memory()
 
 
-def test_memory_is_taken_whole_or_not_at_all(monkeypatch):
-  writer, number = loader_process.RingWriter(3, (100, 1000)), os.getpid()
-  (block,) = [each for each in loader_process.SHARED_MEMORY.iterdir() if each.name == writer.name]
-  assert block.stat().st_blocks * 512 >= 300_000  # Not only promised.
+def test_memory_is_allocated_whole_or_not_at_all(monkeypatch):
+  writer = loader_process.RingWriter(3, (100, 1000))
+  memory = loader_process.SHARED_MEMORY / writer.name
+  assert memory.stat().st_blocks * 512 >= 300_000  # Really allocated.
   writer.close()
 
   def no_room(descriptor, offset, size):
@@ -259,11 +260,11 @@ def test_memory_is_taken_whole_or_not_at_all(monkeypatch):
   before = set(loader_process.SHARED_MEMORY.iterdir())
   with pytest.raises(OSError, match='No space left'):
     loader_process.RingWriter(3, (100, 1000))
-  assert set(loader_process.SHARED_MEMORY.iterdir()) <= before, number
+  assert set(loader_process.SHARED_MEMORY.iterdir()) <= before
 
 
-def test_a_process_waits_where_the_trainer_reads_none_of_its_slots():
-  """It may overwrite a block only once the trainer has copied it."""
+def test_a_process_waits_until_the_trainer_has_read_a_slot():
+  """It may overwrite a chunk only after the trainer has copied it."""
   writer, reader = loader_process.RingWriter(3, (2, 4)), loader_process.RingReader()
   slots = []
   for number in range(3):
@@ -286,68 +287,72 @@ def test_a_process_waits_where_the_trainer_reads_none_of_its_slots():
   reader.stop()
   writer.next_slot()  # Does not wait.
   reader.close()
-  assert_no_blocks()
+  assert_no_shared_memory()
 
 
-def test_no_room_for_the_processes_is_told_before_they_start(monkeypatch):
+def test_too_little_shared_memory_is_refused_before_processes_start(monkeypatch):
   system = types.SimpleNamespace(f_bavail=2, f_frsize=4096)
   monkeypatch.setattr(loader_process.os, 'statvfs', lambda _: system)
   with (
-    feeding(make_batches(NumberedVideos([10] * 24), num_workers=12, batch_size=4096)) as (fed, _),
+    prefetching(make_batches(NumberedVideos([10] * 24), 12, batch_size=4096)) as batches,
     pytest.raises(
       UserError, match=r'num_workers=12 needs 1 MB of shared .* has 0 MB free; lower .*--shm-size'
     ),
   ):
-    next(fed)
+    next(batches)
   assert not loader_processes()
 
 
 @pytest.mark.parametrize(('fault', 'how'), [(bus_error, LoaderFailed), (raise_no_space, UserError)])
-def test_shared_memory_that_is_full_is_told(fault, how):
+def test_full_shared_memory_is_named_as_the_cause(fault, how):
   with (
-    feeding(make_batches(FaultyVideos(fault), num_workers=1)) as (fed, _),
+    prefetching(make_batches(FaultyVideos(fault), num_workers=1)) as batches,
     pytest.raises(how, match=r'/dev/shm is full.*--shm-size'),
   ):
     for _ in range(STEPS):
-      next(fed)
+      next(batches)
 
 
-def test_only_blocks_of_dead_runs_are_removed():
+def test_only_memory_of_dead_runs_is_removed():
   dead = subprocess.Popen(['true'])
   dead.wait()
   own = loader_process.run_prefix(os.getpid())
   elsewhere = f'dropmae-1-{dead.pid}-1-x'  # Its trainer may be alive in another container.
   names = f'{loader_process.run_prefix(dead.pid)}1-x', f'{own}{dead.pid}-x', f'{own}1-x', elsewhere
-  blocks = [loader_process.SHARED_MEMORY / name for name in names]
-  for block in blocks:
-    block.touch()
-  loader_process.unlink_blocks_of_dead_runs()
-  assert [block.exists() for block in blocks] == [False, True, True, True]
-  loader_process.unlink_blocks_of_dead_processes()
-  assert [block.exists() for block in blocks] == [False, False, True, True]
-  for block in blocks[2:]:
-    block.unlink()
+  paths = [loader_process.SHARED_MEMORY / name for name in names]
+  for path in paths:
+    path.touch()
+  loader_process.unlink_memory_of_dead_runs()
+  assert [path.exists() for path in paths] == [False, True, True, True]
+  loader_process.unlink_memory_of_dead_processes()
+  assert [path.exists() for path in paths] == [False, False, True, True]
+  for path in paths[2:]:
+    path.unlink()
 
 
-def test_an_error_of_starting_is_told():
+def test_an_error_of_starting_is_raised():
   def make(step):
     raise UserError(f'nothing at {step}')
 
-  with feeding(make, first_step=5) as (fed, _), pytest.raises(UserError, match='nothing at 5'):
-    next(fed)
+  with (
+    prefetching(make, first_step=5) as batches,
+    pytest.raises(UserError, match='nothing at 5'),
+  ):
+    next(batches)
 
 
-def test_copies_are_explicit_and_leave_the_guard_of_the_loop_alone():
-  with feeding(make_batches(NumberedVideos([10] * 24))) as (fed, _), jax.transfer_guard('disallow'):
-    frames = [next(fed) for _ in range(3)]
+def test_copies_are_explicit_and_do_not_change_the_transfer_guard_of_the_loop():
+  make = make_batches(NumberedVideos([10] * 24))
+  with prefetching(make) as batches, jax.transfer_guard('disallow'):
+    frames = [next(batches) for _ in range(3)]
     jax.jit(lambda x: x + x)(frames[0])
     with pytest.raises(Exception, match=r'[Dd]isallow'):
       jax.jit(lambda x: x + x)(np.ones(3))
 
 
-def test_stop_signals_do_not_reach_processes_that_are_starting(tmp_path):
-  """Their first act would be to die of it: it takes them a second to say that they ignore it."""
-  with feeding(make_batches(NumberedVideos([10] * 24), num_workers=2)) as (fed, said):
+def test_stop_signals_do_not_end_processes_that_are_starting(caplog):
+  """It takes them a second until they ignore the signals themselves."""
+  with prefetching(make_batches(NumberedVideos([10] * 24), num_workers=2)) as batches:
     hit = set()
     deadline = time.monotonic() + 30
     while len(hit) < 2 and time.monotonic() < deadline:
@@ -357,5 +362,5 @@ def test_stop_signals_do_not_reach_processes_that_are_starting(tmp_path):
             os.kill(process.pid, number)
           hit.add(process.pid)
     assert len(hit) == 2
-    assert_fed(fed, 4)
-  assert said == []
+    assert_next(batches, 4)
+  assert logged(caplog) == []

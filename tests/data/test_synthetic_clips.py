@@ -1,4 +1,4 @@
-"""Generated clips: seeded, laid out as Kinetics and DAVIS, masks true."""
+"""Generated clips depend only on the seed, look like Kinetics and DAVIS, and have true masks."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(tmp_path):
 
 
 def test_encoding_has_no_memory(tmp_path):
-  """At full size, where the encoder has enough to decide that it once decided differently."""
+  """At full size, where the encoder's decisions once depended on earlier calls."""
   frames, _ = synthetic_clips.make_clip(np.random.default_rng(1), 'orbiting', ClipOptions())
   written = set()
   for number in range(4):
@@ -50,11 +50,11 @@ def jpeg_of(picture, **options):
   return file.getvalue()
 
 
-def test_every_clip_is_that_of_its_number_everywhere(tmp_path):
+def test_every_clip_depends_on_its_number_only(tmp_path):
   options = ClipOptions(train=5, val=2, frames=3, height=48, width=64, objects=2, seed=3)
   output = tmp_path / 'clips'
   assert synthetic_clips.write_clips(output, options) == 7
-  # Numbers go on from one split to the next, kinds of motion begin anew.
+  # Clip numbers continue from one split to the next; the kinds of motion restart.
   clips = {
     'train': ['bouncing_0000', 'orbiting_0001', 'swaying_0002', 'drifting_0003', 'bouncing_0004'],
     'val': ['bouncing_0005', 'orbiting_0006'],
@@ -84,13 +84,13 @@ def test_every_clip_is_that_of_its_number_everywhere(tmp_path):
     assert (output / f'davis/ImageSets/2017/{split}.txt').read_text().split() == names
 
 
-# No field has its default; and the least of each.
+# No field at its default; and each at its least value.
 ASKED = ClipOptions(train=5, val=2, frames=3, height=48, width=64, objects=1, seed=7)
 LEAST = ClipOptions(train=1, val=0, frames=1, height=16, width=16, objects=0, seed=0)
 
 
 def made_by_command(monkeypatch, options):
-  """What the command line asks `write_clips` for."""
+  """The options that the command line gives to `write_clips`."""
   written = []
   monkeypatch.setattr(synthetic_clips, 'write_clips', lambda *a: written.append(a) or 7)
   flags = [f'--{name}={value}' for name, value in dataclasses.asdict(options).items()]
@@ -100,13 +100,13 @@ def made_by_command(monkeypatch, options):
 
 
 @pytest.mark.parametrize('asked', [ASKED, LEAST])
-def test_every_flag_reaches_the_clips(monkeypatch, capsys, asked):
+def test_every_option_reaches_the_clips(monkeypatch, capsys, asked):
   assert made_by_command(monkeypatch, asked) == [(pathlib.Path('clips'), asked)]
   assert capsys.readouterr().out == 'clips: 7 clips written\n'
 
 
 @pytest.mark.parametrize('field', dataclasses.asdict(LEAST))
-def test_impossible_numbers_are_refused(monkeypatch, field):
+def test_numbers_out_of_range_are_refused(monkeypatch, field):
   too_small = dataclasses.replace(LEAST, **{field: getattr(LEAST, field) - 1})
   with pytest.raises(UserError, match=rf'^--{field}=-?\d+ (is too small; give|must be even, as)'):
     made_by_command(monkeypatch, too_small)

@@ -1,9 +1,10 @@
-"""Datasets as they are opened: found, and refused in one sentence where they cannot be read."""
+"""Opening datasets and classes of the user's own; each fault is one sentence."""
 
 import errno
 import os
 import re
 import shutil
+import sys
 import time
 from fractions import Fraction
 
@@ -11,15 +12,15 @@ import cloudpickle
 import numpy as np
 import pytest
 import simplejpeg
+import tensorflow_datasets as tfds
 from conftest import run_python
 from sources import NumberedVideos
-from test_tfds_frames import stored
+from tensorflow_datasets.proto import tf_example_pb2
 
 from benchmarks import loader_memory
 from dropmae_jax.config import DataOptions
 from dropmae_jax.data import frame_pairs, mixture, video_source
-from dropmae_jax.runtime import cli
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import PROGRAM_ERRORS, UserError
 
 DATASET = 'kinetics_frames/folder'
 
@@ -56,18 +57,24 @@ def test_a_dataset_is_found_by_its_root_or_its_own_folder(data_dir):
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_frames_are_those_of_the_records(data_dir, split):
   folder = version_folder(data_dir)
-  expected = stored(folder, split)
-  for place in (data_dir, folder):
-    dataset = video_source.open_dataset(str(place), DATASET, split)
-    assert dataset.paths().tolist() == list(expected)
-    for video, jpegs in enumerate(expected.values()):
-      assert dataset.num_frames(video) == len(jpegs)
-      for number, jpeg in enumerate(jpegs):
-        image = simplejpeg.decode_jpeg(jpeg, 'RGB')
+  raw = tfds.decode.DeserializeMethod.RAW_BYTES
+  records = tfds.builder_from_directory(folder).as_data_source(split, deserialize_method=raw)
+  features = [tf_example_pb2.Example.FromString(each).features.feature for each in records]
+  jpegs = [each['jpeg'].bytes_list.value[0] for each in features]
+  with np.load(folder / f'index-{split}.npz') as index:
+    paths = index['path'].tolist()
+  for path in (data_dir, folder):
+    dataset = video_source.open_dataset(str(path), DATASET, split)
+    assert dataset.paths().tolist() == paths
+    assert len(dataset) * 8 == len(jpegs)
+    for video in range(len(dataset)):
+      assert dataset.num_frames(video) == 8
+      for number in range(8):
+        image = simplejpeg.decode_jpeg(jpegs[8 * video + number], 'RGB')
         np.testing.assert_array_equal(dataset.frame(video, number), image)
 
 
-def test_only_whole_versions_are_opened(data_dir, tmp_path):
+def test_only_folders_named_as_versions_are_opened(data_dir, tmp_path):
   real = version_folder(data_dir)
   for name in (real.name, '0.9.12', f'{real.name}.staging', f'{real.name}.bak'):
     folder = tmp_path / 'kinetics_frames' / 'folder' / name
@@ -83,7 +90,7 @@ def test_only_whole_versions_are_opened(data_dir, tmp_path):
   assert video_source.open_dataset(str(tmp_path), DATASET).folder.name == '2.10.0'
 
 
-def test_a_dataset_that_is_not_there_names_its_builder(tmp_path, data_dir):
+def test_a_missing_dataset_names_the_command_that_builds_it(tmp_path, data_dir):
   command = 'python -m tfds_kinetics --config=kinetics400 --videos=VIDEOS --data_dir='
   with pytest.raises(UserError, match=re.escape(command)):
     video_source.open_dataset(str(tmp_path), 'kinetics_frames/kinetics400')
@@ -96,10 +103,10 @@ def test_another_format_is_refused_before_it_is_parsed(damaged, version):
   data_dir, folder = damaged
   folder.rename(folder.with_name(version))
   (folder.with_name(version) / 'dataset_info.json').write_text('of another format')
-  assert_refused(data_dir, f'format version {version}, and this code reads', 'build it anew')
+  assert_refused(data_dir, f'format version {version}, and this code reads', 'build it again')
 
 
-def test_a_version_folder_that_is_given_itself_tells_its_format(damaged):
+def test_a_version_folder_given_directly_is_checked_for_its_format(damaged):
   _, folder = damaged
   info = folder / 'dataset_info.json'
   info.write_text(info.read_text().replace(f'"version": "{folder.name}"', '"version": "7.0.0"'))
@@ -144,7 +151,7 @@ def test_damaged_metadata_are_refused(damaged, name, content, message):
     ({'first': [3], 'frames': [0]}, 'outside of the 48 records'),
   ],
 )
-def test_an_index_that_does_not_fit_is_refused(damaged, arrays, message):
+def test_an_inconsistent_index_is_refused(damaged, arrays, message):
   data_dir, folder = damaged
   np.savez(folder / 'index-train.npz', fingerprint='of nothing', **arrays)
   assert_refused(data_dir, message)
@@ -166,7 +173,7 @@ def test_shards_that_are_not_whole_are_refused(damaged, damage, message):
   assert len(video_source.open_dataset(str(data_dir), DATASET, 'val')) == 2
 
 
-def test_what_the_system_refuses_is_told_in_one_sentence(damaged, monkeypatch):
+def test_an_os_error_is_one_sentence(damaged, monkeypatch):
   data_dir, folder = damaged
   with pytest.raises(
     UserError, match=r'^/x+/dataset_info.json cannot be opened \(File name too long\); give'
@@ -180,10 +187,8 @@ def test_what_the_system_refuses_is_told_in_one_sentence(damaged, monkeypatch):
   def scandir(path):
     raise PermissionError(errno.EACCES, 'Permission denied', str(path))
 
-  monkeypatch.setattr(os, 'scandir', scandir)  # Tests may run as root, who may read everything.
-  with pytest.raises(
-    UserError, match=rf'^{folder} cannot be opened \(Permission denied\); .* mend'
-  ):
+  monkeypatch.setattr(os, 'scandir', scandir)  # Tests may run as root, which may read everything.
+  with pytest.raises(UserError, match=rf'^{folder} cannot be opened \(Permission denied\); .* fix'):
     video_source.open_dataset(str(folder), DATASET)
 
 
@@ -209,14 +214,14 @@ def test_a_damaged_record_is_named_when_it_is_read(damaged, num_workers):
     batch_size=6,
     seed=0,
   )
-  with pytest.raises(UserError, match=r'video \d .* is damaged .*; copy .* anew, or'):
+  with pytest.raises(UserError, match=r'video \d .* is damaged .*; copy .* again, or'):
     for _ in range(20):
       next(stream)
   stream.close()
 
 
-def test_storage_that_fails_is_not_damage(data_dir, monkeypatch):
-  """A read is tried three times; then the run ends, as nothing is known of the record."""
+def test_an_io_error_is_not_damage(data_dir, monkeypatch):
+  """A record is read up to three times; then the run ends, as the record may be whole."""
   monkeypatch.setattr(video_source, 'RETRY_SECONDS', (0.0, 0.0))
   dataset = video_source.open_dataset(str(data_dir), DATASET)
   expected, records, faults = dataset.frame(2, 1), dataset._records, []
@@ -233,11 +238,11 @@ def test_storage_that_fails_is_not_damage(data_dir, monkeypatch):
   faults += 2 * [OSError(errno.EIO, 'Input/output error')]
   np.testing.assert_array_equal(dataset.frame(2, 1), expected)
   faults += 3 * [OSError(errno.ESTALE, 'Stale file handle')]
-  with pytest.raises(UserError, match=r'cannot be read \(.*Stale file handle\); see to') as told:
+  with pytest.raises(UserError, match=r'cannot be read \(.*Stale file handle\); check') as raised:
     dataset.frame(2, 1)
-  assert not isinstance(told.value, video_source.DamagedRecord)
+  assert not isinstance(raised.value, video_source.DamagedRecord)
   faults += 3 * [RuntimeError('pread() failed: Bad file descriptor; reading a.array_record')]
-  with pytest.raises(UserError, match=r'cannot be read \(pread.*see to its storage'):
+  with pytest.raises(UserError, match=r'cannot be read \(pread.*check its storage'):
     dataset.frame(2, 1)
   faults += 3 * [RuntimeError('DATA_LOSS')]
   with pytest.raises(video_source.DamagedRecord, match=r'video 2 .* is damaged'):
@@ -251,9 +256,9 @@ def planted(error):
   return failing
 
 
-@pytest.mark.parametrize('error', cli.PROGRAM_ERRORS)
-def test_mistakes_in_a_program_are_no_damage(data_dir, monkeypatch, error):
-  """They are told as what they are, at once: nothing is to be copied, built or read anew."""
+@pytest.mark.parametrize('error', PROGRAM_ERRORS)
+def test_bugs_are_not_damage(data_dir, monkeypatch, error):
+  """They are raised at once, without reading again."""
   dataset = video_source.open_dataset(str(data_dir), DATASET)
   monkeypatch.setattr(video_source, 'RETRY_SECONDS', (1e6,))
   with monkeypatch.context() as patch, pytest.raises(error, match='planted'):
@@ -290,7 +295,7 @@ def test_a_mixture_opens_its_datasets(data_dir, tmp_path):
     mixture.open_mixture(str(version_folder(data_dir)), text)
 
 
-def test_the_fingerprint_of_a_mixture_is_of_all_that_is_fed():
+def test_the_fingerprint_of_a_mixture_depends_on_its_datasets_and_shares():
   def fingerprint(names, weights):
     datasets = []
     for name in names:
@@ -319,9 +324,98 @@ def test_the_fingerprint_of_a_mixture_is_of_all_that_is_fed():
     ('a=1,a=2', "'a=2'"),
   ],
 )
-def test_a_mixture_that_is_not_one_is_refused(data_dir, text, part):
+def test_a_mixture_that_cannot_be_parsed_is_refused(data_dir, text, part):
   with pytest.raises(UserError, match=re.escape(f'dataset={text!r} is not understood at {part};')):
     mixture.open_mixture(str(data_dir), text)
+
+
+# A module of a user: three datasets, and a class that lacks a method.
+MODULE = """
+import numpy as np
+
+class Clips:
+  def __init__(self, data_dir, split):
+    self.lengths = [3, 5] if split == 'train' else []
+    self.data_dir = data_dir
+  def __len__(self):
+    return len(self.lengths)
+  def num_frames(self, video):
+    return self.lengths[video]
+  def frame(self, video, number):
+    return np.full((6, 8, 3), 10 * video + number, np.uint8)
+
+class Marked(Clips):
+  fingerprint = 'own'
+
+class Longer(Clips):
+  def num_frames(self, video):
+    return 9
+
+class NoFrames:
+  def __init__(self, data_dir, split): pass
+  def __len__(self): return 1
+  def num_frames(self, video): return 1
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+  """The name of a module in the working directory, which nothing has imported."""
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'my_clips.py').write_text(MODULE)
+  (tmp_path / 'my_broken.py').write_text('import no_such_package')
+  yield 'my_clips'
+  sys.modules.pop('my_clips', None)
+
+
+def test_a_class_of_the_user_is_opened_and_read(module):
+  dataset = video_source.open_dataset('/x', f'{module}:Clips')
+  assert dataset.data_dir == '/x'
+  batches = frame_pairs.pair_batches(
+    dataset, DataOptions(num_threads=0), image_size=4, batch_size=6, seed=0
+  )
+  batch = next(batches)
+  expected = 10 * batch['video'][:, None] + batch['frame_numbers']
+  assert (batch['frames'] == expected[..., None, None, None]).all()
+
+
+def test_the_fingerprint_of_a_class_is_its_own_or_of_its_numbers_of_frames(module):
+  prints = {}
+  for name in ('Clips', 'Longer', 'Marked'):
+    dataset = video_source.open_dataset('/x', f'{module}:{name}')
+    prints[name] = video_source.fingerprint(dataset)
+    assert mixture.open_mixture('/x', f'{module}:{name}').fingerprint == prints[name]
+  assert prints['Marked'] == 'own'
+  assert len(set(prints.values())) == 3
+  dataset = video_source.open_dataset('/y', f'{module}:Clips')
+  assert video_source.fingerprint(dataset) == prints['Clips']
+  dataset.lengths = [3, 6]
+  assert video_source.fingerprint(dataset) != prints['Clips']
+
+
+@pytest.mark.parametrize(
+  ('dataset', 'split', 'message'),
+  [
+    ('my_clps:Clips', 'train', "cannot be imported (No module named 'my_clps'); give MODULE:CLASS"),
+    ('my_broken:Clips', 'train', "cannot be imported (No module named 'no_such_package')"),
+    ('my_clips:Clip', 'train', "cannot be imported (module 'my_clips' has no attribute 'Clip')"),
+    (':Clips', 'train', 'cannot be imported (Empty module name)'),
+    ('my_clips:NoFrames', 'train', 'lacks __len__, num_frames or frame; add them.'),
+    ('my_clips:Clips', 'val', "has no videos in data_dir='/x'; give another."),
+  ],
+)
+def test_a_class_that_cannot_be_used_is_refused(module, dataset, split, message):
+  with pytest.raises(UserError) as refusal:
+    video_source.open_dataset('/x', dataset, split)
+  assert str(refusal.value).startswith(f'dataset={dataset!r} ')
+  assert message in str(refusal.value)
+
+
+def test_a_mixture_may_contain_a_class(module, data_dir):
+  both = mixture.open_mixture(str(data_dir), f'{module}:Clips=3, {DATASET}=1/2')
+  assert [len(each) for each in both.datasets] == [2, 6]
+  assert both.weights == (3, Fraction(1, 2))
 
 
 LIMITED = """
@@ -335,15 +429,15 @@ cli.run(lambda: [dataset.frame(video, 0) for video in range(6)])
 """
 
 
-def test_too_few_open_files_are_not_taken_for_damage(data_dir):
+def test_a_limit_of_open_files_is_not_damage(data_dir):
   done = run_python('-c', LIMITED, data_dir)
   assert done.returncode == 2, done.stderr
   assert 'may not open the 6 shards of' in done.stderr
   assert 'ulimit -Hn' in done.stderr
 
 
-def test_a_whole_kinetics_opens_fast_and_travels_light(tmp_path):
-  """Every loader process is sent the opened dataset, and opens shards only as it reads them."""
+def test_a_dataset_of_the_size_of_kinetics_opens_fast_and_is_small_when_pickled(tmp_path):
+  """Every loader process receives the opened dataset, and opens shards only when it reads them."""
   loader_memory.write_dataset(tmp_path, num_videos=240_000, num_frames=300)
   began = time.monotonic()
   dataset = video_source.open_dataset(str(tmp_path), loader_memory.DATASET)

@@ -1,4 +1,4 @@
-"""The contact sheet shows the training stream, and its boxes are where they say."""
+"""The sheet shows the training stream, with boxes where the crops are."""
 
 import itertools
 import shutil
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
+from sources import NumberedVideos
 
 from dropmae_jax.config import DataOptions
 from dropmae_jax.data import augment, frame_pairs, video_source
@@ -32,7 +33,7 @@ def drawn_text(text, width, height):
   return np.asarray(image)
 
 
-class Asked(NamedTuple):
+class Options(NamedTuple):
   split: str
   seed: int
   pairs: int
@@ -42,30 +43,30 @@ class Asked(NamedTuple):
 
 
 @pytest.mark.parametrize(
-  'asked', [Asked('train', 5, 6, 4, 'fast', False), Asked('val', 9, 3, 3, 'exact', True)]
+  'chosen', [Options('train', 5, 6, 4, 'fast', False), Options('val', 9, 3, 3, 'exact', True)]
 )
-def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, monkeypatch, capsys, asked):
-  flags = [f'--{name}={getattr(asked, name)}' for name in asked._fields[:-1]]
-  flags += ['--shared_augmentation'] * asked.shared_augmentation
+def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, monkeypatch, capsys, chosen):
+  flags = [f'--{name}={getattr(chosen, name)}' for name in chosen._fields[:-1]]
+  flags += ['--shared_augmentation'] * chosen.shared_augmentation
   flags += [f'--data_dir={data_dir}', f'--image_size={SIZE}']
-  sheet, told = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags)
-  dataset = open_dataset(str(data_dir), 'kinetics_frames/folder', asked.split)
-  how = asked._asdict()
+  sheet, printed = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags)
+  dataset = open_dataset(str(data_dir), 'kinetics_frames/folder', chosen.split)
+  how = chosen._asdict()
   options = DataOptions(
     num_threads=0, **{name: how[name] for name in ('frame_gap', 'resize', 'shared_augmentation')}
   )
   stream = frame_pairs.pair_batches(
-    dataset, options, image_size=SIZE, batch_size=asked.pairs, seed=derive_seeds(asked.seed).data
+    dataset, options, image_size=SIZE, batch_size=chosen.pairs, seed=derive_seeds(chosen.seed).data
   )
   batch = next(stream)
   stream.close()
-  with np.load(dataset.folder / f'index-{asked.split}.npz') as index:
+  with np.load(dataset.folder / f'index-{chosen.split}.npz') as index:
     paths, classes = index['path'], index['classes'][index['label']]
   wide, high = 64, 48  # The clips' frames; higher than the crops.
   columns = [MARGIN, 2 * MARGIN + wide, 3 * MARGIN + 2 * wide, 4 * MARGIN + 2 * wide + SIZE]
-  bottom = MARGIN + asked.pairs * (CAPTION + high + MARGIN)
+  bottom = MARGIN + chosen.pairs * (CAPTION + high + MARGIN)
   assert sheet.shape == (bottom + CHART, columns[3] + SIZE + MARGIN, 3)
-  for row in range(asked.pairs):
+  for row in range(chosen.pairs):
     top, boxes = MARGIN + row * (CAPTION + high + MARGIN) + CAPTION, []
     video, numbers = int(batch['video'][row]), batch['frame_numbers'][row].tolist()
     caption = (
@@ -84,32 +85,32 @@ def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, monkeypatch, ca
       assert (panel[tuple(changed.T)] == BOX_COLOUR).all()
       (y, x), (low, right) = changed.min(axis=0).tolist(), changed.max(axis=0).tolist()
       box = augment.Box(y, x, low - y + 1, right - x + 1)
-      # What the drawn box holds is what was fed.
+      # The content of the drawn box is the crop.
       np.testing.assert_array_equal(
-        augment.crop_and_resize(whole, box, SIZE, resize=asked.resize), crop
+        augment.crop_and_resize(whole, box, SIZE, resize=chosen.resize), crop
       )
       assert (panel[y, x : right + 1] == BOX_COLOUR).all()
       assert (panel[y : low + 1, right] == BOX_COLOUR).all()
       boxes.append(box)
-    assert (boxes[0] == boxes[1]) == asked.shared_augmentation
+    assert (boxes[0] == boxes[1]) == chosen.shared_augmentation
   counts = pair_sheet.gap_counts(
-    np.full(len(dataset), 8), asked.frame_gap, seed=asked.seed, draws=pair_sheet.GAP_DRAWS
+    np.full(len(dataset), 8), chosen.frame_gap, seed=chosen.seed, draws=pair_sheet.GAP_DRAWS
   )
   bars = (sheet[bottom:] == (70, 110, 180)).all(axis=-1).sum(axis=0)
   ends = np.linspace(MARGIN, sheet.shape[1] - MARGIN, len(counts[1:]) + 1).astype(int)
   heights = [bars[left:right].max() for left, right in itertools.pairwise(ends)]
   np.testing.assert_allclose(heights, (CHART - 2 * CAPTION) * counts[1:] / counts.max() + 1, atol=1)
-  size = sum(p.stat().st_size for p in dataset.folder.glob(f'*{asked.split}.array_record*'))
+  size = sum(p.stat().st_size for p in dataset.folder.glob(f'*{chosen.split}.array_record*'))
   index = pair_sheet.Index(
     'kinetics_frames/folder', np.full(len(dataset), 8), None, None, np.unique(classes), size
   )
-  assert told == (
+  assert printed == (
     f'{pair_sheet.statistics(index, counts)}\n'
-    f'{tmp_path / "a.png"}: the first {asked.pairs} pairs of seed {asked.seed}\n'
+    f'{tmp_path / "a.png"}: the first {chosen.pairs} pairs of seed {chosen.seed}\n'
   )
 
 
-def test_the_statistics_are_of_the_index():
+def test_the_statistics_are_those_of_the_index():
   index = pair_sheet.Index(
     'a/b', np.array([3, 9, 4]), np.array([1, 0, 1]), np.array(['x', 'y', 'z']),
     np.array(['', 'a']), 1_600,
@@ -129,7 +130,46 @@ def test_the_statistics_are_of_the_index():
   assert [pair_sheet.class_of(index, video) for video in range(3)] == ['a', '-', 'a']
 
 
-def test_a_mixture_is_shown_as_training_is_fed_it(data_dir, tmp_path, monkeypatch, capsys):
+class Clips(NumberedVideos):
+  """A dataset of a user, without classes, paths and a size in bytes."""
+
+  def __init__(self, data_dir, split):
+    assert (data_dir, split) == ('here', 'all')
+    super().__init__([2, 7])
+
+
+class NamedClips(Clips):
+  def paths(self):
+    return ['first', 'second']
+
+
+@pytest.mark.parametrize('kind', [Clips, NamedClips])
+def test_a_class_of_the_user_is_shown(tmp_path, monkeypatch, capsys, kind):
+  name, drawn = f'{__name__}:{kind.__name__}', []
+  real = pair_sheet.contact_sheet
+  monkeypatch.setattr(pair_sheet, 'contact_sheet', lambda *a: drawn.append(a) or real(*a))
+  flags = f'--data_dir=here --split=all --dataset={name} --pairs=1 --image_size={SIZE}'
+  sheet, printed = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
+  assert printed.splitlines()[:6] == [
+    f'dataset           {name}',
+    'clips             2',
+    'frames            9',
+    'frames per clip   least 2, median 4.5, most 7',
+    'classes           -',
+    'bytes on disk     -',
+  ]
+  (((pair,), _, _),) = drawn
+  video, (earlier, later) = pair.drawn.video, pair.drawn.frame_numbers
+  path = '-' if kind is Clips else ('first', 'second')[video]
+  caption = (
+    f'{name}   {path}   class -'
+    f'   frames {earlier} and {later} of {(2, 7)[video]}   gap {later - earlier}'
+  )
+  top, width = MARGIN, sheet.shape[1]
+  np.testing.assert_array_equal(sheet[top : top + CAPTION], drawn_text(caption, width, CAPTION))
+
+
+def test_a_mixture_is_shown_as_training_reads_it(data_dir, tmp_path, monkeypatch, capsys):
   name, twin = 'kinetics_frames/folder', 'kinetics_frames/twin'
   (tmp_path / 'kinetics_frames').mkdir()
   for each in (name, twin):
@@ -138,7 +178,7 @@ def test_a_mixture_is_shown_as_training_is_fed_it(data_dir, tmp_path, monkeypatc
   real = pair_sheet.contact_sheet
   monkeypatch.setattr(pair_sheet, 'contact_sheet', lambda *a: drawn.append(a) or real(*a))
   flags = f'--data_dir={tmp_path} --dataset={text} --seed=5 --pairs=6 --image_size={SIZE}'
-  sheet, told = sheet_of(monkeypatch, capsys, tmp_path / 'o.png', *flags.split())
+  sheet, printed = sheet_of(monkeypatch, capsys, tmp_path / 'o.png', *flags.split())
   ((pairs, indices, counts),) = drawn
   stream = frame_pairs.pair_batches(
     open_mixture(str(tmp_path), text), DataOptions(num_threads=0), image_size=SIZE, batch_size=6,
@@ -150,8 +190,8 @@ def test_a_mixture_is_shown_as_training_is_fed_it(data_dir, tmp_path, monkeypatc
   assert sorted(set(batch['dataset'])) == [0, 1]
   assert [index.dataset for index in indices] == [name, twin]
   assert counts.sum() == pair_sheet.GAP_DRAWS
-  # A third and two thirds of the draws, as the weights say.
-  assert [line for line in told.splitlines() if 'frames between' in line] == [
+  # A third and two thirds of the draws, by the weights.
+  assert [line for line in printed.splitlines() if 'frames between' in line] == [
     f'frames between the two of a pair, {draws} pairs:' for draws in (3333, 6667)
   ]
   for row, pair in enumerate(pairs):
@@ -162,7 +202,7 @@ def test_a_mixture_is_shown_as_training_is_fed_it(data_dir, tmp_path, monkeypatc
     np.testing.assert_array_equal(sheet[top : top + CAPTION, :width], expected)
 
 
-def test_damaged_records_are_told_once_each(data_dir, tmp_path, monkeypatch, capsys):
+def test_damaged_records_are_reported_once_each(data_dir, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(video_source, 'RETRY_SECONDS', ())
   shutil.copytree(data_dir, tmp_path / 'data')
   for shard in (tmp_path / 'data').glob('**/*-train.array_record*'):
@@ -170,20 +210,20 @@ def test_damaged_records_are_told_once_each(data_dir, tmp_path, monkeypatch, cap
       file.seek(500)
       file.write(b'damage')
   flags = f'--data_dir={tmp_path}/data --image_size={SIZE} --pairs=30 --seed=5'
-  _, told = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
+  _, printed = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
   met = []
   stream = frame_pairs.pair_batches(
     open_dataset(f'{tmp_path}/data', 'kinetics_frames/folder'), DataOptions(num_threads=0),
-    image_size=SIZE, batch_size=30, seed=derive_seeds(5).data, tell_damaged=met.append,
+    image_size=SIZE, batch_size=30, seed=derive_seeds(5).data, report_damaged=met.append,
   )  # fmt: skip
   next(stream)
   stream.close()
   assert len(met) > len(set(met)) > 2
-  notes = [line for line in told.splitlines() if line.startswith('note: ')]
+  notes = [line for line in printed.splitlines() if line.startswith('note: ')]
   assert notes == [f'note: {each} Another video is taken instead.' for each in dict.fromkeys(met)]
 
 
-def test_gaps_follow_the_law_and_bars_hold_all():
+def test_gaps_follow_the_distribution_and_bars_contain_all():
   frames = np.array([1, 8, 60])
   counts = pair_sheet.gap_counts(frames, 50, seed=0, draws=3000)
   assert len(counts) == 50
@@ -217,7 +257,7 @@ def test_bad_input(data_dir, tmp_path, monkeypatch, capsys, flags, message):
   arguments = flags.format(tmp=tmp_path, data=data_dir).split()
   monkeypatch.setattr('sys.argv', ['inspect_data', *arguments])
   with pytest.raises(SystemExit) as ended:
-    pair_sheet.command_line.run(pair_sheet.main)
+    pair_sheet.cli.run(pair_sheet.main)
   assert ended.value.code == 2
   errors = capsys.readouterr().err.splitlines()
   assert len(errors) == 1

@@ -1,4 +1,4 @@
-"""The figure of a checkpoint: its frames, its masks, and the very prediction of its model."""
+"""The figure of a checkpoint shows its frames, its masks and the prediction of its model."""
 
 import dataclasses
 import stat
@@ -37,7 +37,7 @@ PREDICTED = np.random.default_rng(0).normal(0, 1, SMALL.patch_values).astype(np.
 
 @pytest.fixture(scope='module', params=[True, False], ids=['normalised', 'pixels'])
 def trained(request, tmp_path_factory):
-  """The workdir of two checkpoints: of the objective, and with other weights than the newest."""
+  """A workdir of the objective, with two checkpoints of different weights."""
   objective = Objective(mask_ratio=0.6, normalise_targets=request.param)
   workdir = tmp_path_factory.mktemp('figures')
   for step, values in ((9, -PREDICTED), (10, PREDICTED)):
@@ -49,7 +49,7 @@ def trained(request, tmp_path_factory):
 
 
 def draw(monkeypatch, *arguments):
-  """Runs the command; what checks shapes in tests wants arrays of jax in a model."""
+  """Runs the command, with jax arrays as weights, as the checks of shapes in tests require."""
 
   def load_weights(folder):
     weights = load(folder)
@@ -152,21 +152,23 @@ def another_masking(keys, *, num_tokens, mask_ratio):
 
 @pytest.mark.parametrize('normalise_targets', [True, False])
 def test_a_right_prediction_gives_the_frames_back(monkeypatch, normalise_targets):
-  """Of every pair of a batch, each with a masking of its own, and without attention dropout."""
+  """For every pair of a batch, each with its own masking, and without attention dropout."""
   monkeypatch.setitem(masking.MASKING_SCHEMES, 'another', another_masking)
-  objective = Objective(0.5, 'another', 0.9, normalise_targets)
+  objective = Objective(
+    mask_ratio=0.5, masking='another', attention_dropout=0.9, normalise_targets=normalise_targets
+  )
   frames = jnp.asarray(np.random.default_rng(1).normal(0, 1, (3, 2, 32, 32, 3)), jnp.float32)
-  told = []
+  calls = []
 
   def right(self, vectors, masked, attentions):
-    told.append((masked, attentions))
+    calls.append((masked, attentions))
     return patches.normalise_patches(vectors) if normalise_targets else vectors
 
   monkeypatch.setattr(MaskedAutoencoder, '__call__', right)
   model = nnx.merge(mae.abstract_model(SMALL)[0], params_that_predict(PREDICTED))
   is_masked, filled = reconstruction.reconstruct(model, frames, 4, objective)
   np.testing.assert_allclose(filled, frames, atol=1e-5)
-  ((masked, attentions),) = told
+  ((masked, attentions),) = calls
   assert attentions == [attention.dense_attention] * 2
   keys = jax.random.split(jax.random.key(4), 3)
   expected = another_masking(keys, num_tokens=32, mask_ratio=0.5)

@@ -1,4 +1,4 @@
-"""How commands end: by signals, and when nobody reads on."""
+"""How commands read their options, and how they end: by signals, and when nobody reads on."""
 
 import os
 import signal
@@ -8,6 +8,9 @@ import time
 
 import pytest
 from conftest import ROOT
+
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
 
 EXPORT = """
 import pathlib, sys, time
@@ -35,7 +38,7 @@ def start(program, *arguments, before=(), **options):
   )
 
 
-# As what a script starts in the background: deaf to Ctrl-C, without a terminal and without input.
+# As a command in the background of a script: it ignores Ctrl-C and has no terminal and no input.
 BACKGROUND = ('setsid', 'sh', '-c', 'trap "" INT QUIT; exec "$@" < /dev/null', 'sh')
 
 
@@ -47,7 +50,7 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number, before):
   assert process.stdout.readline() == 'writing\n'
   assert len(list(tmp_path.iterdir())) == 1
   if before:
-    process.send_signal(signal.SIGINT)  # Is ignored, as that was asked for.
+    process.send_signal(signal.SIGINT)  # Stays ignored.
     with pytest.raises(subprocess.TimeoutExpired):
       process.wait(timeout=0.5)
   process.send_signal(number)
@@ -57,7 +60,7 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number, before):
   assert list(tmp_path.iterdir()) == []
 
 
-# What it removes at the end takes it a while.
+# Its cleanup takes some time.
 CLEANING = """
 import time
 from dropmae_jax.runtime import cli
@@ -75,7 +78,7 @@ cli.run(main)
 """
 
 
-def test_a_second_sigterm_does_not_break_off_the_cleaning():
+def test_a_second_sigterm_does_not_interrupt_the_cleanup():
   process = start(CLEANING)
   for text in ('working', 'cleaning'):
     assert process.stdout.readline() == f'{text}\n'
@@ -100,7 +103,7 @@ cli.run(main)
 
 @pytest.mark.parametrize(('count', 'flush'), [(100_000, True), (100_000, False), (1, False)])
 def test_output_that_nobody_reads_ends_the_command_quietly(count, flush):
-  """Also if it is so little that it is written at the very end."""
+  """Also if there is so little output that it is written only at exit."""
   program = PRINT.replace('{flush}', str(flush)).replace('{count}', str(count))
   process = start(program, stdin=subprocess.PIPE)
   assert process.stdout.readline() == 'begun\n'
@@ -131,8 +134,8 @@ def test_other_broken_pipes_are_errors():
   assert 'BrokenPipeError' in errors
 
 
-# The process ends when it has read a line: before Python ends, or after, in C's own functions.
-ENDING = """
+# At exit it waits for a line of input: in a Python exit handler, or in one of C after Python's end.
+EXITING = """
 import atexit, ctypes, sys
 from dropmae_jax.runtime import cli
 
@@ -148,13 +151,34 @@ cli.run({main})
 
 @pytest.mark.parametrize('within', [True, False])
 @pytest.mark.parametrize('main', ['lambda: 3', 'lambda: sys.exit(3)'])
-def test_a_signal_at_the_very_end_changes_no_status(main, within):
-  """As the trainer's last seconds, when all is saved; absl ends its commands by sys.exit."""
+def test_a_signal_during_exit_does_not_change_the_status(main, within):
+  """As in the last seconds of the trainer, when all is saved."""
   process = start(
-    ENDING.replace('{main}', main).replace('{within}', str(within)), stdin=subprocess.PIPE
+    EXITING.replace('{main}', main).replace('{within}', str(within)), stdin=subprocess.PIPE
   )
   assert process.stdout.readline() == 'ending\n'
   time.sleep(0.3)
   process.send_signal(signal.SIGTERM)
   assert process.communicate('\n', timeout=60) == ('', '')
   assert process.returncode == 3
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ('--sede=3 --output=x', 'there is no option --sede; did you mean --seed=3?'),
+    ('--out=x', 'there is no option --out; did you mean --output=x?'),  # No abbreviations.
+    ('--zzz', 'there is no option --zzz; valid are: '),
+    ('--seed=x --output=x', "argument --seed: invalid int value: 'x'; --help lists"),
+    ('--seed=3', 'the following arguments are required: --output; --help lists'),
+    ('--output=x more', "argument 'more' is not understood; --help lists"),
+  ],
+)
+def test_bad_options(arguments, message):
+  parser = cli.Parser()
+  parser.add_argument('--seed', type=int)
+  parser.add_argument('--output', required=True)
+  assert parser.parse_args(['--seed=3', '--output', 'x']).seed == 3
+  with pytest.raises(UserError) as refused:
+    parser.parse_args(arguments.split())
+  assert message in str(refused.value)

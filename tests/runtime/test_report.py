@@ -1,6 +1,6 @@
-"""What a run tells of its steps: exact numbers, on a clock that the tests move.
+"""What a run reports of its steps: exact numbers, with a clock that the tests set.
 
-Intervals, batch sizes and first steps are all different, so that none can stand for another.
+Intervals, batch sizes and first steps all differ, so that a mix-up changes a number.
 """
 
 import io
@@ -19,9 +19,11 @@ from dropmae_jax.runtime import report
 from dropmae_jax.runtime.report import NonFiniteLoss, Report
 from dropmae_jax.train_step import Metrics
 
+log = logging.getLogger('dropmae_jax')
+
 
 class OnDevice:
-  """A number that a device computes until it is told to be done."""
+  """A number on a device, ready when `done` is set."""
 
   def __init__(self, value, *, is_done):
     self.value, self.done = np.float32(value), threading.Event()
@@ -43,7 +45,7 @@ def metrics_at(step, *, is_done=True, **other):
 
 @pytest.fixture
 def clock(monkeypatch):
-  """The time, which stands still unless a test sets `now`."""
+  """A clock that shows `now`, which tests set."""
   clock = types.SimpleNamespace(now=100.0)
   clock.perf_counter = lambda: clock.now
   monkeypatch.setattr(report, 'time', clock)
@@ -52,7 +54,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
-  """Opens reports, and closes at the end what a test has not."""
+  """Opens reports, and closes those that a test left open."""
   closed, real = [], Report.close
   monkeypatch.setattr(Report, 'close', lambda reporter: closed.append(reporter) or real(reporter))
   reports = []
@@ -79,7 +81,7 @@ def take_steps(reporter, clock, times):
     reporter.after_step(step, metrics_at(step))
 
 
-def test_lines_tell_of_their_window(tmp_path, clock, opened):
+def test_each_line_covers_the_steps_since_the_last_line(tmp_path, clock, opened):
   reporter = opened(first_step=7)
   take_steps(reporter, clock, {8: 129.0})
   clock.now = 130.0
@@ -99,7 +101,7 @@ def test_lines_tell_of_their_window(tmp_path, clock, opened):
   lines = [line.split(' ', 2)[2] for line in (tmp_path / 'log.txt').read_text().splitlines()]
   assert lines == [
     'first step, compilation included: 30.0 s',
-    # What is left: eight steps of 2 s, three of 2.5 s, none.
+    # Time left: eight steps of 2 s, three of 2.5 s, none.
     'step 10/18  loss 2.5000  lr 9.77e-03  grad 20.000  1.5 pairs/s  data wait 0%  left 16 s',
     'step 15/18  loss 3.7500  lr 1.46e-02  grad 30.000  1.2 pairs/s  data wait 0%  left 8 s',
     'step 18/18  loss 4.5000  lr 1.76e-02  grad 36.000  4.5 pairs/s  data wait 0%  left 0 s',
@@ -108,7 +110,7 @@ def test_lines_tell_of_their_window(tmp_path, clock, opened):
 
 
 def assert_same_in_tensorboard(folder, rows):
-  """The events, as TensorBoard reads them, have the steps and the values of the lines."""
+  """The events that TensorBoard reads have the steps and values of metrics.jsonl."""
   events = EventAccumulator(str(folder / 'tensorboard'))
   events.Reload()
   names = set(rows[0]) - {'step'}
@@ -121,7 +123,7 @@ def assert_same_in_tensorboard(folder, rows):
     assert found == [(row['step'], pytest.approx(row[name])) for row in rows]
 
 
-def test_a_line_of_the_first_step_counts_what_compiling_took(tmp_path, clock, opened):
+def test_a_line_at_the_first_step_includes_the_time_of_compilation(tmp_path, clock, opened):
   reporter = opened(first_step=9)
   take_steps(reporter, clock, {10: 112.0})
   reporter.compiled(10)
@@ -130,12 +132,12 @@ def test_a_line_of_the_first_step_counts_what_compiling_took(tmp_path, clock, op
   assert [row['pairs_per_second'] for row in metrics_of(tmp_path)] == [3 / 12, 15 / 10]
 
 
-def test_only_waiting_while_nothing_is_computed_is_a_wait_for_data(tmp_path, clock, opened):
+def test_data_wait_counts_only_time_in_which_the_devices_are_idle(tmp_path, clock, opened):
   reporter = opened(first_step=5)
 
-  def take(step, *, asked, came):
+  def take(step, *, since, came):
     clock.now = came
-    reporter.batch_arrived(asked)
+    reporter.batch_arrived(since)
     metrics = metrics_at(step, is_done=False)
     reporter.after_step(step, metrics)
     return metrics, reporter._finished
@@ -145,22 +147,22 @@ def test_only_waiting_while_nothing_is_computed_is_a_wait_for_data(tmp_path, clo
     metrics, finished = step
     for each in metrics:
       each.done.set()
-    finished.result(30)  # Another thread waits for the device.
+    finished.result(30)  # Set by another thread.
 
-  sixth = take(6, asked=100.0, came=104.0)  # The first batch is part of the start.
-  seventh = take(7, asked=104.0, came=107.0)  # The step is computed meanwhile.
+  sixth = take(6, since=100.0, came=104.0)  # The first batch is part of the start.
+  seventh = take(7, since=104.0, came=107.0)  # Step 6 is still running.
   finish(sixth, 107.5)
   finish(seventh, 108.0)
-  eighth = take(8, asked=109.0, came=111.0)  # Done before it was asked for: 2 s.
+  eighth = take(8, since=109.0, came=111.0)  # Step 7 ended before: 2 s.
   finish(eighth, 112.5)
-  ninth = take(9, asked=111.5, came=113.0)  # Done meanwhile: 0.5 s.
+  ninth = take(9, since=111.5, came=113.0)  # Step 8 ended meanwhile: 0.5 s.
   finish(ninth, 114.0)
   clock.now = 120.0
   reporter.after_step(10, metrics_at(10))
   reporter._finished.result(30)
   clock.now = 121.0
   reporter.compiled(10)
-  eleventh = take(11, asked=119.0, came=122.0)  # Of these seconds, this window has the last.
+  eleventh = take(11, since=119.0, came=122.0)  # Only the last second is in this window.
   finish(eleventh, 123.0)
   take_steps(reporter, clock, {12: 123.0, 13: 123.0, 14: 123.0, 15: 125.0})
   reporter.close()
@@ -168,27 +170,17 @@ def test_only_waiting_while_nothing_is_computed_is_a_wait_for_data(tmp_path, clo
   assert 'data wait 12%' in (tmp_path / 'log.txt').read_text()
 
 
-def test_every_loss_is_taken_once(opened):
-  reporter, found = opened(first_step=7, num_steps=19), {}
-  for step in range(8, 20):
-    reporter.after_step(step, metrics_at(step))
-    if step in (9, 10, 17, 19):  # Between lines, at a line, after one, and at the end.
-      found[step] = [loss * 4 for loss in reporter.take_losses()]
-  assert found == {9: [8, 9], 10: [10], 17: [11, 12, 13, 14, 15, 16, 17], 19: [18, 19]}
-  assert reporter.take_losses() == []
-
-
 @pytest.mark.parametrize('bad', ['loss', 'gradient_norm'])
 @pytest.mark.parametrize('number', [0, 1])
-def test_what_is_not_finite_is_named_by_its_step_on_every_process(
+def test_the_first_step_that_is_not_finite_is_named_on_every_process(
   tmp_path, opened, monkeypatch, bad, number
 ):
-  """At the next line, or before the losses are taken for a checkpoint."""
+  """At the next line, or before a checkpoint."""
   monkeypatch.setattr(report.jax, 'process_index', lambda: number)
   reporter = opened(first_step=6)
   for step in (7, 8, 9):
     reporter.after_step(step, metrics_at(step, **{bad: np.nan} if step > 7 else {}))
-  for find in (reporter.take_losses, lambda: reporter.after_step(10, metrics_at(10))):
+  for find in (reporter.check_finite, lambda: reporter.after_step(10, metrics_at(10))):
     with pytest.raises(NonFiniteLoss, match=f'the {bad} of step 8 is nan; the last') as caught:
       find()
     assert caught.value.step == 8
@@ -200,19 +192,18 @@ def test_what_is_not_finite_is_named_by_its_step_on_every_process(
 def test_only_the_first_process_writes(tmp_path, opened, monkeypatch, capsys):
   monkeypatch.setattr(report.jax, 'process_index', lambda: 2)
   reporter = opened()
-  reporter.say('a note')
-  reporter.warn('a fault')
+  log.info('a note')
+  log.warning('a fault')
   reporter.after_step(5, metrics_at(5))
   reporter.compiled(5)
-  assert reporter.take_losses() == [1.25]
   reporter.close()
   assert list(tmp_path.iterdir()) == []
   assert capsys.readouterr() == ('', 'process 2: a fault\n')
 
 
-def test_a_restart_drops_the_lines_of_steps_that_are_done_anew(tmp_path, opened):
+def test_a_restart_drops_the_lines_of_steps_that_will_be_repeated(tmp_path, opened):
   lines = [json.dumps({'step': step, 'loss': 1.0}) for step in (5, 10, 11, 15)]
-  whole = '\n'.join([*lines, 'no json', '{"loss": 3}', '{"step": 1'])  # A kill cut the last short.
+  whole = '\n'.join([*lines, 'no json', '{"loss": 3}', '{"step": 1'])  # The last line is cut short.
   (tmp_path / 'metrics.jsonl').write_text(whole)
   reporter = opened(first_step=10)
   assert (tmp_path / 'metrics.jsonl').read_text() == f'{lines[0]}\n{lines[1]}\n'
@@ -233,17 +224,19 @@ def test_lines_are_shown_once_and_a_terminal_has_a_bar(
 ):
   errors = Terminal() if is_terminal else io.StringIO()
   monkeypatch.setattr(sys, 'stderr', errors)
-  log = logging.getLogger('dropmae_jax')
-  handlers = list(log.handlers)
+  before = list(log.handlers), log.level, log.propagate
   reporter = opened(first_step=8, log_every=2)
-  for name in ('say', 'warn'):
-    getattr(reporter, name)(f'a line to {name}')
+  log.info('a note of 100 %')
+  log.warning('a fault')
   for step in (9, 10):
     reporter.after_step(step, metrics_at(step))
   reporter.close()
-  assert log.handlers == handlers
+  assert (log.handlers, log.level, log.propagate) == before
   shown, kept = capsys.readouterr().out, (tmp_path / 'log.txt').read_text()
   for text in (shown, kept):
-    assert [text.count(f'a line to {name}\n') for name in ('say', 'warn')] == [1, 1]
+    assert [text.count(line) for line in ('a note of 100 %\n', 'a fault\n')] == [1, 1]
+  # Above a bar lines have no time, and the numbers of a step are in the bar.
+  assert shown.startswith('a note') == is_terminal
+  assert 'step 10/18' in kept
   assert ('step 10/18' in shown) != is_terminal
   assert ('10/18' in errors.getvalue()) == ('loss 2.5' in errors.getvalue()) == is_terminal

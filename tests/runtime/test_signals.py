@@ -11,17 +11,16 @@ import pytest
 from conftest import run_python
 
 from dropmae_jax.runtime import multihost
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import ExitStatus, UserError
 from dropmae_jax.runtime.report import NonFiniteLoss
-from dropmae_jax.runtime.watchdog import STALLED
 from tfds_kinetics import __main__ as builder
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
 @pytest.fixture(autouse=True)
-def _what_is_not_caught():
-  """Fails a test, instead of ending all tests."""
+def _uncaught_signals():
+  """An uncaught signal fails the test, rather than ending all tests."""
 
   def fail(number, _):
     raise AssertionError(f'signal {number} is not caught')
@@ -41,32 +40,32 @@ def interruption():
 
 @pytest.fixture
 def processes(monkeypatch):
-  """Makes this process the second of three, for who asks."""
+  """Makes this process appear as the second of three."""
   monkeypatch.setattr(multihost.jax, 'process_count', lambda: 3)
   monkeypatch.setattr(multihost.jax, 'process_index', lambda: 1)
   return monkeypatch
 
 
 @pytest.mark.parametrize('number', BOTH)
-def test_the_first_signal_is_noted_and_the_handlers_are_given_back(interruption, number):
+def test_the_first_signal_is_recorded_and_the_handlers_are_restored(interruption, number):
   before = handlers()
   with pytest.raises(ZeroDivisionError), interruption.watched():
-    assert (interruption.is_asked(), interruption.is_due(3)) == (False, False)
+    assert (interruption.is_requested(), interruption.is_due(3)) == (False, False)
     os.kill(os.getpid(), number)
-    assert (interruption.is_asked(), interruption.is_due(4)) == (True, True)
+    assert (interruption.is_requested(), interruption.is_due(4)) == (True, True)
     assert interruption.signal_name == number.name
-    # So the next one ends the process, even where Python runs no handler any more.
+    # The next signal ends the process, even if Python no longer runs handlers.
     assert handlers() == [signal.SIG_DFL] * 2
     raise ZeroDivisionError
   assert handlers() == before
 
 
-def test_where_ctrl_c_is_ignored_it_stays_so(interruption):
-  """As in the background of a script; SIGTERM stops what was started so."""
+def test_ctrl_c_stays_ignored(interruption):
+  """As in the background of a script, where SIGTERM still stops the run."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   with interruption.watched():
     os.kill(os.getpid(), signal.SIGINT)
-    assert not interruption.is_asked()
+    assert not interruption.is_requested()
     os.kill(os.getpid(), signal.SIGTERM)
     assert interruption.signal_name == 'SIGTERM'
     assert handlers() == [signal.SIG_IGN, signal.SIG_DFL]
@@ -74,7 +73,7 @@ def test_where_ctrl_c_is_ignored_it_stays_so(interruption):
 
 
 @pytest.mark.parametrize('is_ignored', [False, True])
-def test_the_builder_too_leaves_ctrl_c_ignored(monkeypatch, capsys, is_ignored):
+def test_ctrl_c_stays_ignored_by_the_builder_too(monkeypatch, capsys, is_ignored):
   if is_ignored:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
   found = []
@@ -87,23 +86,23 @@ def test_the_builder_too_leaves_ctrl_c_ignored(monkeypatch, capsys, is_ignored):
 
 
 def test_several_processes_leave_sigterm_to_jax(interruption, processes):
-  """Its service chooses the step; Ctrl-C on one is passed on to it."""
-  heard, due = [], {5}
-  signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+  """Its service chooses the step; Ctrl-C on one process is forwarded to it."""
+  received, due = [], {5}
+  signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
   before = handlers()
   reached = lambda step: step in due
   processes.setattr(multihost.multihost_utils, 'reached_preemption_sync_point', reached)
   with interruption.watched():
     assert handlers()[1] == before[1]
     os.kill(os.getpid(), signal.SIGINT)
-    assert heard == [signal.SIGTERM]
+    assert received == [signal.SIGTERM]
     assert handlers() == [signal.SIG_DFL, before[1]]
-    assert [interruption.is_asked(), interruption.is_due(4)] == [False, False]
+    assert [interruption.is_requested(), interruption.is_due(4)] == [False, False]
     assert [interruption.is_due(5), interruption.signal_name] == [True, 'SIGTERM']
   assert handlers() == before
 
 
-# What hangs does so in processes of its own, which send themselves both signals.
+# Each child process sends itself two signals and hangs.
 TWICE = """
 import itertools, os, signal, time
 from dropmae_jax.runtime import multihost
@@ -112,7 +111,7 @@ def child(first, second):
   interruption = multihost.Interruption()
   with interruption.watched():
     os.kill(os.getpid(), first)
-    os.write(1, b'saving\\n' if interruption.is_asked() else b'deaf\\n')
+    os.write(1, b'saving\\n' if interruption.is_requested() else b'ignored\\n')
     os.kill(os.getpid(), second)
     time.sleep(30)
     os._exit(9)
@@ -134,7 +133,7 @@ def test_a_second_signal_ends_a_save_that_hangs():
 
 
 @pytest.mark.parametrize('several', [True, False])
-def test_any_of_asks_all(processes, several):
+def test_any_of_is_about_all_processes(processes, several):
   if not several:
     processes.setattr(multihost.jax, 'process_count', lambda: 1)
   gather = lambda mine: np.array([False, bool(mine), others])
@@ -164,21 +163,21 @@ def test_what_processes_disagree_about_is_named(processes):
 
 
 class Ended(BaseException):
-  """Instead of the end of this process."""
+  """Raised in place of the end of this process."""
 
 
 class Service:
-  """Where processes tell the others why they end."""
+  """The key-value store of the processes."""
 
   def __init__(self):
-    self.told = {}
+    self.stored = {}
 
   def key_value_set(self, key, value):
-    assert key not in self.told
-    self.told[key] = value
+    assert key not in self.stored
+    self.stored[key] = value
 
   def key_value_try_get(self, key):
-    return self.told[key]
+    return self.stored[key]
 
 
 @pytest.fixture
@@ -189,43 +188,43 @@ def service(processes):
     service.ended.append(status)
     raise Ended
 
-  processes.setattr(multihost, 'LOOK_SECONDS', 0.01)
+  processes.setattr(multihost, 'POLL_SECONDS', 0.01)
   processes.setattr(multihost, '_client', lambda: service)
   processes.setattr(multihost.os, '_exit', end)
   return service
 
 
 class Slow(RuntimeError):
-  exit_status = STALLED
+  exit_status = ExitStatus.HUNG
 
 
 @pytest.mark.parametrize(
-  ('error', 'status'), [(UserError('why'), 2), (Slow('why'), STALLED), (KeyError('why'), 1)]
+  ('error', 'status'), [(UserError('why'), 2), (Slow('why'), ExitStatus.HUNG), (KeyError('why'), 1)]
 )
-def test_a_process_that_cannot_go_on_tells_the_others(service, capsys, error, status):
+def test_a_failed_process_stores_its_failure_for_the_others(service, capsys, error, status):
   with pytest.raises(Ended), multihost.ending_together():
     raise error
   assert service.ended == [status]
-  assert json.loads(service.told[multihost.FAILURE]) == [1, status, str(error)]
+  assert json.loads(service.stored[multihost.FAILURE_KEY]) == [1, status, str(error)]
   err = capsys.readouterr().err
   assert err.endswith(f'error: {error}\n')
   assert ('Traceback' in err) == isinstance(error, KeyError)
 
 
-def test_what_all_processes_meet_is_raised_on(service):
+def test_an_error_of_all_processes_propagates(service):
   with pytest.raises(NonFiniteLoss), multihost.ending_together():
     raise NonFiniteLoss('why', 3)
-  assert (service.ended, service.told) == ([], {})
+  assert (service.ended, service.stored) == ([], {})
 
 
-def test_a_process_ends_as_another_has_told(service, capsys, monkeypatch):
-  """Also if what it meets is what the end of the other has broken."""
+def test_a_process_ends_with_the_failure_of_another(service, capsys, monkeypatch):
+  """Also if its own error is a consequence of the other's end."""
   monkeypatch.setattr(multihost.threading, 'excepthook', lambda _: None)
   with multihost.ending_together():
-    service.told[multihost.FAILURE] = json.dumps([1, 7, 'its own'])
+    service.stored[multihost.FAILURE_KEY] = json.dumps([1, 7, 'its own'])
     time.sleep(0.1)
     assert service.ended == []
-    service.told[multihost.FAILURE] = json.dumps([2, 7, 'why'])
+    service.stored[multihost.FAILURE_KEY] = json.dumps([2, 7, 'why'])
     deadline = time.monotonic() + 10
     while not service.ended and time.monotonic() < deadline:
       time.sleep(0.01)
@@ -237,14 +236,14 @@ def test_a_process_ends_as_another_has_told(service, capsys, monkeypatch):
   time.sleep(0.1)
   count = len(service.ended)
   time.sleep(0.1)
-  assert len(service.ended) == count  # Nobody looks any more.
+  assert len(service.ended) == count  # The thread has ended.
 
 
 @pytest.mark.parametrize(
   ('options', 'method'),
   [(('a:1', 3, 2), 'deactivate'), ((None, None, None), None)],
 )
-def test_processes_are_joined_as_they_are_told(monkeypatch, options, method):
+def test_processes_join_with_the_given_options(monkeypatch, options, method):
   joined = []
   monkeypatch.setattr(
     multihost.jax.distributed, 'initialize', lambda *given, **more: joined.append((given, more))
