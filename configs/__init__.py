@@ -1,1 +1,1 @@
-"""Training configs: plain data. Derived ones import another and change what differs."""
+"""Training configs, plain data. A derived config imports another and changes what differs."""

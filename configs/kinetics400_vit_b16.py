@@ -1,12 +1,12 @@
-"""DropMAE ViT-B/16 on Kinetics-400, the published recipe, complete.
+"""DropMAE ViT-B/16 on Kinetics-400 as published, with every field.
 
 Wu et al., "DropMAE: Masked Autoencoders with Spatial-Attention Dropout for Tracking Tasks", CVPR
 2023: batch 4096, 400 epochs of which 40 warm up, AdamW, base learning rate 1.5e-4 per 256 pairs
 (peak 2.4e-3), weight decay 0.05, mask ratio 0.75, P = 0.1, frame gap 50. One epoch of the 241,553
 videos is 58 updates.
 
-    python -m tfds_kinetics --config=kinetics400 --videos=VIDEOS --data_dir=data
-    python -m dropmae_jax.main --config=configs/kinetics400_vit_b16.py --workdir=runs/k400
+    dropmae-build --config=kinetics400 --videos=VIDEOS --data_dir=data
+    dropmae-train --config=kinetics400_vit_b16 --workdir=runs/k400
 
 Hardware, hours, resulting loss: not yet run. The published logs of a 1600-epoch run show a mean
 loss of 0.3142 after 100 epochs and 0.2632 at the end.
@@ -18,7 +18,7 @@ STEPS_PER_EPOCH = 58
 
 
 def get_config() -> ConfigDict:
-  """Returns the published recipe; every field that a run has stands here."""
+  """Returns the published config; it sets every field of a run."""
   config = ConfigDict()
   config.data_dir = 'data'
   config.dataset = 'kinetics_frames/kinetics400'

@@ -1,9 +1,11 @@
-r"""A tiny model on generated clips, for a CPU of two cores: what `make quickstart` trains.
+r"""A tiny model on generated clips, for a CPU with two cores: what `make quickstart` trains.
 
-python -m dropmae_jax.data.synthetic_clips --output=runs/quickstart/clips
-python -m tfds_kinetics --config=folder --videos=runs/quickstart/clips \
+    dropmae-clips --output=runs/quickstart/clips
+    dropmae-build --config=folder --videos=runs/quickstart/clips \
         --data_dir=runs/quickstart/data
-python -m dropmae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+    dropmae-train --config=quickstart --workdir=runs/quickstart
+
+Takes minutes.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +14,7 @@ from dropmae_jax.configs import kinetics400_vit_b16
 
 
 def get_config() -> ConfigDict:
-  """Returns a recipe that learns in minutes."""
+  """Returns a config that learns in minutes."""
   config = kinetics400_vit_b16.get_config()
   config.data_dir = 'runs/quickstart/data'
   config.dataset = 'kinetics_frames/folder'
@@ -25,7 +27,7 @@ def get_config() -> ConfigDict:
   config.model.decoder_width = 96
   config.model.decoder_depth = 3
   config.model.decoder_num_heads = 3
-  # So short a training learns to look into the other frame only if that is easy.
+  # In so few steps the model learns to look at the other frame only where that is easy.
   config.data.frame_gap = 6
   config.data.shared_augmentation = True
   config.data.num_workers = 0

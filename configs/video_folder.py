@@ -1,10 +1,10 @@
-r"""ViT-B/16 on a folder of your own videos, on one device: a start to change fields of.
+r"""ViT-B/16 on a folder of your own videos, on one device: a config to start from.
 
-    python -m tfds_kinetics --config=folder --videos=VIDEOS --data_dir=data
-    python -m dropmae_jax.main --config=configs/video_folder.py --workdir=runs/mine \
+    dropmae-build --config=folder --videos=VIDEOS --data_dir=data
+    dropmae-train --config=video_folder --workdir=runs/mine \
         --config.num_steps=20000 --config.batch_size=256
 
-The learning rate follows the batch size by itself. Hours and results: not yet run at this size.
+The learning rate is scaled with the batch size. Hours and results: not yet run at this size.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from dropmae_jax.configs import kinetics400_vit_b16
 
 
 def get_config() -> ConfigDict:
-  """Returns a recipe to start from."""
+  """Returns a config to start from."""
   config = kinetics400_vit_b16.get_config()
   config.dataset = 'kinetics_frames/folder'
   config.num_steps = 20_000

@@ -1,4 +1,4 @@
-"""Builds a dataset: python -m tfds_kinetics --config=NAME --videos=ROOT --data_dir=OUT."""
+"""Builds a dataset: dropmae-build --config=NAME --videos=ROOT --data_dir=OUT; see docs/data.md."""
 
 import argparse
 import dataclasses
@@ -21,19 +21,19 @@ from tfds_kinetics.workers import STOP_SIGNALS, write_shards
 
 STOPPED = os.EX_TEMPFAIL
 
-# Flags of the same names as the fields of FrameOptions.
+# Range and help of the flags that are named like the fields of FrameOptions.
 OPTION_HELP = {
-  'short_side': (16, 4096, 'pixels of the shorter side; longer ones are scaled down'),
-  'jpeg_quality': (1, 100, 'of the stored frames'),
+  'short_side': (16, 4096, 'pixels of the shorter side; larger frames are scaled down'),
+  'jpeg_quality': (1, 100, 'JPEG quality of the stored frames'),
   'frame_stride': (1, 1000, 'store every n-th frame'),
-  'max_frames': (0, 10**9, 'of a video, from its start; 0 is all'),
-  'max_damage': (0, 1, 'share of undecodable packets that a video may have'),
-  'time_limit': (0.001, 10**6, 'seconds of a core that a video may take'),
+  'max_frames': (0, 10**9, 'frames stored of a video, from its start; 0 stores all'),
+  'max_damage': (0, 1, "share of a video's packets that may fail to decode"),
+  'time_limit': (0.001, 10**6, 'seconds of processor time that a video may take'),
 }
 
 
 def _name(text: str) -> str:
-  """Refuses what an unset variable of the shell leaves."""
+  """Refuses the empty text that an unset shell variable leaves."""
   if not text:
     raise argparse.ArgumentTypeError('it is empty')
   return text
@@ -44,7 +44,7 @@ def _path(text: str) -> pathlib.Path:
 
 
 def _text_path(text: str) -> pathlib.Path:
-  """Refuses what TFDS cannot write down."""
+  """Refuses a path that TFDS metadata cannot hold."""
   if printable(text) != text:
     raise argparse.ArgumentTypeError(f'{printable(text)} is not valid UTF-8; rename that folder')
   return _path(text)
@@ -52,7 +52,7 @@ def _text_path(text: str) -> pathlib.Path:
 
 def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
-    prog='python -m tfds_kinetics',
+    prog='dropmae-build',
     description='Builds a TFDS dataset of JPEG frames from a folder tree of videos.',
     allow_abbrev=False,
   )
@@ -60,24 +60,24 @@ def _arguments() -> argparse.Namespace:
   add('--config', required=True, choices=list(COLLECTIONS))
   add('--videos', required=True, type=_path, help='root of the video tree')
   add('--data_dir', required=True, type=_text_path, help='TFDS data directory to write to')
-  add('--annotations', type=_path, help="folder of Kinetics' csv files (default: in ROOT)")
+  add('--annotations', type=_path, help="folder of Kinetics' csv files (default: in VIDEOS)")
   cores = len(os.sched_getaffinity(0))
-  add('--workers', type=int, help=f'processes (all cores: {cores})')
+  add('--workers', type=int, help=f'processes (default: all cores, {cores})')
   for field in dataclasses.fields(FrameOptions):
-    help_text = f'{OPTION_HELP[field.name][2]} (%(default)s)'
+    help_text = f'{OPTION_HELP[field.name][2]} (default: %(default)s)'
     add(f'--{field.name}', type=field.type, default=field.default, help=help_text)
   ways = parser.add_argument_group('on a cluster').add_mutually_exclusive_group()
-  ways.add_argument('--shard_range', metavar='I/N', help='write only range I of 0..N-1, of N')
-  ways.add_argument('--finalise', action='store_true', help='after all ranges: the dataset')
+  ways.add_argument('--shard_range', metavar='I/N', help='write only range I of N (0 <= I < N)')
+  ways.add_argument('--finalise', action='store_true', help='once all ranges are written')
   ways.add_argument(
-    '--beam_runner', metavar='NAME', type=_name, help='let Apache Beam write the shards'
+    '--beam_runner', metavar='NAME', type=_name, help='write the shards by Apache Beam'
   )
   add('--beam_options', metavar='FLAGS', help="the Beam runner's flags, in quotes")
   arguments = parser.parse_args()
   if arguments.beam_runner is None and arguments.beam_options is not None:
-    parser.exit(2, 'error: --beam_options has no meaning without --beam_runner; give that too.\n')
+    parser.exit(2, 'error: --beam_options needs --beam_runner; give that too.\n')
   if arguments.beam_runner is not None and arguments.workers is not None:
-    parser.exit(2, 'error: --workers is not for --beam_runner; say it in --beam_options.\n')
+    parser.exit(2, 'error: --workers does not go with --beam_runner; set it in --beam_options.\n')
   if arguments.workers is None:
     arguments.workers = cores
   limits = {'workers': (1, 4096)} | {name: row[:2] for name, row in OPTION_HELP.items()}
@@ -95,7 +95,7 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _way(arguments: argparse.Namespace) -> Callable[[build.Plan], str]:
-  """Returns what is to be done with the plan, from which the closing lines come."""
+  """Returns the function that carries out the plan and returns the closing lines."""
   if arguments.shard_range is not None:
     number, count = _range(arguments.shard_range)
     return lambda planned: build.build_range(planned, number, count, arguments.workers)
@@ -111,8 +111,8 @@ def _way(arguments: argparse.Namespace) -> Callable[[build.Plan], str]:
 
 
 def _run(arguments: argparse.Namespace) -> str:
-  """Does what the flags ask for; returns the closing lines."""
-  way = _way(arguments)  # First, as the videos may take long to list.
+  """Plans and carries out the build; returns the closing lines."""
+  way = _way(arguments)  # Checks flags: first, because listing the videos may take long.
   fields = (field.name for field in dataclasses.fields(FrameOptions))
   planned = build.plan(
     COLLECTIONS[arguments.config],
@@ -125,7 +125,7 @@ def _run(arguments: argparse.Namespace) -> str:
 
 
 def _interrupt(*_: object) -> None:
-  """Stops once; a second Ctrl-C may not break off what the first has begun."""
+  """Stops once; a second Ctrl-C must not interrupt the cleanup after the first."""
   for each in STOP_SIGNALS:
     signal.signal(each, signal.SIG_IGN)
   raise KeyboardInterrupt
@@ -139,13 +139,13 @@ def main() -> int:
   if not sys.stderr.isatty():
     log.addHandler(logging.StreamHandler())
   for each in STOP_SIGNALS:
-    # Ctrl-C is ignored in the background of a script, and stays so.
+    # In the background of a script Ctrl-C is ignored, and must stay so.
     if each == signal.SIGTERM or signal.getsignal(each) is not signal.SIG_IGN:
       signal.signal(each, _interrupt)
-  # Each process that decodes holds some files open here.
+  # Each decoding process needs some open files in this one.
   _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-  # The names of videos need not be of the terminal's encoding.
+  # Names of videos may have characters that the terminal cannot show.
   sys.stdout.reconfigure(errors='backslashreplace')
   try:
     print(_run(arguments))
@@ -153,7 +153,7 @@ def main() -> int:
     print(one_line(f'error: {error}'), file=sys.stderr)
     return 2
   except OSError as error:
-    print(one_line(f'error: {error}; mend that and give the command again.'), file=sys.stderr)
+    print(one_line(f'error: {error}; fix that and give the command again.'), file=sys.stderr)
     return 2
   except (Stopped, KeyboardInterrupt) as stopped:
     print(str(stopped) or 'stopped', file=sys.stderr)
@@ -163,7 +163,7 @@ def main() -> int:
 
 def command() -> None:
   """The entry point dropmae-build."""
-  # The names of videos are UTF-8, and Python would read them otherwise in some locales.
+  # Names of videos are UTF-8, which Python does not assume in some locales.
   if sys.getfilesystemencoding() != 'utf-8' and os.environ.get('PYTHONUTF8') != '1':
     os.environ['PYTHONUTF8'] = '1'
     os.execv(sys.executable, sys.orig_argv)

@@ -1,6 +1,6 @@
-"""What is said of the clips of Kinetics: by their names, and by the csv files that list them.
+"""Reads what file names and annotation files say about the clips of Kinetics.
 
-A clip is named after its YouTube id, mostly followed by the seconds of its start and end:
+A clip is named by its YouTube id, mostly followed by its start and end in seconds:
 `<id>_000012_000022.mp4`.
 """
 
@@ -14,7 +14,7 @@ from tfds_kinetics.configs import SPLITS
 from tfds_kinetics.messages import BadInput
 
 CLIP_NAME = re.compile(r'(?P<id>[\w-]{11})(_(?P<start>\d+)_(?P<end>\d+))?', re.ASCII)
-# Clips without times are told apart by their YouTube id alone.
+# YouTube id, start and end in seconds; clips without times are identified by the id alone.
 ClipKey = tuple[str, int | None, int | None]
 COLUMNS = {'youtube_id', 'time_start', 'time_end'}
 
@@ -31,18 +31,18 @@ def clip_key(path: str) -> ClipKey | None:
 def annotation_files(
   root: pathlib.Path, annotations: pathlib.Path | None = None
 ) -> dict[str, pathlib.Path]:
-  """Finds the csv file of every split: the one that is called most like it.
+  """Finds the annotation file of every split: the one whose name matches the split best.
 
-  Looked for are .csv and .txt files that have the split's name as a word in their own. The mirrors
-  put other files beside and below them, so these must have the columns, unless they are .csv files
-  at the very place, of which a user should hear.
+  A candidate is a .csv or .txt file with the split's name as a word of its own name. Mirrors put
+  other files beside and below these, so a candidate must have the columns. A .csv file directly in
+  the folder is taken without them, so that the user is told what is wrong with it.
 
   Args:
-    root: of the video tree, which is looked at without its folders, but for `annotations`.
-    annotations: looked for in this folder only, if given.
+    root: of the video tree; searched are the folder itself and all of its folder `annotations`.
+    annotations: the only folder to search, if given.
 
   Raises:
-    BadInput: the folder that is given is none, or holds none.
+    BadInput: `annotations` is not a folder, or has no such file.
   """
   if annotations is not None and not annotations.is_dir():
     raise BadInput(f'--annotations={annotations} is not a folder; give that of the csv files.')
@@ -77,10 +77,10 @@ def _columns(path: pathlib.Path) -> set[str]:
 
 
 def read_annotations(path: pathlib.Path) -> dict[ClipKey, str]:
-  """Reads an official csv file: the class of every clip; empty in a test split without labels.
+  """Reads the class of every clip from an official csv file; empty where a test split has none.
 
   Raises:
-    BadInput: it cannot be read, or lacks a column.
+    BadInput: the file cannot be read, or lacks a column.
   """
   try:
     with path.open(newline='', encoding='utf-8-sig') as file:
@@ -107,7 +107,7 @@ def read_annotations(path: pathlib.Path) -> dict[ClipKey, str]:
 
 
 def missing_clips(annotated: dict[ClipKey, str], there: set[ClipKey | str]) -> Iterator[str]:
-  """Yields the names of the clips that are annotated but not there."""
+  """Yields the names of the clips that are annotated but have no file."""
   for youtube_id, start, end in annotated:
     if (youtube_id, start, end) not in there and (youtube_id, None, None) not in there:
       yield f'{youtube_id}_{start:06d}_{end:06d}'

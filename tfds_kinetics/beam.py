@@ -1,4 +1,4 @@
-"""Another fourth stop: an Apache Beam runner writes the shards, for those who have a cluster of it.
+"""Writes the shards by an Apache Beam runner, in place of workers.py, on a Beam cluster.
 
 Every machine must see the videos and the data directory under the same paths. Apache Beam is the
 extra `beam`; it brings older versions of protobuf and pyarrow than a plain installation.
@@ -26,13 +26,13 @@ except ImportError as error:
 
 
 class WriteShard(beam.DoFn):
-  """From a job to its shard's name; the shard itself lies in the folder."""
+  """Writes the shard of each job into the folder; emits the name of the shard."""
 
   def __init__(self, folder: str) -> None:
     self._folder = folder
 
   def setup(self) -> None:
-    """Begins the process that reads videos, so that none can end the worker."""
+    """Makes the process that reads videos, so that no video can end the worker."""
     never = multiprocessing.get_context('spawn').Event()
     self._process = ShardProcess(pathlib.Path(self._folder), never)
 
@@ -47,14 +47,14 @@ class WriteShard(beam.DoFn):
 
 
 def runner_options(runner: str, options: str) -> PipelineOptions:
-  """Returns what Beam is to be told.
+  """Returns the pipeline options of a runner.
 
   Args:
-    runner: its Beam name, such as 'DirectRunner'.
+    runner: name of a Beam runner, such as 'DirectRunner'.
     options: the runner's flags, as on a command line.
 
   Raises:
-    BadInput: the flags cannot be told apart.
+    BadInput: the flags have an unclosed quotation.
   """
   try:
     flags = shlex.split(options)
@@ -66,17 +66,17 @@ def runner_options(runner: str, options: str) -> PipelineOptions:
 def write_shards(
   jobs: list[ShardJob], folder: pathlib.Path, options: PipelineOptions
 ) -> dict[ShardJob, dict[str, Any]]:
-  """Writes the shards that are not there yet.
+  """Writes the shards that do not exist yet; returns the tables of all.
 
   Args:
-    jobs: the shards to write.
-    folder: where they are, and are to be; every worker must see it.
+    jobs: all shards.
+    folder: of the shards; every worker must see it.
     options: see `runner_options`.
 
   Raises:
     BadInput: Beam does not know the runner, or a shard could not be written.
-    ProgramError: see there; runners that give the errors of workers on as text raise a
-      RuntimeError that names it.
+    ProgramError: a bug in a program. Runners that pass on errors of workers as text raise a
+      RuntimeError that names this class.
   """
   shards.remove_leftovers(jobs, folder)
   left = [job for job in jobs if shards.finished_table(job, folder) is None]

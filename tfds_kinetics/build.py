@@ -1,7 +1,7 @@
-"""The road from a folder of videos to a dataset: in one go, or in the ranges of an array job.
+"""Builds a dataset from a folder of videos: in one command, or in the ranges of an array job.
 
-What is finished lies in `<version>.partial` until the dataset is whole, so a build that was
-stopped goes on, and machines that share a file system can each write some of it.
+Finished shards are kept in the folder `<version>.partial` until the dataset is complete. So a build
+that was stopped resumes, and machines that share a file system can each write some of the shards.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from tfds_kinetics.video import FrameOptions
 from tfds_kinetics.workers import write_shards
 
 PLAN = 'plan.txt'
-# From jobs and the folder of their shards to the shards' tables.
+# (jobs, folder of the shards) to the tables of the shards.
 Writer = Callable[[list[ShardJob], pathlib.Path], dict[ShardJob, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is to be built.
+  """A dataset to build.
 
   Attributes:
-    collection: which config.
+    collection: the builder config.
     root: of the video tree.
-    target: the folder that the dataset will have.
+    target: the folder of the finished dataset.
     options: how frames are stored.
-    listing: what was found.
+    listing: the videos that were found.
     jobs: all shards.
   """
 
@@ -50,7 +50,7 @@ class Plan:
 
   @property
   def folder(self) -> pathlib.Path:
-    """Where shards are collected."""
+    """The folder of the shards."""
     return self.target.with_name(f'{VERSION}.partial')
 
 
@@ -61,17 +61,17 @@ def plan(
   options: FrameOptions,
   annotations: pathlib.Path | None = None,
 ) -> Plan:
-  """Lists the shards to write.
+  """Lists the videos and the shards to write.
 
   Args:
-    collection: which config.
+    collection: the builder config.
     root: of the video tree.
     data_dir: the TFDS data directory; the dataset is `kinetics_frames/<collection>` in it.
     options: how frames are stored.
-    annotations: folder of the csv files of Kinetics, if not in `root`.
+    annotations: folder of Kinetics' csv files, if it is not in `root`.
 
   Raises:
-    BadInput: there is no folder, no video, or not the layout that the collection has.
+    BadInput: `root` is no folder, holds no video, or lacks the layout of the collection.
   """
   if not root.is_dir():
     raise BadInput(f'--videos={root} is not a folder; give the root of the video tree.')
@@ -106,29 +106,29 @@ def plan(
 
 
 def build(planned: Plan, write: Writer) -> pathlib.Path:
-  """Writes what is not there yet, and puts the dataset in place.
+  """Writes the shards that do not exist yet, and puts the dataset in place.
 
   Args:
-    planned: what to build.
-    write: writes the shards; the result does not depend on how.
+    planned: the dataset to build.
+    write: writes the shards; its choice does not change the result.
 
   Raises:
-    BadInput: no readable video, or another dataset is in the way.
+    BadInput: no video can be read, or the folder holds another dataset.
     Stopped: Ctrl-C or SIGTERM.
   """
   with _lock(planned):
     if not _is_built(planned):
       with _open_folder(planned, 'build.log'):
         _publish(planned, write(list(planned.jobs), planned.folder))
-      _remove_rests(planned)
+      _remove_leftovers(planned)
   return planned.target
 
 
 def build_range(planned: Plan, number: int, count: int, workers: int) -> str:
-  """Writes each `count`-th shard, from the `number`-th on; other processes write the others.
+  """Writes every `count`-th shard, from the `number`-th on; other processes write the others.
 
   Returns:
-    A sentence that says what is left to do.
+    A sentence that says what to do next.
 
   Raises:
     BadInput, Stopped: as `build` does.
@@ -150,7 +150,7 @@ def finalise(planned: Plan) -> pathlib.Path:
   """Puts the dataset in place once all ranges are written.
 
   Raises:
-    BadInput: shards are not there yet.
+    BadInput: shards are missing.
   """
   tables = {}
   if not planned.target.exists():
@@ -167,10 +167,10 @@ def finalise(planned: Plan) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _lock(planned: Plan, numbers: Iterable[int] | None = None) -> Iterator[None]:
-  """Holds the locks on some shards, or on all; they go with the process, however that ends.
+  """Locks some shards, or all; the system releases the locks when the process ends.
 
-  They are bytes of one file, so that whoever writes other shards is not in the way, and whoever
-  would write the same ones is told, in whatever number of ranges.
+  Each shard is one byte of the lock file. So builds of different shards do not block one another,
+  and a build of the same shards is refused, whatever the number of ranges of each.
   """
   path = planned.target.with_name(f'{VERSION}.lock')
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,15 +188,15 @@ def _lock(planned: Plan, numbers: Iterable[int] | None = None) -> Iterator[None]
       say(f'note: {path} cannot be locked ({error.strerror}); start no second build of it')
     yield
     if planned.target.exists():
-      path.unlink(missing_ok=True)  # Who has it open already will find the dataset in place.
+      path.unlink(missing_ok=True)  # A process that has it open finds the dataset in place.
 
 
 @contextlib.contextmanager
 def _open_folder(planned: Plan, log_name: str) -> Iterator[None]:
-  """Makes the folder of the shards, or checks that it is of this plan; keeps a log in it.
+  """Makes the folder of the shards, or checks that it is of this plan; logs to a file in it.
 
   Raises:
-    BadInput: what is finished there is of another plan, and would be lost.
+    BadInput: the folder holds shards of another plan, which would be lost.
   """
   planned.folder.mkdir(exist_ok=True)
   path, mine = planned.folder / PLAN, report.plan_fingerprint(planned.jobs)
@@ -223,7 +223,7 @@ def _open_folder(planned: Plan, log_name: str) -> Iterator[None]:
 
 
 def _is_built(planned: Plan) -> bool:
-  """Whether this very dataset is there; refuses if it was built from something else."""
+  """Whether this dataset is built already; refuses if the folder holds another one."""
   if not planned.target.exists():
     return False
   try:
@@ -236,17 +236,17 @@ def _is_built(planned: Plan) -> bool:
       f'{planned.target} holds a dataset of other videos or options; remove that folder to build'
       ' it anew, or give another --data_dir.'
     )
-  _remove_rests(planned)
+  _remove_leftovers(planned)
   say(f'{planned.target} is built already from these videos; nothing to do')
   if skipped:
     say(f'{skipped} videos were skipped then; to try them again, remove that folder')
   return True
 
 
-def _remove_rests(planned: Plan) -> None:
-  """Removes what lies beside a dataset that is in place; it is whole, whether that works or not."""
-  for rest in ('partial', 'staging'):
-    shutil.rmtree(planned.target.with_name(f'{VERSION}.{rest}'), ignore_errors=True)
+def _remove_leftovers(planned: Plan) -> None:
+  """Removes the temporary folders beside a finished dataset, as far as possible."""
+  for suffix in ('partial', 'staging'):
+    shutil.rmtree(planned.target.with_name(f'{VERSION}.{suffix}'), ignore_errors=True)
 
 
 def _publish(planned: Plan, tables: dict[ShardJob, dict[str, Any]]) -> None:
@@ -259,7 +259,7 @@ def _publish(planned: Plan, tables: dict[ShardJob, dict[str, Any]]) -> None:
   if not outcome['totals']['videos']:
     raise BadInput(
       f'none of the {outcome["totals"]["skipped"]} videos in --videos={planned.root} could be'
-      f' read; the reasons are in {planned.folder / report.TABLE}. Mend them, remove'
+      f' read; the reasons are in {planned.folder / report.TABLE}. Fix them, remove'
       f' {planned.folder} and give the command again.'
     )
   publish.put_in_place(planned.collection, tables, outcome, planned.folder, planned.target)

@@ -1,4 +1,4 @@
-"""The datasets that can be built: where their videos lie and what is known of them."""
+"""The builder configs, and the names of folders and files that videos are found by."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ VIDEO_SUFFIXES = frozenset(
     ' .ogv .ts .vob .webm .wmv'
   ).split()
 )
-# Folders of a split, as the public mirrors of Kinetics call them.
+# Names of split folders in the public mirrors of Kinetics, and the split of each.
 SPLITS = {
   form.format(name): split
   for name, split in (
@@ -30,9 +30,9 @@ class VideoCollection:
   Attributes:
     name: of the TFDS config.
     description: what the collection is.
-    num_classes: how many classes a complete copy of Kinetics has; None for other collections,
-      of whose names nothing is assumed.
-    homepage: where the collection is described.
+    num_classes: of a complete copy of Kinetics; None for other collections, whose file names mean
+      nothing.
+    homepage: of the collection.
     citation: BibTeX.
   """
 

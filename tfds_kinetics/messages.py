@@ -1,4 +1,4 @@
-"""What the builder tells its user, and how it ends early."""
+"""Messages to the user, and the exceptions that end a build."""
 
 import logging
 import re
@@ -10,7 +10,7 @@ log = logging.getLogger('tfds_kinetics')
 
 
 class BadInput(ValueError):
-  """Input that the user can mend; the message names the value and the remedy."""
+  """Input that the user can fix; the message names the value and the remedy."""
 
 
 class Stopped(Exception):
@@ -18,15 +18,15 @@ class Stopped(Exception):
 
 
 class ProgramError(Exception):
-  """A bug in the builder or a library: it ends the build, and no video is skipped for it.
+  """A bug in the builder or in a library: it ends the build, and no video is skipped for it.
 
-  It is made of text alone. An error that the builder could not read would be taken for a process
-  that was killed.
+  It holds text only, because it is sent between processes: an exception that cannot be unpickled
+  would look like a process that was killed.
   """
 
 
 def one_line(text: str) -> str:
-  """Shows line ends and other control characters, which file names may have, by their codes."""
+  """Escapes line ends and other control characters, which file names may contain."""
   return re.sub(
     '[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]',
     lambda found: found[0].encode('unicode_escape').decode(),
@@ -35,7 +35,7 @@ def one_line(text: str) -> str:
 
 
 def say(text: str) -> None:
-  """Tells the user on the terminal, or through the log where there is none."""
+  """Logs a line, and shows it on the terminal if there is one."""
   text = one_line(text)
   log.info(text)
   if sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Last stop: finished shards, an index and TFDS metadata become one dataset, all at once."""
+"""Makes finished shards, an index and TFDS metadata one dataset, by a single rename."""
 
 import os
 import pathlib
@@ -21,14 +21,14 @@ def put_in_place(
   folder: pathlib.Path,
   target: pathlib.Path,
 ) -> None:
-  """Gathers everything in a fresh folder and gives it the dataset's name.
+  """Gathers all files in a new folder and renames it to the dataset's.
 
   Args:
-    collection: what the metadata describe.
+    collection: described in the metadata.
     tables: of all shards.
-    report: of the build, which lies in `folder`.
-    folder: where the shards are.
-    target: the dataset's folder; it must not be there.
+    report: of the build; `folder` holds its files.
+    folder: of the shards.
+    target: folder of the dataset; it must not exist.
   """
   staging = target.with_name(f'{target.name}.staging')
   shutil.rmtree(staging, ignore_errors=True)
@@ -74,7 +74,7 @@ def put_in_place(
 
 
 def _link(source: pathlib.Path, destination: pathlib.Path) -> None:
-  """Links, so that a build killed right here has lost nothing; copies where links cannot be."""
+  """Links, so that a build killed here loses nothing; copies where links are impossible."""
   try:
     os.link(source, destination)
   except OSError:
@@ -82,10 +82,10 @@ def _link(source: pathlib.Path, destination: pathlib.Path) -> None:
 
 
 def _write_index(path: pathlib.Path, rows: list[dict[str, Any]], report: dict[str, Any]) -> None:
-  """Writes where each video's frames lie in the split, and what is known of the video.
+  """Writes the index of a split: where the frames of each video are, and facts about it.
 
-  Arrays: `first` record, number of `frames`, `path`, `youtube_id`, and `label`, which is a number
-  of a name in `classes`; the `fingerprint` of the whole dataset.
+  Arrays, per video: `first` record, number of `frames`, `path`, `youtube_id`, and `label`, a
+  position in `classes`. Besides: `classes`, and the `fingerprint` of the whole dataset.
   """
   frames = np.array([row['frames'] for row in rows], np.int32)
   classes = sorted({row['label'] for row in rows})

@@ -1,4 +1,4 @@
-"""What lies on the disk: a record per frame, in files that get their names once they are whole."""
+"""Writes frames as records, in files that get their final names when they are complete."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ RECORDS_PER_FILE = 8192
 
 
 def frame_features() -> tfds.features.FeaturesDict:
-  """One record is one frame, with what is known of the video that it is of."""
+  """Returns the TFDS features of a record: a frame, and facts about its video."""
   return tfds.features.FeaturesDict(
     {
       'jpeg': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
@@ -33,7 +33,7 @@ def frame_features() -> tfds.features.FeaturesDict:
 
 
 def frame_serializer() -> Callable[[bytes, Video, int], bytes]:
-  """Returns the function from a JPEG, its video and its number among the stored to a record."""
+  """Returns a function from (JPEG, video, number among the stored frames) to a record."""
   features = frame_features()
   serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
 
@@ -49,7 +49,7 @@ def frame_serializer() -> Callable[[bytes, Video, int], bytes]:
         }
       )
     )
-    # As it comes, the order of the features is another in each process.
+    # The serializer orders the features differently in each process.
     return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
 
   return serialize
@@ -57,7 +57,7 @@ def frame_serializer() -> Callable[[bytes, Video, int], bytes]:
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-  """Makes an OSError of what array_record raises where the disk is full or gone."""
+  """Turns the RuntimeError of array_record on a full or failing disk into an OSError."""
   try:
     yield
   except RuntimeError as error:
@@ -65,7 +65,7 @@ def _writing() -> Iterator[None]:
 
 
 class FrameFiles:
-  """Writes records to files of a limited length, under temporary names until `close`."""
+  """Writes records to files of limited length, which have temporary names until `close`."""
 
   def __init__(self, folder: pathlib.Path, name: str) -> None:
     self.folder, self._name = folder, name
@@ -78,7 +78,7 @@ class FrameFiles:
     """Appends one frame.
 
     Raises:
-      OSError: the disk does not take it.
+      OSError: the disk is full or fails.
     """
     if self._writer is None or self._records[-1] == RECORDS_PER_FILE:
       self._finish_file()
@@ -99,7 +99,7 @@ class FrameFiles:
       self._writer = None
 
   def close(self) -> list[dict[str, Any]]:
-    """Gives the files their names; returns `name`, `records` and `bytes` of each."""
+    """Gives the files their final names; returns `name`, `records` and `bytes` of each."""
     self._finish_file()
     rows = []
     for number, (path, records) in enumerate(zip(self._temporary, self._records, strict=True)):
@@ -110,7 +110,7 @@ class FrameFiles:
     return rows
 
   def discard(self) -> None:
-    """Removes what was written, on a disk that is full too."""
+    """Removes what was written; works on a full disk too."""
     with contextlib.suppress(OSError):
       self._finish_file()
     for path in self._temporary:
@@ -118,7 +118,7 @@ class FrameFiles:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text file whole or not at all, through a power cut too."""
+  """Writes a text file completely or not at all, even if the power fails."""
   temporary = path.with_name(f'{path.name}.{secrets.token_hex(8)}.partial')
   temporary.write_text(text, 'utf-8')
   sync(temporary)
@@ -126,7 +126,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def sync(path: pathlib.Path) -> None:
-  """Waits until a file or folder is on the disk itself."""
+  """Waits until a file or folder is stored on the disk (fsync)."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What became of every video: `build_report.json`, and the same as a table to read."""
+"""The report of a build, on every video: `build_report.json`, and the same as a table of text."""
 
 import dataclasses
 import hashlib
@@ -26,14 +26,13 @@ def make_report(
   tables: dict[ShardJob, dict[str, Any]],
   options: FrameOptions,
 ) -> dict[str, Any]:
-  """Gathers the report of a build.
+  """Returns the report of a build.
 
-  Returns:
-    `dataset`, `plan` (see `plan_fingerprint`), `fingerprint` (of all frames that are stored, and
-    of which videos they are), `options`, `totals`, `missing` (clips of the annotations that are
-    not there, by split) and `videos`: a row each, with `split` (empty in the folder of none),
-    `path`, `outcome` ('kept', 'skipped', or 'outside' of all splits), `reason`, `seconds`, `frames`
-    and `bytes` of its JPEGs.
+  Its entries: `dataset`; `plan` (`plan_fingerprint`); `fingerprint` (a hash of all stored frames
+  and the paths of their videos); `options`; `versions`; `totals`; `missing` (annotated clips
+  without a file, by split); `videos`, a row for each. A row has `split` (empty outside of all
+  splits), `path`, `class`, `outcome` ('kept', 'skipped' or 'outside' of all splits), `reason`,
+  `seconds`, `frames`, and `bytes` of its JPEGs.
   """
   rows = []
   for job, table in tables.items():
@@ -74,7 +73,7 @@ def make_report(
 
 
 def plan_fingerprint(jobs: Any) -> str:
-  """Returns what changes with the videos' names and sizes and with the options."""
+  """Returns a hash of the videos' names and sizes and of the options."""
   return hashlib.sha256(''.join(job.fingerprint for job in jobs).encode()).hexdigest()
 
 
@@ -92,7 +91,7 @@ def _row(split: str, outcome: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
-  """Writes both forms; a row of the json form is a line, so that line tools can read it."""
+  """Writes both forms; each video is one line of the json, so that grep can be used on it."""
   head = json.dumps(report | {'videos': []}, indent=1)
   rows = ',\n  '.join(json.dumps(row, ensure_ascii=False) for row in report['videos'])
   start, videos, end = head.rpartition('"videos": []')
@@ -102,7 +101,7 @@ def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
 
 
 def _table(report: dict[str, Any]) -> str:
-  """Lays the report out to be read: totals, what was skipped and why, then what was kept."""
+  """Returns the table of text: totals, then skipped videos with the reason, then kept ones."""
   lines = [*_totals(report), '']
   columns = f'{"outcome":8} {"frames":>7} {"MB":>8} {"seconds":>8}  video'
   lines += [columns, '-' * len(columns)]
@@ -134,7 +133,7 @@ def _totals(report: dict[str, Any]) -> list[str]:
 
 
 def summary(target: pathlib.Path) -> str:
-  """Returns the closing lines of a build: totals, what was skipped and why."""
+  """Returns the closing lines of a build: totals, and the first skipped videos with reasons."""
   report = json.loads((target / NAME).read_text('utf-8'))
   first, *notes = _totals(report)
   skipped = [row for row in report['videos'] if row['outcome'] == 'skipped']

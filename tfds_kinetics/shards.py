@@ -1,7 +1,7 @@
-"""Third stop: groups of videos to shards of frame records, each independent and atomic.
+"""Divides videos into shards and writes a shard of frame records; each is independent and atomic.
 
-A shard is a function of its job alone, so it does not matter which process of which machine
-writes it: a local one, a task of an array job, a Beam worker.
+A shard depends on its job only, so any process of any machine may write it: a local one, a task of
+an array job, a Beam worker.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from tfds_kinetics.records import FrameFiles, write_text
 from tfds_kinetics.tree import Video, printable
 from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
 
-# Major: what older readers cannot read. It is the version of the dataset too.
+# Of the format and of every dataset; the major number rises when older readers cannot read it.
 VERSION = '2.0.0'
 VIDEOS_PER_SHARD = 24
-# Small collections are split further, so that all processes have work.
+# Small collections get smaller shards, so that all processes have work.
 LEAST_SHARDS = 16
 
 
 class SourceChanged(OSError):
-  """A video is no longer what it was when the build was planned."""
+  """A video was moved or changed after the build was planned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ShardJob:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Changes with the options and the videos' names and sizes, not with where the root is."""
+    """A hash of the options and the videos' names and sizes; independent of the root's place."""
     videos = [
       [video.path, video.label, video.size, video.youtube_id]
       + [[copy.path, copy.size] for copy in video.copies]
@@ -56,14 +56,14 @@ class ShardJob:
 
   @property
   def name(self) -> str:
-    """What all files of the shard begin with."""
+    """The prefix of all files of the shard."""
     return f'{self.split}-{self.number:05d}'
 
 
 def shard_jobs(
   root: pathlib.Path, split: str, videos: list[Video], options: FrameOptions
 ) -> list[ShardJob]:
-  """Deals the videos of a split out to shards, in a fixed random order that mixes the classes."""
+  """Divides the videos of a split into shards, in a fixed random order that mixes classes."""
   order = random.Random(0).sample(videos, len(videos))
   count = max(-(-len(order) // VIDEOS_PER_SHARD), min(len(order), LEAST_SHARDS))
   return [
@@ -79,17 +79,17 @@ def write_shard(
   verdicts: Mapping[str, str],
   before_video: Callable[[Video], None],
 ) -> dict[str, Any]:
-  """Writes a shard and its table, unless they are there; returns the table.
+  """Writes a shard and its table, unless they exist; returns the table.
 
-  The table: {'fingerprint', 'files': see `FrameFiles.close`, 'videos': [row], 'skipped': [row]};
-  a row has `path`, `label`, `youtube_id`, `seconds`, and for a kept video `frames`, `bytes` and
-  `sha256` of its JPEGs, for a skipped one the `reason`, and whether it is `unread`: the machine
-  does not give its bytes. The records of a video follow one another in the order of 'videos'.
+  The table is {'fingerprint', 'files' (see `FrameFiles.close`), 'videos': [row], 'skipped': [row]}.
+  A row has `path`, `label`, `youtube_id` and `seconds`; of a kept video also `frames`, `bytes` and
+  `sha256` of its JPEGs; of a skipped one also the `reason`, and `unread`: whether the machine could
+  not read its bytes. The records of each video are contiguous, in the order of 'videos'.
 
   Args:
-    job: what to write.
-    folder: where to.
-    verdicts: why videos are to be skipped unread, by path.
+    job: the shard to write.
+    folder: to write it to.
+    verdicts: reasons to skip videos without reading them, by path.
     before_video: called with each video before it is read; if it raises, nothing is written.
   """
   table = finished_table(job, folder)
@@ -120,7 +120,7 @@ def write_shard(
 
 
 def _attempt(job: ShardJob, video: Video, files: FrameFiles, verdict: str | None) -> dict[str, Any]:
-  """Writes the frames of a video if there is no verdict on it yet; returns its row."""
+  """Writes the frames of a video, unless a verdict says why it is skipped; returns its row."""
   row = {'path': video.path, 'label': video.label, 'youtube_id': video.youtube_id}
   row = {key: printable(value) for key, value in row.items()}
   started = time.monotonic()
@@ -139,7 +139,7 @@ def _attempt(job: ShardJob, video: Video, files: FrameFiles, verdict: str | None
 
 
 def _is_unreadable(path: str) -> bool:
-  """Whether the machine does not give the bytes of a file, whatever they would be worth."""
+  """Whether the bytes of a file cannot be read; what they contain does not matter here."""
   try:
     if stat.S_ISREG(os.stat(path).st_mode):
       with open(path, 'rb', buffering=0) as file:
@@ -151,14 +151,14 @@ def _is_unreadable(path: str) -> bool:
 
 
 def _write_video(job: ShardJob, video: Video, files: FrameFiles) -> dict[str, Any]:
-  """Writes the frames of a video; returns how many they are, their bytes and their sha256.
+  """Writes the frames of a video; returns their number, their bytes and their sha256.
 
-  They are kept in a file that has no name until it is certain that all of them can be had: what
-  is written to a shard stays there.
+  All frames go to an unnamed temporary file first, because what is written to a shard cannot be
+  removed from it.
 
   Raises:
-    UnusableVideo: nothing of it was written.
-    SourceChanged: it was moved or replaced meanwhile, which is no verdict on it.
+    UnusableVideo: the video has to be skipped; none of its frames was written.
+    SourceChanged: the video was moved or replaced meanwhile, so nothing is known about it.
   """
   path = os.path.join(job.root, video.path)
   try:
@@ -183,9 +183,9 @@ def _write_video(job: ShardJob, video: Video, files: FrameFiles) -> dict[str, An
 
 
 def finished_table(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the table of a shard that an earlier run finished from the same videos.
+  """Returns the table of a shard that was finished from the same videos and options, or None.
 
-  A shard is to be written anew if a video that the machine did not give then can be read now.
+  None too if a video that could not be read then can be read now: the shard is written again.
   """
   try:
     table = json.loads((folder / f'{job.name}.json').read_text('utf-8'))
@@ -200,7 +200,7 @@ def finished_table(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None
 
 
 def remove_leftovers(jobs: list[ShardJob], folder: pathlib.Path) -> None:
-  """Removes what killed processes left of these shards; others may be written by other builders."""
+  """Removes what killed processes left of these shards; other builders may be at the others."""
   names = {job.name for job in jobs}
   for entry in os.scandir(folder):
     match = re.fullmatch(r'([a-z]+-\d+)\b.*\.(partial|current)', entry.name)

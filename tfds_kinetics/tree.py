@@ -1,7 +1,7 @@
-"""First stop: the videos of a folder tree, with what their names and annotations say of them.
+"""Lists the videos of a folder tree, with their splits, classes, ids and copies.
 
-Kinetics lies about in several forms: `train/<class>/<clip>.mp4`, `train/<clip>.mp4` beside the
-official csv files, folders called `train_256` or `videos_val`.
+Kinetics is distributed in several layouts: `train/<class>/<clip>.mp4`, `train/<clip>.mp4` beside
+the official csv files, folders named `train_256` or `videos_val`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from tfds_kinetics.annotations import (
 )
 from tfds_kinetics.configs import SPLITS, VIDEO_SUFFIXES, VideoCollection
 
-# Copies of clips that are damaged as they were first given out, as some mirrors unpack them.
+# Folder of some mirrors with good copies of clips that were damaged in the first distribution.
 REPLACEMENTS = 'replacement'
 
 
@@ -30,9 +30,9 @@ class Video:
   Attributes:
     path: below the root.
     label: name of its class; empty where none is known.
-    size: in bytes; -1 where there is none to be had, as of a link that leads nowhere.
-    youtube_id: of the video that a Kinetics clip was cut from; empty for other collections.
-    copies: the same clip in other files, each to be read only if none before it can be.
+    size: in bytes; -1 where it is unknown, as for a broken link.
+    youtube_id: of a Kinetics clip; empty for other collections.
+    copies: other files of the same clip; each is read only if all before it fail.
   """
 
   path: str
@@ -44,13 +44,13 @@ class Video:
 
 @dataclasses.dataclass
 class Listing:
-  """What was found below a root.
+  """The videos found below a root.
 
   Attributes:
     videos: of each split, sorted by path.
-    left_out: [split, path, reason] of what is no video.
-    missing: of each split that has annotations, the names of the clips that are not there.
-    outside: the videos that are in the folder of no split.
+    left_out: (split, path, reason) of what cannot be a video.
+    missing: of each split with annotations, the names of clips without a file.
+    outside: the videos outside the folders of all splits.
   """
 
   videos: dict[str, list[Video]] = dataclasses.field(default_factory=dict)
@@ -64,13 +64,12 @@ def list_videos(
 ) -> Listing:
   """Finds the videos of every split.
 
-  Folders named as splits directly below `root` are splits; without one for training among them
-  all videos are training data. The first folder below that is a video's class, unless the
-  annotations of Kinetics say otherwise. Links are followed.
+  Folders named as splits directly below `root` are splits; without one for training, all videos
+  are training data. The first folder below that is a video's class, unless the annotations of
+  Kinetics name another. Links are followed.
 
   Args:
-    collection: Kinetics clips have ids, annotations and duplicates; of other videos nothing is
-      assumed.
+    collection: the builder config; only clips of Kinetics have ids, annotations and copies.
     root: of the tree.
     annotations: folder of the official csv files; looked for in `root` if not given.
 
@@ -94,7 +93,7 @@ def list_videos(
 
 
 def split_folders(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-  """Returns the folders of each split; without one for training it is the whole root."""
+  """Returns the folders of each split; without one for training, the root is its folder."""
   folders: dict[str, list[pathlib.Path]] = defaultdict(list)
   for child in sorted(root.iterdir()):
     if child.name in SPLITS and child.is_dir():
@@ -103,12 +102,12 @@ def split_folders(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 
 
 def printable(text: str) -> str:
-  """Shows what is not UTF-8 in a file's name by its bytes."""
+  """Escapes the bytes of a file's name that are not UTF-8."""
   return os.fsencode(text).decode('utf-8', 'backslashreplace')
 
 
 def is_video(name: str) -> bool:
-  """Whether a file is called like a video."""
+  """Whether a file has the ending of a video."""
   return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
@@ -119,7 +118,7 @@ def _walk(
   listing: Listing,
   but: Set[pathlib.Path] = frozenset(),
 ) -> Iterator[Video]:
-  """Yields the videos below a folder, `but` not those below others; notes what cannot be one."""
+  """Yields the videos below a folder, except below `but`; adds to `left_out` what is no file."""
 
   def leave_out(path: pathlib.Path, reason: str) -> None:
     listing.left_out.append((split, path.relative_to(root).as_posix(), reason))
@@ -135,11 +134,11 @@ def _walk(
       folders.clear()
       continue
     visited.add(real)
-    # Sorted, as which of them is taken may not depend on the file system.
+    # Sorted, so that the choice among links to one folder does not depend on the file system.
     folders[:] = sorted(name for name in folders if pathlib.Path(place, name) not in but)
     below = os.path.relpath(place, folder)
     label = '' if below == os.curdir else below.split(os.sep)[0]
-    # Joined as text: a collection has hundreds of thousands.
+    # Paths are joined as text for speed: a collection has hundreds of thousands.
     prefix = pathlib.PurePath(os.path.relpath(place, root)).as_posix()
     prefix = '' if prefix == os.curdir else f'{prefix}/'
     for name in filter(is_video, folders):
@@ -153,7 +152,7 @@ def _walk(
 
 
 def _apply_kinetics(listing: Listing, annotated: dict[str, dict[ClipKey, str]]) -> None:
-  """Adds ids and classes, gathers the copies of a clip, and notes what is missing."""
+  """Adds ids and classes, joins the copies of each clip, and lists missing clips."""
   names = {name for labels in annotated.values() for name in labels.values() if name}
   class_names = {_letters(name): name for name in names}
   replacements = defaultdict(list)
@@ -182,12 +181,12 @@ def _apply_kinetics(listing: Listing, annotated: dict[str, dict[ClipKey, str]]) 
 
 
 def _letters(name: str) -> str:
-  """A class's name as far as a folder that is called after it is sure to have it."""
+  """Returns the part of a class's name that its folder keeps: lower-case letters and digits."""
   return ''.join(filter(str.isalnum, name)).lower()
 
 
 def _with_copies(copies: list[Video], replacements: list[Video]) -> Video:
-  """Orders copies by what they promise: a replacement, then the largest, as others may be cut."""
+  """Joins copies: a replacement first, then the largest file, as smaller ones may be cut short."""
   known = {'label': copies[0].label, 'youtube_id': copies[0].youtube_id}
   order = [dataclasses.replace(video, **known) for video in replacements]
   order += sorted(copies, key=lambda video: -video.size)

@@ -1,4 +1,4 @@
-"""Second stop: a video file to the JPEG bytes of its frames."""
+"""Decodes a video file to the JPEG bytes of its frames."""
 
 import collections
 import contextlib
@@ -17,19 +17,19 @@ from av.stream import Disposition
 
 av.logging.set_level(av.logging.PANIC)
 
-# A title that is not UTF-8 is no reason to skip a video. PyAV before 19 raises unless told so;
-# PyAV 19 never does, and no longer has the argument.
+# A title that is not UTF-8 is no reason to skip a video. PyAV before 19 raises without this
+# argument; PyAV 19 never raises and has no such argument.
 _LENIENT_METADATA = {'metadata_errors': 'replace'} if int(av.__version__.split('.')[0]) < 19 else {}
-# Along a side of a JPEG, by libjpeg.
+# Limit of libjpeg along a side.
 MOST_PIXELS = 65500
 
 
 class UnusableVideo(Exception):
-  """The video is not taken into the dataset; the message says why."""
+  """The video is skipped; the message says why."""
 
 
 class MachineFault(Exception):
-  """A video could not be read, but it is the machine's fault: too many open files, no memory."""
+  """The machine could not read a video: too many open files, no memory."""
 
 
 MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ESTALE}
@@ -40,13 +40,13 @@ class FrameOptions:
   """How frames are stored.
 
   Attributes:
-    short_side: frames whose shorter side is longer are scaled down to it (bicubic); none is
-      scaled up.
+    short_side: in pixels; frames with a longer shorter side are scaled down to it (bicubic), none
+      is scaled up.
     jpeg_quality: 1 to 100; chroma is stored at half resolution.
-    frame_stride: every how many frames one is stored, from the first on.
-    max_frames: how many frames of a video are stored at most, from its start; 0 is all.
-    max_damage: the share of a video's packets that may fail to decode before it is left out.
-    time_limit: seconds of a core that one video may take before it is left out.
+    frame_stride: every n-th frame is stored, from the first on.
+    max_frames: frames of a video that are stored at most, from its start; 0 stores all.
+    max_damage: share of a video's packets that may fail to decode before it is skipped.
+    time_limit: seconds of processor time that a video may take before it is skipped.
   """
 
   short_side: int = 256
@@ -70,7 +70,7 @@ def _encode(frame: av.VideoFrame, options: FrameOptions) -> bytes:
   if max(width, height) > MOST_PIXELS:
     raise UnusableVideo(f'its frames are {width} x {height} pixels; JPEG has {MOST_PIXELS} at most')
   pixels = frame.reformat(width, height, 'rgb24', interpolation='BICUBIC').to_ndarray()
-  # Phones store what the sensor saw and how to turn it; players turn it, the decoder does not.
+  # Phones store unrotated frames and an angle; players rotate them, the decoder does not.
   upright = np.rot90(pixels, round(frame.rotation / 90))
   return simplejpeg.encode_jpeg(
     np.ascontiguousarray(upright),
@@ -83,21 +83,21 @@ def _encode(frame: av.VideoFrame, options: FrameOptions) -> bytes:
 def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
   """Decodes every frame of the first video stream, in order of presentation, as JPEG.
 
-  Packets that fail and frames that the decoder marks as corrupt are left out and counted. The
-  verdict on them comes at the end: what was yielded before an exception is not to be used.
+  Packets that fail and frames that the decoder marks as corrupt are left out and counted. Whether
+  they are too many is known only at the end: after an exception, discard what was yielded.
 
   Raises:
     UnusableVideo: it cannot be opened, has no video stream or no frame, takes too long, or too
-      much of it is damaged. Nothing else is raised for what the file holds.
-    MachineFault: see there.
-    Exception: any other, such as a TypeError, is a bug in a program and says nothing of the video.
+      much of it is damaged. The content of a file raises nothing else.
+    MachineFault: the machine could not read it.
+    Exception: any other, such as a TypeError, is a bug in a program and not the video's fault.
   """
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
-      raise UnusableVideo('it is not a file')  # A pipe would be waited on for ever.
+      raise UnusableVideo('it is not a file')  # Reading a pipe would never end.
     yield from _read_jpegs(path, options)
   except MemoryError as error:
-    # FFmpeg's own is that of a header which asks for more than there is.
+    # FFmpeg raises its own where a damaged header asks for more memory than there is.
     if isinstance(error, av.error.FFmpegError):
       raise UnusableVideo(f'it cannot be opened: {error.strerror}') from error
     raise MachineFault(f'{path}: {error}') from error
@@ -109,10 +109,10 @@ def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _demuxing() -> Iterator[None]:
-  """Skips the video for a ValueError that PyAV raises as it opens or decodes.
+  """Turns a ValueError that PyAV raises while it opens or decodes into UnusableVideo.
 
-  FFmpeg has errors of its own for nearly everything; PyAV adds this one for text that is not UTF-8,
-  times without a unit and codecs without a decoder.
+  FFmpeg has its own errors for nearly everything. PyAV raises ValueError for text that is not
+  UTF-8, times without a unit and codecs without a decoder.
   """
   try:
     yield
@@ -125,7 +125,7 @@ def _demuxing() -> Iterator[None]:
 def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
   failures: collections.Counter[str] = collections.Counter()
   packets = number = stored = 0
-  # Of the core, not of the clock: neither a loaded nor a suspended machine is the video's fault.
+  # Processor time, not wall-clock time: a busy or suspended machine is not the video's fault.
   deadline = time.process_time() + options.time_limit
   with open_video(path) as container:
     if container.format.name in ('concat', 'hls'):
@@ -144,10 +144,10 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
           packet = next(demuxer, None)
           if packet is None:
             break
-          packets += packet.size > 0  # The last one only asks for what is held back.
+          packets += packet.size > 0  # The last, empty packet flushes the decoder.
           frames = packet.decode()
       except av.error.FFmpegError as error:
-        # A failed demuxer is at its end, so the next round stops.
+        # A demuxer that failed is at its end, so the next iteration stops.
         failures[error.strerror] += 1
         continue
       for frame in frames:
@@ -162,7 +162,7 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
           yield _encode(frame, options)
           stored += 1
         number += 1
-    # The header of an mp4 counts its packets, so those behind a cut are known to be missing.
+    # The header of an mp4 has the number of packets, so those missing at its end can be counted.
     if 'mp4' in container.format.name and stream.frames > packets and not options.max_frames:
       missing = max(0, stream.frames - _count_packets(path, stream.index))
       failures['the file is cut short'] += missing
@@ -178,7 +178,7 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
 
 
 def open_video(path: str, **options: str) -> av.container.InputContainer:
-  """Opens a video whatever its name and its titles look like.
+  """Opens a video, with any characters in its name and titles.
 
   Args:
     path: of the file.
@@ -187,14 +187,14 @@ def open_video(path: str, **options: str) -> av.container.InputContainer:
   Raises:
     FFmpegError, UnusableVideo: it is no video.
   """
-  # As `file:`, whatever the name looks like; FFmpeg lets what it opened so open files only, so a
-  # playlist under a video's name fetches nothing.
+  # `file:` stops FFmpeg from reading the name as a URL. What is opened so may open files only, so a
+  # playlist that is named like a video downloads nothing.
   with _demuxing():
     return av.open(f'file:{path}', options=options, **_LENIENT_METADATA)
 
 
 def _count_packets(path: str, stream: int) -> int:
-  """Counts the packets that are there, those too that an edit list takes out of what plays."""
+  """Counts the packets in the file, including those that an edit list leaves out of playback."""
   with open_video(path, ignore_editlist='1') as container, _demuxing():
     return sum(packet.size > 0 for packet in container.demux(container.streams[stream]))
 

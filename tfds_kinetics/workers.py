@@ -1,4 +1,4 @@
-"""Fourth stop: all cores write shards, and no video that hangs or kills a process can stop them."""
+"""Writes shards on all cores. No video that hangs or kills a process can stop the build."""
 
 import concurrent.futures
 import contextlib
@@ -23,26 +23,26 @@ from tfds_kinetics.tree import Video, printable
 from tfds_kinetics.video import MachineFault
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-# The decoder is asked to stop at the time limit, of its core. A process in which it does not listen
-# is ended after this many times the limit on the clock, and these seconds.
+# Decoding checks the time limit (processor time) at each frame. A process that hangs inside the
+# decoder is ended after this many times the limit on the clock, plus these seconds.
 GRACE = (3.0, 5.0)
 TICK = 0.5
 MOST_UNEXPLAINED = 3
 
 
 class KilledAgain(RuntimeError):
-  """Processes are killed again and again, by no video."""
+  """Processes are killed again and again, and no single video is the cause."""
 
 
 class ShardProcess:
-  """Writes shards in a process of its own; what kills that costs the build a video at most.
+  """Writes shards in a process of its own; if that is killed, one video is lost at most.
 
-  A video that was being read when its process was killed is read once more, as it may have been
-  another's doing (too little memory, an impatient administrator); the second time it is skipped.
+  A video that was being read when the process was killed is read once more, because the kill may
+  have had another cause (too little memory, an administrator). The second time it is skipped.
 
   Args:
-    folder: where the shards are to be.
-    stop: an event of `multiprocessing`; once it is set, shards are given up.
+    folder: of the shards.
+    stop: an event of `multiprocessing`; once it is set, writing stops.
   """
 
   def __init__(self, folder: pathlib.Path, stop: Any) -> None:
@@ -53,9 +53,9 @@ class ShardProcess:
     """Returns the table of the shard, or None if the stop event came first.
 
     Raises:
-      KilledAgain: the process does not live long enough to read a video.
-      MachineFault: a video cannot be read now.
-      ProgramError: see there; the shard can be written once that is mended.
+      KilledAgain: the process is killed before it reads any video, again and again.
+      MachineFault: the machine cannot read a video now.
+      ProgramError: a bug in a program; the shard can be written once that is fixed.
       OSError: the folder cannot be written, or a video changed meanwhile.
     """
     verdicts: dict[str, str] = {}
@@ -95,20 +95,20 @@ class ShardProcess:
 def write_shards(
   jobs: list[ShardJob], folder: pathlib.Path, workers: int
 ) -> dict[ShardJob, dict[str, Any]]:
-  """Writes the shards that are not there yet, whatever happens to the processes that do it.
+  """Writes the shards that do not exist yet; processes that are killed are replaced.
 
   Args:
-    jobs: the shards to write.
-    folder: where they are, and are to be.
+    jobs: all shards.
+    folder: of the shards.
     workers: number of processes.
 
   Returns:
     The table of every shard; see `shards.write_shard`.
 
   Raises:
-    Stopped: Ctrl-C.
-    BadInput: the folder cannot be written, or processes are killed for no video's sake.
-    ProgramError: see there; what is finished is kept.
+    Stopped: Ctrl-C or SIGTERM.
+    BadInput: the folder cannot be written, or processes are killed and no video is the cause.
+    ProgramError: a bug in a program; what is finished is kept.
   """
   shards.remove_leftovers(jobs, folder)
   tables = {job: table for job in jobs if (table := shards.finished_table(job, folder))}
@@ -128,7 +128,7 @@ def write_shards(
     ) from None
   except MachineFault as error:
     raise BadInput(
-      f'a video cannot be read now, which is not its own fault ({error}); mend that and give the'
+      f'a video cannot be read now, which is not its own fault ({error}); fix that and give the'
       ' command again. What is finished is kept.'
     ) from error
   except KilledAgain:
@@ -151,7 +151,7 @@ def write_shards(
 
 
 class Progress:
-  """Shows count, rate and time left: a bar on a terminal, plain lines in the log."""
+  """Shows count, rate and remaining time: a bar on a terminal, plain lines in the log."""
 
   def __init__(self, jobs: Iterable[ShardJob], done: Iterable[ShardJob]) -> None:
     self._jobs = list(jobs)
@@ -162,7 +162,7 @@ class Progress:
     self._bar = tqdm.tqdm(total=self._total, initial=self._initial, unit='video', disable=None)
 
   def shard_is_done(self, job: ShardJob, table: dict[str, Any]) -> None:
-    """Counts a shard that was written now."""
+    """Counts a shard that has just been written."""
     self._shards += 1
     self._videos += len(job.videos)
     self._bar.update(len(job.videos))
@@ -174,14 +174,14 @@ class Progress:
     )
 
   def close(self) -> None:
-    """Leaves the terminal in order."""
+    """Closes the bar."""
     self._bar.close()
 
 
 def _completed(
   jobs: list[ShardJob], folder: pathlib.Path, workers: int
 ) -> Iterator[tuple[ShardJob, dict[str, Any]]]:
-  """Yields shards as processes finish them; whatever goes wrong, no further one is begun."""
+  """Yields shards as processes finish them; after an error no further shard is started."""
   stop = multiprocessing.get_context('spawn').Event()
   mine, processes = threading.local(), []
 
@@ -192,8 +192,8 @@ def _completed(
   count = max(1, min(workers, len(jobs)))
   with concurrent.futures.ThreadPoolExecutor(count, initializer=begin) as threads:
     try:
-      # Threads start when work is submitted, and they and their processes inherit the mask: they
-      # cannot be interrupted before they have said that they will not be.
+      # Threads start when work is submitted, and they and their processes inherit the mask: no
+      # signal can interrupt a process before `_start` has set how it treats signals.
       signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
       try:
         running = {threads.submit(lambda job: mine.process.write(job), job): job for job in jobs}
@@ -211,12 +211,12 @@ def _completed(
 
 
 def _marker(job: ShardJob, folder: pathlib.Path) -> pathlib.Path:
-  """The file that holds the name of the video that is being read."""
+  """Returns the file with the name of the video that is being read."""
   return folder / f'{job.name}.current'
 
 
 def _last_read(job: ShardJob, folder: pathlib.Path) -> tuple[str | None, bool]:
-  """Returns which video was being read when the process ended, and whether it was stuck in it."""
+  """Returns the video that was being read when the process ended, and whether it hung there."""
   marker = _marker(job, folder)
   try:
     content = json.loads(marker.read_text())
@@ -226,13 +226,13 @@ def _last_read(job: ShardJob, folder: pathlib.Path) -> tuple[str | None, bool]:
   return content['path'], content['stuck']
 
 
-# What follows runs in the process of a ShardProcess.
+# The code below runs in the process of a ShardProcess.
 
 
 class _Watch:
-  """Ends this process when its builder is gone or stops, or when a video takes far too long.
+  """Ends this process when the builder has ended or stops, or when a video takes far too long.
 
-  It may end at any point: what it was writing has a temporary name.
+  The process may be ended at any point: unfinished files have temporary names.
   """
 
   def __init__(self, stop: Any, builder: int) -> None:
@@ -241,16 +241,16 @@ class _Watch:
     self._left = 0.0
 
   def read(self, seconds: float, marker: pathlib.Path, path: str) -> None:
-    """Notes which video is read now, and how long that may take."""
+    """Starts the clock of a video."""
     marker.write_text(json.dumps({'path': path, 'stuck': False}))
     self._left, self._reading = seconds, (marker, path)
 
   def rest(self) -> None:
-    """Notes that no video is read now."""
+    """Stops the clock: no video is being read."""
     self._reading = None
 
   def run(self) -> None:
-    """Watches for ever."""
+    """Watches until the process ends."""
     while os.getppid() == self._builder and not self._stop.is_set():
       reading = self._reading
       if reading and self._left < 0:
@@ -258,7 +258,7 @@ class _Watch:
           reading[0].write_text(json.dumps({'path': reading[1], 'stuck': True}))
         break
       time.sleep(TICK)
-      self._left -= TICK  # Counted, not read off the clock, which runs on in a suspended process.
+      self._left -= TICK  # Counted, as a clock would go on while the process is suspended.
     os._exit(1)
 
 
@@ -266,7 +266,7 @@ _watch: _Watch | None = None
 
 
 def _start(stop: Any, builder: int) -> None:
-  """Leaves Ctrl-C to the builder, which tells through `stop`."""
+  """Ignores Ctrl-C, which the builder passes on through `stop`."""
   global _watch
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

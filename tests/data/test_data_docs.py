@@ -1,4 +1,4 @@
-"""What docs/data.md tells to copy is understood by the commands, and by the shell."""
+"""The commands, options and names in docs/data.md exist; its scripts are valid shell."""
 
 import re
 import shlex
@@ -17,14 +17,14 @@ TEXT = (ROOT / 'docs' / 'data.md').read_text()
 SCRIPTS = re.findall(r'```bash\n(.*?)```', TEXT, flags=re.DOTALL)
 
 
-def commands(module):
-  """The argument lists of a module, from all documents."""
+def commands(name):
+  """The argument lists of a command, from all documents."""
   found = []
   for path in (ROOT / 'docs' / 'data.md', ROOT / 'README.md'):
     for script in re.findall(r'```bash\n(.*?)```', path.read_text(), flags=re.DOTALL):
       for line in script.replace('\\\n', ' ').splitlines():
-        if line.startswith(f'python -m {module} '):
-          found.append(shlex.split(line, comments=True)[3:])
+        if line.startswith(f'{name} '):
+          found.append(shlex.split(line, comments=True)[1:])
   return found
 
 
@@ -34,11 +34,11 @@ def test_the_shell_understands(script):
 
 
 def test_the_builder_understands(monkeypatch):
-  found = commands('tfds_kinetics')
+  found = commands('dropmae-build')
   assert len(found) >= 5
   for arguments in found:
     arguments = [each.replace('$SLURM_CPUS_PER_TASK', '2') for each in arguments]
-    monkeypatch.setattr('sys.argv', ['tfds_kinetics', *arguments])
+    monkeypatch.setattr('sys.argv', ['dropmae-build', *arguments])
     parsed = builder._arguments()
     assert parsed.config in COLLECTIONS
 
