@@ -1,11 +1,6 @@
-<<<<<<< HEAD
 """docs/convert.md: its code runs as it stands, and its table of keys is what loaders print."""
-=======
-"""The code, the lists of keys and the counts in docs/convert.md are right for files of a ViT-B."""
->>>>>>> w5
 
 import re
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,35 +9,11 @@ from conftest import ROOT, torch
 
 from dropmae_jax.model import mae
 from dropmae_jax.model.vit import architecture_of_size
-<<<<<<< HEAD
 from dropmae_jax.pytorch import layouts, weight_files
-=======
-from dropmae_jax.pytorch import file_checks, layouts, weight_files
->>>>>>> w5
 
 TEXT = (ROOT / 'docs' / 'convert.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', TEXT, flags=re.DOTALL)
 BASE = architecture_of_size('B')
-
-
-class Network(NamedTuple):
-  """What a program's network has beside a plain encoder, by the program's own loader.
-
-  Its `num_heads` new heads are in no pre-training file. `removes_decoder`: names with 'decoder'
-  are removed before loading.
-  """
-
-  beside_encoder: set[str]
-  num_heads: int = 0
-  removes_decoder: bool = False
-
-
-NETWORKS = {
-  'DropTrack': Network({'cls_token', *layouts.FRAME_IDENTITIES}, removes_decoder=True),
-  'OSTrack': Network({'cls_token'}),
-  'DropSeg': Network({'cls_token', *layouts.FRAME_IDENTITIES}, 36, removes_decoder=True),
-  'MAE, fine-tuning': Network({'cls_token', 'head.weight', 'head.bias'}),
-}
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +61,6 @@ def test_code_can_be_copied(timm, files, params, monkeypatch, block):
   assert np.abs(theirs - ours).max() / np.abs(ours).max() < reference.TOLERANCE
 
 
-<<<<<<< HEAD
 def network(timm, program):
   """A network with the tensors of a program's: timm's ViT-B without memory, and additions."""
   options = {
@@ -182,35 +152,9 @@ def test_timm_has_models_of_our_sizes(timm, model, size, image_size):
   theirs = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
   assert theirs == layouts.tensor_shapes(architecture, 'timm')
   assert net.blocks[0].attn.num_heads == architecture.num_heads
-=======
-def test_the_key_lists_are_right():
-  rows = {row.split('|')[1].strip(): row for row in TEXT.splitlines() if row.startswith('| ')}
-  encoder = set(layouts.tensor_shapes(BASE, 'encoder')) - {*layouts.FRAME_IDENTITIES}
-  for program, network in NETWORKS.items():
-    layout = 'mae' if program == 'MAE, fine-tuning' else 'full'
-    offered = set(layouts.tensor_shapes(BASE, layout))
-    if network.removes_decoder:
-      offered = {name for name in offered if 'decoder' not in name}
-    missing = network.beside_encoder - offered
-    unexpected = offered - network.beside_encoder - encoder
-    missing_cell, unexpected_cell = rows[program].split('|')[3:5]
-    for name in missing:
-      assert f'`{name}`' in missing_cell, program
-    if network.num_heads:
-      assert f'{network.num_heads + len(missing)}: `cls_token` and {network.num_heads} tensors' in (
-        missing_cell
-      )
-    if layout == 'mae':
-      assert unexpected == {*layouts.FRAME_IDENTITIES}
-      assert 'the two `temporal_pos_embed_*`' in unexpected_cell
-    elif len(unexpected) == 1:
-      assert f'`{min(unexpected)}` (of `full`)' in unexpected_cell
-    else:
-      assert f'{len(unexpected)} (of `full`)' in unexpected_cell
->>>>>>> w5
 
 
-@pytest.mark.parametrize('layout', ['full', 'encoder', 'mae', 'timm'])
+@pytest.mark.parametrize('layout', layouts.LAYOUTS)
 def test_tensor_counts_are_right(layout):
   (count,) = re.findall(rf'\| `{layout}` \| .*?(\d+) tensors', TEXT)
   assert int(count) == len(layouts.tensor_shapes(BASE, layout))
