@@ -255,7 +255,7 @@ def test_training_trace(golden, state, accumulation):
   recorded = golden(f'train_accum{accumulation}')
   peak, floor, warmup, decay, _, mask_ratio = recorded['base']
   per_epoch = int(recorded['len_loader'])
-  # Ours throws nothing away, so the reference's discarded micro-steps are not fed.
+  # The reference discards some micro-steps; here nothing is discarded, so they are left out.
   used = [
     t
     for t in range(len(recorded['loss']))

@@ -1,4 +1,4 @@
-"""Attention with dropped pairs, fast: what training runs; the definition is `asad.asad`.
+"""Attention with dropped pairs, in the fast form that training uses; `asad.asad` defines it.
 
 It has the same distribution and the same number of drops as the definition. Three things make it
 fast: pairs are selected by 16-bit ranks instead of a sort (`weighted_sampling`); attention is
@@ -120,7 +120,7 @@ def unnormalised_probs(logits: Logits, largest: Array, scale: float, dtype: DTyp
 
 
 class RowSums(NamedTuple):
-  """By what the softmax of each query is normalised: largest logit and sum of exponentials."""
+  """The largest logit and the sum of exponentials of each query, which normalise its softmax."""
 
   largest: Float[Array, 'b f m i 1']
   total: Float[Array, 'b f m i 1']

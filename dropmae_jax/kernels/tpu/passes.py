@@ -106,7 +106,7 @@ def forward(
   queries = [query[0, frame].T for frame in frames]
   values = [value[0, frame].T for frame in frames]
   scale = width**-0.5
-  # The last registers of rows and columns also hold what is no pair, and is never drawn.
+  # The last registers of rows and columns are partly padding, which is never drawn.
   for edge in (
     scores.at[:, :, (n - 1) // 8 * 8 :, :],
     scores.at[:, :, :, (n - 1) // LANES * LANES :],
