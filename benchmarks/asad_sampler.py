@@ -26,7 +26,7 @@ from benchmarks.rounds import Way
 from dropmae_jax.data import loader_process
 from dropmae_jax.model import fast_asad
 from dropmae_jax.model.asad import Logits, num_dropped
-from dropmae_jax.model.chunks import ChunkCounts
+from dropmae_jax.model.chunks import Groups
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 
@@ -61,7 +61,7 @@ def torch_drops(logits: 'Tensor', count: int) -> 'Tensor':
 
 
 def make_logits(
-  batch_size: int, heads: int, tokens: int, groups: ChunkCounts
+  batch_size: int, heads: int, tokens: int, groups: Groups
 ) -> tuple[Logits, np.ndarray]:
   """Returns random logits twice: for us, in groups as a step has them, and as one matrix.
 
@@ -72,7 +72,7 @@ def make_logits(
   own, other = own.astype(np.float32), other.astype(np.float32)
   earlier = np.concatenate([own[:, 0], other[:, 0]], axis=-1)
   later = np.concatenate([other[:, 1], own[:, 1]], axis=-1)
-  sizes = {'s': groups.samples, 'h': groups.heads}
+  sizes = {'s': groups.of_samples, 'h': groups.of_heads}
   ours = (rearrange(each, '(s c) f (h k) i n -> (s h) c f k i n', **sizes) for each in (own, other))
   return Logits(*map(jnp.asarray, ours)), np.concatenate([earlier, later], axis=-2)
 

@@ -22,7 +22,7 @@ from dropmae_jax.kernels import implementations
 from dropmae_jax.model import attention, fast_asad, mae, masking, patches, weighted_sampling
 from dropmae_jax.model.asad import Logits, num_dropped
 from dropmae_jax.model.attention import Attention
-from dropmae_jax.model.chunks import ChunkCounts, chunk_counts, split_heads
+from dropmae_jax.model.chunks import Groups, cut, groups_of
 from dropmae_jax.model.masking import Masking
 from dropmae_jax.pytorch import layouts
 from dropmae_jax.train_step import TrainState
@@ -220,7 +220,7 @@ class Workbench:
     logits = Logits(
       *(
         self._normal(2, a.decoder_num_heads, n, n, seed=seed).reshape(
-          groups.total, -1, 2, a.decoder_num_heads // groups.heads, n, n
+          groups.number, -1, 2, a.decoder_num_heads // groups.of_heads, n, n
         )
         for seed in range(2)
       )
@@ -249,13 +249,13 @@ class Workbench:
     return self._part(jax.jit(update, donate_argnums=0), gradients, on_state=True)
 
 
-def groups_here(batch_size: int, heads: int, tokens: int) -> ChunkCounts:
+def groups_here(batch_size: int, heads: int, tokens: int) -> Groups:
   """Returns in what groups a step on one device here draws, with the attention 'auto'."""
   at_once = implementations.logits_at_once(jax.default_backend())
-  return chunk_counts((batch_size, tokens, heads), at_once)
+  return groups_of((batch_size, tokens, heads), at_once)
 
 
-def drops(keys: jax.Array, logits: Logits, *, groups: ChunkCounts, count: int) -> jax.Array:
+def drops(keys: jax.Array, logits: Logits, *, groups: Groups, count: int) -> jax.Array:
   """The sampler: marks the pairs of one layer that ASAD drops.
 
   Args:
@@ -269,6 +269,6 @@ def drops(keys: jax.Array, logits: Logits, *, groups: ChunkCounts, count: int) -
     logits, seeds = group
     return weighted_sampling.sample_drops(seeds, fast_asad.sampling_weights(logits), count)
 
-  seeds = weighted_sampling.head_seeds(keys, groups.heads * logits.own.shape[3])
-  seeds = jax.tree.map(lambda each: split_heads(each, groups), seeds)
+  seeds = weighted_sampling.head_seeds(keys, groups.of_heads * logits.own.shape[3])
+  seeds = jax.tree.map(lambda each: cut(each, groups), seeds)
   return jax.lax.map(draw, (logits, seeds))

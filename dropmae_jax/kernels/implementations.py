@@ -22,7 +22,7 @@ KINDS = ('auto', 'xla', 'fused')
 # two cores (python -m benchmarks.step_time).
 CACHED_LOGITS = 4 * 392**2
 # Logits at a time on a TPU: XLA then puts nearly all of them in on-chip memory (python -m
-# benchmarks.compile_report).
+# benchmarks.compiler.report).
 ON_CHIP_LOGITS = 32 * 392**2
 
 
