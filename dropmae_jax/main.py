@@ -29,7 +29,7 @@ def _parser() -> cli.Parser:
   add(
     '--distributed',
     action='store_true',
-    help='join those that a TPU pod or SLURM starts',
+    help='join those that a pod or SLURM starts',
   )
   add('--coordinator_address', metavar='HOST:PORT', help='of process 0')
   add('--num_processes', type=int, help='of the whole run')

@@ -15,7 +15,7 @@ from conftest import run_python
 
 from dropmae_jax import optimizer
 from dropmae_jax.config import Objective, OptimizerOptions
-from dropmae_jax.model import fast_asad, mae, patches, pixels, position_embedding
+from dropmae_jax.model import asad, fast_asad, mae, patches, pixels, position_embedding
 from dropmae_jax.model.asad import Logits, num_dropped
 from dropmae_jax.pytorch import layouts
 from dropmae_jax.train_step import TrainState, update
@@ -41,7 +41,7 @@ def state(golden):
 
 
 def without_key_bias(name, array):
-  """The key third of a qkv bias has gradient zero; what is there is round-off."""
+  """The gradient of the key third of a qkv bias is zero except for rounding."""
   third = array.shape[0] // 3
   return np.delete(array, slice(third, 2 * third)) if name.endswith('qkv.bias') else array
 
@@ -52,7 +52,7 @@ def relative(actual, expected):
 
 @pytest.fixture(scope='module')
 def imported(state, tmp_path_factory):
-  """The recorded state dict as a .pth, read in by the command line: a checkpoint of ours."""
+  """The recorded state dict as a checkpoint: written as .pth, imported by the command line."""
   torch = pytest.importorskip('torch', reason='PyTorch is not installed')
   folder = tmp_path_factory.mktemp('imported')
   tensors = {name: torch.from_numpy(array) for name, array in state.items()}
@@ -151,23 +151,18 @@ def split_by_frame(logits):
   return Logits(*(jnp.asarray(np.stack(part))[None] for part in parts))
 
 
-def weights_of(logits):
-  """Recorded logits to weights in the recorded layout: [matrices, 2n queries, n own keys]."""
-  weights = np.asarray(fast_asad.sampling_weights(split_by_frame(logits)))[0]
-  return np.concatenate(list(weights), axis=1)
+@pytest.mark.parametrize('name', ['asad_weights_extreme', 'fwd_p02_normpix', 'fwd_p04_raw'])
+@pytest.mark.parametrize('module', [asad, fast_asad], ids=['definition', 'fast'])
+def test_sampling_weights(golden, module, name):
+  recorded = golden(name)
+  weights = np.asarray(module.sampling_weights(split_by_frame(recorded['logits'])))[0]
+  # As recorded: 2n queries, n keys of their own frame.
+  weights = np.concatenate(list(weights), axis=1)
+  np.testing.assert_allclose(weights, recorded['att_final'].reshape(weights.shape), rtol=5e-6)
 
 
-def test_sampling_weights(golden):
-  extreme = golden('asad_weights_extreme')
-  np.testing.assert_allclose(weights_of(extreme['logits']), extreme['att_final'], rtol=5e-6)
-  for name in ('fwd_p02_normpix', 'fwd_p04_raw'):
-    recorded = golden(name)
-    expected = recorded['att_final'].reshape(-1, *recorded['att_final'].shape[2:])
-    np.testing.assert_allclose(weights_of(recorded['logits']), expected, rtol=5e-6)
-
-
-@pytest.mark.parametrize(('program', 'seed'), [('xla', 0), ('xla', 1), ('fused', 0)])
-def test_sampler_has_the_recorded_law(golden, program, seed):
+@pytest.mark.parametrize('implementation', draws.IMPLEMENTATIONS)
+def test_draws_have_the_recorded_distribution(golden, implementation):
   recorded = golden('asad_sampling_stats')
   drawn, batches, rate = 40_000, 5, float(recorded['P'])
   logits = split_by_frame(recorded['logits'])
@@ -176,40 +171,40 @@ def test_sampler_has_the_recorded_law(golden, program, seed):
 
   @jax.jit
   def frequencies(key):
-    found = draws.drops(program, key, logits, draws=drawn // batches, drop_rate=rate)
-    return found.sum(axis=(1, 2, 3)), found.mean(axis=0)
+    drops = draws.drops(implementation, key, logits, draws=drawn // batches, drop_rate=rate)
+    return drops.sum(axis=(1, 2, 3)), drops.mean(axis=0)
 
   total = np.zeros((2, 8, 8))
-  for key in jax.random.split(jax.random.key(seed), batches):
+  for key in jax.random.split(jax.random.key(0), batches):
     counts, mean = frequencies(key)
     assert (counts == count).all()
     total += np.asarray(mean, np.float64) / batches
-  assert_law(recorded, total, drawn)
+  assert_distribution(recorded, total, drawn)
 
 
 @pytest.mark.slow
-def test_the_kernels_of_gpus_have_the_recorded_law(golden):
-  """Interpreted, they draw six times a second."""
+def test_gpu_kernels_draw_what_xla_draws_from_the_recorded_logits(golden):
+  """So they have XLA's distribution. Interpreted, they draw too slowly to show it themselves."""
   recorded = golden('asad_sampling_stats')
-  rate = float(recorded['P'])
-  logits = split_by_frame(recorded['logits'])
-  found = draws.drops_of_gpu(jax.random.key(0), logits, draws=8 * draws.GPU_HEADS, drop_rate=rate)
-  assert (found.sum(axis=(1, 2, 3)) == num_dropped(8, rate)).all()
-  assert_law(recorded, np.asarray(found.mean(axis=0), np.float64), len(found))
+  rate, logits = float(recorded['P']), split_by_frame(recorded['logits'])
+  ours, of_xla = draws.drops_of_gpu_and_xla(jax.random.key(0), logits, heads=64, drop_rate=rate)
+  assert (ours.sum(axis=(1, 2, 3)) == num_dropped(8, rate)).all()
+  np.testing.assert_array_equal(ours, of_xla)
+  assert_distribution(recorded, np.asarray(ours.mean(axis=0), np.float64), len(ours))
 
 
-def assert_law(recorded, total, drawn):
-  """Tests how often each pair was dropped.
+def assert_distribution(recorded, frequencies, drawn):
+  """Compares how often each pair is dropped, by a chi-square test.
 
-  These indicators depend on one another (their total is fixed), so their covariance is used.
+  The pairs of a draw are dependent, as their number is fixed; so their covariance is used.
   """
   candidates = np.flatnonzero(recorded['att_final'].ravel())
-  difference = (total.reshape(-1) - recorded['freq'].ravel())[candidates]
+  difference = (frequencies.reshape(-1) - recorded['freq'].ravel())[candidates]
   values, vectors = np.linalg.eigh(recorded['cov'][np.ix_(candidates, candidates)])
-  kept = values > 1e-9 * values.max()
-  assert kept.sum() == 111
-  projected = vectors[:, kept].T @ difference
-  statistic = (projected**2 / (values[kept] * (1 / recorded['draws'] + 1 / drawn))).sum()
+  is_free = values > 1e-9 * values.max()
+  assert is_free.sum() == 111
+  projected = vectors[:, is_free].T @ difference
+  statistic = (projected**2 / (values[is_free] * (1 / recorded['draws'] + 1 / drawn))).sum()
   assert 1e-4 < scipy.stats.chi2.sf(statistic, 111) < 1 - 1e-4, statistic
 
 
@@ -260,7 +255,7 @@ def test_training_trace(golden, state, accumulation):
   recorded = golden(f'train_accum{accumulation}')
   peak, floor, warmup, decay, _, mask_ratio = recorded['base']
   per_epoch = int(recorded['len_loader'])
-  # Ours throws nothing away, so the reference's discarded micro-steps are not fed.
+  # The reference discards some micro-steps; here nothing is discarded, so they are left out.
   used = [
     t
     for t in range(len(recorded['loss']))

@@ -1,4 +1,4 @@
-"""What is random draws by keys of its own, which differ by seed, step, sample and purpose."""
+"""Every random draw has its own key, which differs by seed, step, sample and purpose."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx, traverse_util
 
 from dropmae_jax import optimizer, train_step
 from dropmae_jax.config import Architecture, Objective, OptimizerOptions
-from dropmae_jax.model import attention, mae, masking, weighted_sampling
+from dropmae_jax.model import attention, mae, masking
 
 TINY = Architecture(
   image_size=16, patch_size=4, width=8, depth=1, num_heads=2,
@@ -18,13 +18,13 @@ BATCH = 4
 
 
 def words(keys):
-  """The numbers that keys are made of, a row each."""
+  """The data of each key."""
   return [tuple(row) for row in np.asarray(jax.random.key_data(keys)).reshape(-1, 2).tolist()]
 
 
 @pytest.fixture
 def draws_of(monkeypatch):
-  """Makes an update by a cheap loss; returns the keys that a step gives to each purpose."""
+  """A function that runs a step with a cheap loss and returns the keys of each purpose."""
   params = {'weight': jnp.ones(())}
   tx = optimizer.adamw(lambda _: 1.0, OptimizerOptions())
 
@@ -56,7 +56,7 @@ def draws_of(monkeypatch):
   return run
 
 
-def test_a_step_has_keys_for_every_purpose_and_sample_which_no_other_step_or_seed_has(draws_of):
+def test_no_two_purposes_samples_steps_or_seeds_share_a_key(draws_of):
   found = [draws_of(seed, step, shared=bool(seed)) for seed in (0, 1) for step in (0, 1, 7)]
   assert draws_of(1, 7, shared=True) == found[-1]
   keys = [
@@ -65,18 +65,18 @@ def test_a_step_has_keys_for_every_purpose_and_sample_which_no_other_step_or_see
   assert len(keys) == len(set(keys)) == 6 * 3 * BATCH
 
 
-def test_the_seed_of_a_run_has_parts_that_differ():
+def test_the_seeds_that_a_run_derives_differ():
   seeds = [train_step.derive_seeds(seed) for seed in (0, 1, 2**32 - 1)]
   keys = [key for each in seeds for key in words(jnp.stack([each.init, each.steps]))]
   assert len(set(keys)) == 6
   assert len({each.data for each in seeds}) == 3
 
 
-def test_initial_parameters_are_drawn_by_the_key_and_none_like_another():
+def test_initial_parameters_depend_on_the_key_and_no_two_are_equal():
   init = jax.jit(mae.init_params, static_argnums=1)
   one, other = (traverse_util.flatten_dict(init(jax.random.key(seed), TINY)) for seed in (0, 1))
   drawn = {path: leaf for path, leaf in one.items() if (leaf != other[path]).any()}
-  # All but position tables, norms, and biases; the patches' bias is drawn.
+  # All except position tables, norms and biases; but the bias of the patch embedding is drawn.
   fixed = {path for path in one if path[-1] in ('bias', 'scale', *optimizer.FIXED)}
   assert set(drawn) == set(one) - fixed | {('patch_embed', 'proj', 'bias')}
   for shape in {leaf.shape for leaf in drawn.values()}:
@@ -86,7 +86,7 @@ def test_initial_parameters_are_drawn_by_the_key_and_none_like_another():
 
 @pytest.fixture
 def used(monkeypatch):
-  """The keys that the pre-training loss masks by and that every attention drops by."""
+  """The keys that the pre-training loss gives to the masking and to every attention."""
   found = {'masks': [], 'drops': [], 'rates': [], 'dense': 0}
 
   def scheme(keys, *, num_tokens, mask_ratio):
@@ -114,7 +114,7 @@ def used(monkeypatch):
   return found, masking_keys, asad_keys
 
 
-def test_masks_are_drawn_by_theirs_and_every_decoder_block_drops_by_its_own(used):
+def test_masks_have_their_keys_and_every_decoder_block_its_own(used):
   found, masking_keys, asad_keys = used
   assert found['masks'] == words(masking_keys)
   assert found['rates'] == [0.3] * TINY.decoder_depth
@@ -124,21 +124,3 @@ def test_masks_are_drawn_by_theirs_and_every_decoder_block_drops_by_its_own(used
     for n in range(TINY.decoder_depth)
   ]
   assert found['drops'] == by_block
-
-
-def test_ties_go_either_way_as_often():
-  """Were all pairs equal, a head would drop the first ones or the last ones."""
-  seeds = weighted_sampling.head_seeds(jax.random.split(jax.random.key(0), 60), 4)
-  assert 0.4 < seeds.from_behind.mean() < 0.6
-  by_sample = np.asarray(seeds.from_behind)
-  assert (by_sample[:, :1] != by_sample).any()  # Of the heads of a sample, not all alike.
-  assert (by_sample[:1] != by_sample).any(axis=0).all()
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      weighted_sampling, 'exponential_noise', lambda seeds, shape: jnp.ones((60, 2, 4, 3, 3))
-    )
-    weights = jnp.broadcast_to(jnp.where(jnp.eye(3, dtype=bool), 0.0, 1.0), (60, 2, 4, 3, 3))
-    drops = np.asarray(jax.jit(weighted_sampling.sample_drops, static_argnums=2)(seeds, weights, 6))
-  # All of one frame's pairs.
-  np.testing.assert_array_equal(drops[:, 1].any(axis=(2, 3)), by_sample)
-  np.testing.assert_array_equal(drops[:, 0].any(axis=(2, 3)), ~by_sample)

@@ -1,1 +1,1 @@
-"""ASAD by kernels of TPUs and GPUs, and the choice among the implementations."""
+"""Kernels for ASAD attention on TPUs and GPUs, and the choice of an implementation."""

@@ -1,4 +1,4 @@
-"""Which implementation computes attention: XLA's, or kernels, by devices and sizes."""
+"""Chooses the implementation of attention by device and sizes: XLA's or kernels."""
 
 import os
 from functools import partial
@@ -13,16 +13,15 @@ from dropmae_jax.kernels.gpu import asad_gpu
 from dropmae_jax.kernels.tpu import asad_tpu
 from dropmae_jax.model import attention, fast_asad
 from dropmae_jax.model.attention import Implementations, dense_attention
-from dropmae_jax.model.chunks import Loop
-from dropmae_jax.model.on_each_device import on_each_device
+from dropmae_jax.model.chunks import Loop, on_each_device
 
 # See `choose`.
 KINDS = ('auto', 'xla', 'fused')
 
-# What a CPU's core works on should stay in its caches: so many logits, measured with 392 tokens and
+# Logits at a time per core of a CPU, so that they stay in its caches. Measured with 392 tokens and
 # two cores (python -m benchmarks.step_time).
 CACHED_LOGITS = 4 * 392**2
-# And what a TPU works on, in its on-chip memory: XLA then puts nearly all of it there (python -m
+# Logits at a time on a TPU: XLA then puts nearly all of them in on-chip memory (python -m
 # benchmarks.compiler.report).
 ON_CHIP_LOGITS = 32 * 392**2
 
@@ -34,15 +33,15 @@ def flash_attention(
   *,
   mesh: Mesh,
 ) -> Float[Array, 'b l m e']:
-  """The same by cuDNN, which stores no logits: NVIDIA GPUs, 16-bit floats.
+  """Attention without dropout by cuDNN, which stores no logits: NVIDIA GPUs, 16-bit floats.
 
-  Heads that are wider than 128, or no multiple of 8, go through `dense_attention`.
+  Heads wider than 128, or not a multiple of 8, use `dense_attention`.
 
   Args:
     query: one vector per token and head.
     key: likewise.
     value: likewise.
-    mesh: the devices that the batch is split over, all axes along the first axis.
+    mesh: the devices that the batch is split over, as in `on_each_device`.
   """
   if query.shape[-1] > 128 or query.shape[-1] % 8:
     return dense_attention(query, key, value)
@@ -60,23 +59,25 @@ def choose(
   dtype: DTypeLike,
   rule: str = 'asad',
 ) -> Implementations:
-  """Returns the implementations for devices and sizes.
+  """Returns the implementations of attention for these devices and sizes.
 
-  All have the same distribution; of some thousand pairs that kernels drop, a few may differ.
+  All have the same distribution. With the same keys, a few in some thousand dropped pairs can
+  differ between XLA and the kernels.
 
   Args:
-    kind: 'xla' runs anywhere; 'fused' has kernels of ASAD, for TPUs and for Hopper GPUs, and there
-      cuDNN's flash attention; 'auto' is 'xla' as long as nobody has timed the kernels, a few heads
-      at a time on CPUs, by measurement, and on TPUs, by their compiler's count of cycles.
-    mesh: devices that a batch is split over.
+    kind: 'xla' runs anywhere. 'fused' has kernels for ASAD, on TPUs and Hopper GPUs, and on these
+      GPUs cuDNN's flash attention. 'auto' is 'xla' until the kernels have been timed, with a loop
+      over chunks where that is faster: on CPUs, as measured, and on TPUs, by the cycle counts of
+      their compiler.
+    mesh: the devices that a batch is split over.
     tokens_per_frame: n.
     num_heads: of the decoder.
     head_width: of the decoder.
-    dtype: of what is multiplied.
-    rule: of `asad.ATTENTION_DROPOUTS`; only ASAD has kernels, others have the plain form.
+    dtype: of the matrix products.
+    rule: a name in `asad.ATTENTION_DROPOUTS`. Only ASAD has kernels and loops.
 
   Raises:
-    ValueError: the kernels are asked for where there are none.
+    ValueError: `kind` is unknown, or 'fused' and there are no kernels for this case.
   """
   if kind not in KINDS:
     raise ValueError(f'attention={kind!r} is unknown; use one of {", ".join(KINDS)}.')
@@ -85,7 +86,7 @@ def choose(
   if kind == 'xla':
     return attention.plain(rule)
   device = mesh.devices.flat[0]
-  loops = _loops(mesh)
+  with_loops = _with_loops(mesh)
   if kind == 'fused':
     sizes = tokens_per_frame, num_heads, head_width
     if reason := unsupported(device, *sizes, dtype):
@@ -94,12 +95,14 @@ def choose(
       return Implementations(
         partial(flash_attention, mesh=mesh), partial(asad_gpu.asad_attention, mesh=mesh)
       )
-    return loops._replace(dropout=partial(asad_tpu.asad_attention, mesh=mesh))
-  return loops if rule == 'asad' else loops._replace(dropout=attention.plain(rule).dropout)
+    return with_loops._replace(dropout=partial(asad_tpu.asad_attention, mesh=mesh))
+  if rule != 'asad':
+    return with_loops._replace(dropout=attention.plain(rule).dropout)
+  return with_loops
 
 
-def _loops(mesh: Mesh) -> Implementations:
-  """Returns XLA's implementations, a few heads at a time where that is faster."""
+def _with_loops(mesh: Mesh) -> Implementations:
+  """Returns XLA's implementations, with a loop over chunks on platforms where that is faster."""
   at_once = logits_at_once(mesh.devices.flat[0].platform, max(1, len(mesh.local_devices)))
   loop = Loop(at_once, mesh if mesh.size > 1 else None)
   return Implementations(
@@ -108,11 +111,11 @@ def _loops(mesh: Mesh) -> Implementations:
 
 
 def logits_at_once(platform: str, devices: int = 1) -> int | None:
-  """Returns how many logits attention should have a device compute at a time; None: all.
+  """Returns how many logits a device should compute at a time; None: all.
 
   Args:
     platform: such as 'cpu'.
-    devices: that share the cores of this process.
+    devices: how many of them share the cores of this process.
   """
   if platform == 'tpu':
     return ON_CHIP_LOGITS
@@ -122,9 +125,9 @@ def logits_at_once(platform: str, devices: int = 1) -> int | None:
 def unsupported(
   device: Any, tokens_per_frame: int, num_heads: int, head_width: int, dtype: DTypeLike
 ) -> str:
-  """Returns why a device has no fused kernels for these sizes, or '' if it has.
+  """Returns why a device has no kernels for these sizes, or '' if it has.
 
-  Of the device, only its `platform` and, if it has one, its `compute_capability` are read.
+  Of the device, only `platform` and, if it exists, `compute_capability` are read.
   """
   if device.platform == 'tpu':
     return asad_tpu.unsupported(tokens_per_frame, num_heads, head_width)

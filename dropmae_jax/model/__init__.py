@@ -1,1 +1,1 @@
-"""The autoencoder: its parts as pure functions and Flax modules."""
+"""The masked autoencoder and its parts: pure functions and Flax modules."""

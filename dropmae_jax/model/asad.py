@@ -1,10 +1,12 @@
 """Adaptive spatial-attention dropout (ASAD): the published rule, and the table of such rules.
 
-In every decoder block a fixed number of within-frame (query, key) pairs is removed before the
-softmax, so that attention looks at the other frame (Wu et al., DropMAE, CVPR 2023, section 3.3).
-This file is the definition. Training computes the same distribution by `fast_asad` and by kernels.
+In every decoder block, a fixed number of within-frame (query, key) pairs is removed before the
+softmax, so that attention has to look at the other frame (Wu et al., DropMAE, CVPR 2023, section
+3.3). This file is the definition. Training draws from the same distribution with `fast_asad` or
+with the kernels of TPUs and GPUs.
 
 To add a rule: write a function with the signature of `asad` and list it in `ATTENTION_DROPOUTS`.
+The tests of counts and gradients run on every entry.
 """
 
 from collections.abc import Callable
@@ -19,16 +21,16 @@ EPSILON = 1e-6
 
 
 class Logits(NamedTuple):
-  """Attention logits, float32: of keys of the query's own frame, and of keys of the other frame."""
+  """Attention logits, float32, of query i of frame f with keys of its own and the other frame."""
 
   own: Float[Array, 'b f m i n']
   other: Float[Array, 'b f m i n']
 
 
 def num_dropped(tokens_per_frame: int, drop_rate: float) -> int:
-  """Returns how many pairs one head of one sample loses: int(P (n - 1)) for each of 2n queries.
+  """Returns how many pairs are dropped per sample and head: int(P (n - 1)) times 2n queries.
 
-  The product is truncated in double precision, as published; below 1 / (n - 1) nothing is lost.
+  The product is truncated in double precision, as published. It is 0 if P is below 1 / (n - 1).
   """
   return int(drop_rate * (tokens_per_frame - 1)) * 2 * tokens_per_frame
 
@@ -36,8 +38,8 @@ def num_dropped(tokens_per_frame: int, drop_rate: float) -> int:
 def sampling_weights(logits: Logits) -> Float[Array, 'b f m i n']:
   """Returns the weight with which each within-frame pair is drawn; 0 for a token with itself.
 
-  A query's weights sum to its best match in the other frame (plus 1e-6). They are shared out in
-  proportion to its attention within its own frame (plus 1e-6 each).
+  The weights of a query sum to its largest attention to the other frame (plus 1e-6). They are
+  distributed in proportion to its attention within its own frame (plus 1e-6 each).
   """
   attention = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
   own, other = jnp.split(attention, 2, axis=-1)
@@ -52,14 +54,14 @@ def draw_without_replacement(
 ) -> Bool[Array, 'b f m i n']:
   """Draws `count` pairs for every sample and head, jointly over the queries of both frames.
 
-  Successive weighted draws without replacement take the `count` smallest of E / weight, with E
-  exponential (the Gumbel top-k trick; torch.multinomial samples so too).
+  Successive weighted draws without replacement are the pairs with the `count` lowest scores
+  E / weight, where E is exponential noise (Gumbel top-k; torch.multinomial does the same).
   """
   _, f, _, i, _ = weights.shape
   flat = rearrange(weights, 'b f m i n -> b m (f i n)')
   noise = jax.vmap(lambda key: jax.random.exponential(key, flat.shape[1:]))(keys)
-  arrival = jnp.where(flat > 0, noise / flat, jnp.inf)
-  _, drawn = jax.lax.top_k(-arrival, count)
+  scores = jnp.where(flat > 0, noise / flat, jnp.inf)
+  _, drawn = jax.lax.top_k(-scores, count)
   is_drawn = jnp.put_along_axis(jnp.zeros(flat.shape, bool), drawn, True, axis=-1, inplace=False)
   return rearrange(is_drawn, 'b m (f i n) -> b f m i n', f=f, i=i)
 
@@ -69,7 +71,7 @@ def asad(keys: Key[Array, ' b'], logits: Logits, *, drop_rate: float) -> Bool[Ar
 
   Args:
     keys: random keys, one per sample.
-    logits: scaled by the root of the head width.
+    logits: already scaled by the inverse root of the head width.
     drop_rate: P; `num_dropped` pairs are dropped for every sample and head.
   """
   count = num_dropped(logits.own.shape[-1], drop_rate)
@@ -78,5 +80,5 @@ def asad(keys: Key[Array, ' b'], logits: Logits, *, drop_rate: float) -> Bool[Ar
 
 # (keys, logits, *, drop_rate) to the pairs that are dropped.
 DropoutRule = Callable[..., Bool[Array, 'b f m i n']]
-# By the names that `config.objective.dropout_rule` may have.
+# The names are the values of `config.objective.dropout_rule`.
 ATTENTION_DROPOUTS: dict[str, DropoutRule] = {'asad': asad}

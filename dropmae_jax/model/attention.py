@@ -1,4 +1,4 @@
-"""Attention: a function from queries, keys and values to mixed values."""
+"""Attention functions: from queries, keys and values to the output of every head."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,12 +10,12 @@ from einops import rearrange
 from jaxtyping import Array, Float, Key
 
 from dropmae_jax.model import asad, fast_asad
-from dropmae_jax.model.asad import num_dropped
-from dropmae_jax.model.chunks import AT_ONCE, Loop, by_groups
+from dropmae_jax.model.chunks import NO_LOOP, Loop, in_chunks
 
 # (query, key, value), each [b, l, m, e], to [b, l, m, e].
 Attention = Callable[[Array, Array, Array], Array]
-# One that drops pairs: it takes the `draw_keys` and the `drop_rate` of `fast_asad.asad_attention`.
+# The same with dropped pairs; also takes `draw_keys` and `drop_rate`, as
+# `fast_asad.asad_attention` does.
 DropoutAttention = Callable[..., Array]
 
 
@@ -24,39 +24,39 @@ def dense_attention(
   key: Float[Array, 'b l m e'],
   value: Float[Array, 'b l m e'],
   *,
-  loop: Loop = AT_ONCE,
+  loop: Loop = NO_LOOP,
 ) -> Float[Array, 'b l m e']:
-  """Plain softmax attention, scaled by the root of the head width; softmax in float32.
+  """Softmax attention without dropout; the softmax is in float32.
 
   Args:
     query: one vector per token and head.
     key: likewise.
     value: likewise.
-    loop: over groups of heads; the gradient of more than one computes logits anew.
+    loop: over chunks; the backward pass of more than one rematerialises the logits.
   """
 
   def attend(query: Array, key: Array, value: Array, nothing: None) -> Array:
     del nothing
     query, key, value = (rearrange(each, 'b l m e -> b m l e') for each in (query, key, value))
     logits = jnp.einsum('bmie,bmje->bmij', query, key, preferred_element_type=jnp.float32)
-    attention = jax.nn.softmax(logits * query.shape[-1] ** -0.5).astype(value.dtype)
-    return rearrange(jnp.einsum('bmij,bmje->bmie', attention, value), 'b m l e -> b l m e')
+    probs = jax.nn.softmax(logits * query.shape[-1] ** -0.5).astype(value.dtype)
+    return rearrange(jnp.einsum('bmij,bmje->bmie', probs, value), 'b m l e -> b l m e')
 
-  return by_groups(attend, query, key, value, None, loop, recompute=True)
+  return in_chunks(attend, query, key, value, None, loop, rematerialise=True)
 
 
 class Implementations(NamedTuple):
-  """How attention is computed, without dropped pairs and with."""
+  """The functions that compute attention: without dropped pairs, and with them."""
 
   dense: Attention = dense_attention
   dropout: DropoutAttention = fast_asad.asad_attention
 
 
 def plain(rule: str = 'asad') -> Implementations:
-  """Returns the implementations that run anywhere.
+  """Returns the implementations that run on any device, without loops and kernels.
 
   Args:
-    rule: the name of an entry of `asad.ATTENTION_DROPOUTS`.
+    rule: a name in `asad.ATTENTION_DROPOUTS`.
   """
   if rule == 'asad':
     return Implementations()
@@ -72,16 +72,18 @@ def decoder_attentions(
   drop_rate: float,
   implementations: Implementations,
 ) -> list[Attention]:
-  """Returns one attention per decoder block: ASAD with its own draw, or dense where P drops none.
+  """Returns an attention function for every decoder block, each with its own draw.
+
+  A rate that drops no pair gives dense attention.
 
   Args:
-    keys: one per sample; every block folds in its number.
+    keys: one per sample; every block folds in its index.
     num_blocks: decoder depth.
     tokens_per_frame: n.
     drop_rate: P; 0 switches the dropout off, as in evaluation.
-    implementations: of both kinds.
+    implementations: how attention is computed.
   """
-  if num_dropped(tokens_per_frame, drop_rate) == 0:
+  if asad.num_dropped(tokens_per_frame, drop_rate) == 0:
     return [implementations.dense] * num_blocks
   fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
   return [

@@ -1,4 +1,4 @@
-"""Attention of a few heads of a few samples at a time."""
+"""Attention in chunks of a few heads of a few samples, and on every device of a mesh."""
 
 import math
 from collections.abc import Callable
@@ -6,105 +6,121 @@ from typing import Any, NamedTuple
 
 import jax
 from einops import rearrange
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
-from dropmae_jax.model.on_each_device import on_each_device
+
+def on_each_device(function: Callable, mesh: Mesh | None) -> Callable:
+  """Returns `function`, run by every device of a mesh on its own part of the batch.
+
+  Loops and kernels need this: XLA cannot partition them by itself.
+
+  Args:
+    function: from arrays to arrays, all with the batch as first axis.
+    mesh: the devices, whose axes together split the batch; None: one device.
+  """
+  if mesh is None:
+    return function
+  batch = PartitionSpec(mesh.axis_names)
+  return jax.shard_map(function, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)
 
 
 class Loop(NamedTuple):
-  """What a loop over groups of heads is over.
+  """How attention is split into chunks that are computed one after the other.
 
   Attributes:
-    logits_at_once: a group has no more logits, or one head of one sample; None: one group has all.
-    mesh: the devices that the batch is split over, all axes along the first axis; None is one.
+    logits_at_once: the most logits of a chunk, which has one head of one sample at least; None
+      means no loop.
+    mesh: the devices that the batch is split over, as in `on_each_device`.
   """
 
   logits_at_once: int | None = None
   mesh: Mesh | None = None
 
 
-AT_ONCE = Loop()
+NO_LOOP = Loop()
 
 
-class Groups(NamedTuple):
-  """In how many parts a batch and its heads are cut; every two of them make a group."""
+class ChunkCounts(NamedTuple):
+  """Into how many parts the samples and the heads are split; a chunk is one part of each."""
 
-  of_samples: int
-  of_heads: int
+  samples: int
+  heads: int
 
   @property
-  def number(self) -> int:
-    """How many groups there are."""
-    return self.of_samples * self.of_heads
+  def total(self) -> int:
+    """The number of chunks."""
+    return self.samples * self.heads
 
 
-def groups_of(shape: tuple[int, int, int], logits_at_once: int | None) -> Groups:
-  """Returns how b, l and m are cut: into heads of all samples, or else into samples too.
+def chunk_counts(shape: tuple[int, int, int], logits_at_once: int | None) -> ChunkCounts:
+  """Returns how to split a batch into chunks that are as large as allowed.
 
-  Where b has no divisor that fits, all heads of fewer samples may be the larger group.
+  Heads are split first, and samples only if one head of all samples is still too large. If b has
+  no suitable divisor, all heads of fewer samples can be the larger chunk, and are taken then.
 
   Args:
     shape: b, l, m.
     logits_at_once: see `Loop`.
   """
   b, length, num_heads = shape
+  # Matrices of logits [l, l] in a chunk.
   most = math.inf if logits_at_once is None else logits_at_once / length**2
   heads = _largest_divisor(num_heads, most / b)
   samples = _largest_divisor(b, most / heads)
-  fewest = _largest_divisor(b, most / num_heads)
-  rest = _largest_divisor(num_heads, most / fewest)
-  samples, heads = max((samples, heads), (fewest, rest), key=lambda group: group[0] * group[1])
-  return Groups(b // samples, num_heads // heads)
+  fewer_samples = _largest_divisor(b, most / num_heads)
+  more_heads = _largest_divisor(num_heads, most / fewer_samples)
+  samples, heads = max((samples, heads), (fewer_samples, more_heads), key=math.prod)
+  return ChunkCounts(b // samples, num_heads // heads)
 
 
 def _largest_divisor(number: int, most: float) -> int:
   return max(k for k in range(1, number + 1) if number % k == 0 and k <= max(most, 1))
 
 
-def cut(numbers: Shaped[Array, 'b m'], groups: Groups) -> Shaped[Array, 'g c k']:
-  """Gives every group the numbers of its heads."""
-  return rearrange(numbers, '(s c) (h k) -> (s h) c k', s=groups.of_samples, h=groups.of_heads)
+def split_heads(per_head: Shaped[Array, 'b m'], counts: ChunkCounts) -> Shaped[Array, 'g c k']:
+  """Returns the numbers of the heads by chunk: g chunks of k heads of c samples."""
+  return rearrange(per_head, '(s c) (h k) -> (s h) c k', s=counts.samples, h=counts.heads)
 
 
-def by_groups(
+def in_chunks(
   attend: Callable[[Array, Array, Array, Any], Array],
   query: Float[Array, 'b l m e'],
   key: Float[Array, 'b l m e'],
   value: Float[Array, 'b l m e'],
-  of_heads: Any,
+  per_head: Any,
   loop: Loop,
   *,
-  recompute: bool = False,
+  rematerialise: bool = False,
 ) -> Float[Array, 'b l m e']:
-  """Attends, with all heads of all samples at once or in a loop over groups of them.
+  """Computes attention, at once or in a loop over chunks of heads and samples.
 
-  A loop is faster where what a group computes then stays in the caches of a CPU, or in the on-chip
-  memory of a TPU.
+  A loop is faster if the logits of a chunk stay in the caches of a CPU, or in the on-chip memory of
+  a TPU.
 
   Args:
-    attend: of queries, keys, values, and arrays of `of_heads`.
+    attend: from the queries, keys, values and `per_head` of a chunk to its output.
     query: one vector per token and head.
     key: likewise.
     value: likewise.
-    of_heads: arrays [b, m], of which every group sees its own.
-    loop: what it is over.
-    recompute: a loop keeps nothing for its gradient, which then computes it anew.
+    per_head: a tree of arrays [b, m]; None: there are none.
+    loop: the size of the chunks.
+    rematerialise: a loop stores no residuals: its backward pass rematerialises them.
   """
 
-  def on_a_device(query: Array, key: Array, value: Array, of_heads: Any) -> Array:
-    groups = groups_of(query.shape[:3], loop.logits_at_once)
-    if groups.number == 1:
-      return attend(query, key, value, of_heads)
-    of_group = jax.checkpoint(attend) if recompute else attend
-    sizes = {'s': groups.of_samples, 'h': groups.of_heads}
+  def attend_on_device(query: Array, key: Array, value: Array, per_head: Any) -> Array:
+    counts = chunk_counts(query.shape[:3], loop.logits_at_once)
+    if counts.total == 1:
+      return attend(query, key, value, per_head)
+    attend_chunk = jax.checkpoint(attend) if rematerialise else attend
+    sizes = {'s': counts.samples, 'h': counts.heads}
     tokens = (
       rearrange(each, '(s c) l (h k) e -> (s h) c l k e', **sizes) for each in (query, key, value)
     )
-    rest = jax.tree.map(lambda each: cut(each, groups), of_heads)
-    found = jax.lax.map(lambda group: of_group(*group), (*tokens, rest))
-    return rearrange(found, '(s h) c l k e -> (s c) l (h k) e', **sizes)
+    per_head = jax.tree.map(lambda each: split_heads(each, counts), per_head)
+    output = jax.lax.map(lambda chunk: attend_chunk(*chunk), (*tokens, per_head))
+    return rearrange(output, '(s h) c l k e -> (s c) l (h k) e', **sizes)
 
   if loop.logits_at_once is not None:
-    on_a_device = on_each_device(on_a_device, loop.mesh)
-  return on_a_device(query, key, value, of_heads)
+    attend_on_device = on_each_device(attend_on_device, loop.mesh)
+  return attend_on_device(query, key, value, per_head)

@@ -1,7 +1,7 @@
-"""The masked autoencoder over frame pairs, and the loss that it is pre-trained with.
+"""The masked autoencoder over frame pairs, and the loss for pre-training it.
 
-The core (`MaskedAutoencoder`, `reconstruction_loss`) is deterministic: masking and attentions are
-handed in, so recorded ones can be. `pretraining_loss` draws them from keys.
+`MaskedAutoencoder` and `reconstruction_loss` are deterministic: the masking and the attention
+functions are arguments, so tests can pass recorded ones. `pretraining_loss` draws them from keys.
 """
 
 import functools
@@ -24,7 +24,7 @@ def normal(key: Array, width: int, *, deviation: float = 1.0) -> nnx.Param:
   return nnx.Param(deviation * jax.random.normal(key, (1, 1, width)))
 
 
-# What of a block's activations is kept for its gradient; the rest is rematerialised.
+# Which activations of a block are stored for the backward pass; the others are rematerialised.
 REMATERIALISATIONS = {
   'none': None,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -35,9 +35,9 @@ REMATERIALISATIONS = {
 class MaskedAutoencoder(nnx.Module):
   """Encodes the visible patches of two frames and reconstructs the masked ones.
 
-  Token order is that of the frames: first the earlier (x), then the later (z). Names equal the
-  PyTorch checkpoints'. The two position tables are carried with the parameters, because the
-  files are, but no gradient reaches them.
+  The tokens of the earlier frame (x) come first, then those of the later one (z). Parameters have
+  the names that they have in PyTorch checkpoints. The two position tables are among them, as in
+  those files, but get no gradient.
   """
 
   def __init__(
@@ -78,10 +78,10 @@ class MaskedAutoencoder(nnx.Module):
   def encode(
     self, patch_vectors: Float[Array, 'b l p'], masked: Masking, attend: Attention = dense_attention
   ) -> Float[Array, 'b k d']:
-    """Returns the latents of the visible patches in the masking's order; no other is embedded."""
+    """Returns the latents of the visible patches, in the order of `masked.visible`."""
     frames = self.temporal_pos_embed_x, self.temporal_pos_embed_z
     tokens = self.patch_embed(masking.select(patch_vectors, masked.visible))
-    tokens = tokens + _codes(masked.visible, self.pos_embed, *frames)
+    tokens = tokens + _embeddings(masked.visible, self.pos_embed, *frames)
     for block in self.blocks:
       tokens = self._run(block, tokens, attend, None)
     return self.norm(tokens)
@@ -93,25 +93,28 @@ class MaskedAutoencoder(nnx.Module):
     attentions: list[Attention],
     wanted: Int[Array, 'b r'] | None = None,
   ) -> Float[Array, 'b r p']:
-    """Returns the reconstruction of patches of both frames.
+    """Returns reconstructed patches of both frames.
 
     Args:
       latents: of the visible patches.
-      masked: which these are.
-      attentions: one per block; each sees all tokens.
-      wanted: unlike patches to reconstruct, in this order; all in the frames' order by default.
+      masked: the masking that they were encoded with.
+      attentions: one per block, over all tokens.
+      wanted: indices of the patches to return, no two equal; by default all, in frame order.
     """
     frames = self.decoder_temporal_pos_embed_x, self.decoder_temporal_pos_embed_z
-    code = _codes(jnp.arange(self.architecture.num_tokens)[None], self.decoder_pos_embed, *frames)
+    embeddings = _embeddings(
+      jnp.arange(self.architecture.num_tokens)[None], self.decoder_pos_embed, *frames
+    )
     visible = self.decoder_embed(latents).astype(jnp.float32)
-    tokens = masking.restore(visible, self.mask_token[...], masked) + code
-    leave_out = [None] * (len(attentions) - 1) + [wanted]
-    for block, *how in zip(self.decoder_blocks, attentions, leave_out, strict=True):
+    tokens = masking.restore(visible, self.mask_token[...], masked) + embeddings
+    # Only the last block can leave tokens out: the others attend to all.
+    wanted_of_blocks = [None] * (len(attentions) - 1) + [wanted]
+    for block, *how in zip(self.decoder_blocks, attentions, wanted_of_blocks, strict=True):
       tokens = self._run(block, tokens, *how)
     return self.decoder_pred(self.decoder_norm(tokens)).astype(jnp.float32)
 
   def _run(self, block: vit.Block, tokens: Array, attend: Attention, wanted: Array | None) -> Array:
-    """Runs a block; the backward pass has what `remat` keeps, and recomputes the rest."""
+    """Runs a block; `remat` says which of its activations the backward pass rematerialises."""
     run = functools.partial(block, attend=attend, wanted=wanted)
     policy = REMATERIALISATIONS[self.remat]
     return (run if policy is None else jax.checkpoint(run, policy=policy))(tokens)
@@ -119,17 +122,20 @@ class MaskedAutoencoder(nnx.Module):
   def __call__(
     self, patch_vectors: Float[Array, 'b l p'], masked: Masking, attentions: list[Attention]
   ) -> Float[Array, 'b l p']:
-    """Encodes the visible patches and reconstructs all."""
+    """Encodes the visible patches and reconstructs all patches."""
     return self.decode(self.encode(patch_vectors, masked), masked, attentions)
 
 
-def _codes(
-  places: Int[Array, 'b k'], table: nnx.Param, temporal_x: nnx.Param, temporal_z: nnx.Param
+def _embeddings(
+  indices: Int[Array, 'b k'], table: nnx.Param, temporal_x: nnx.Param, temporal_z: nnx.Param
 ) -> Float[Array, 'b k d']:
-  """Adds frame identity and position; the table, whose slot 0 is unused, gets no gradient."""
+  """Returns the sum of frame and position embedding for tokens of both frames.
+
+  The position table gets no gradient; its slot 0 is unused.
+  """
   positions = jax.lax.stop_gradient(table[0, 1:])
-  frames = jnp.where((places < len(positions))[..., None], temporal_x[...], temporal_z[...])
-  return frames + positions[places % len(positions)]
+  frames = jnp.where((indices < len(positions))[..., None], temporal_x[...], temporal_z[...])
+  return frames + positions[indices % len(positions)]
 
 
 def reconstruction_loss(
@@ -138,7 +144,7 @@ def reconstruction_loss(
   *,
   normalise_targets: bool,
 ) -> Float[Array, '']:
-  """Mean squared error over patches of both frames together; those that are masked."""
+  """Returns the mean squared error over the given patches, which should be the masked ones."""
   targets = patches.normalise_patches(patch_vectors) if normalise_targets else patch_vectors
   return jnp.square(reconstruction - targets).mean()
 
@@ -159,8 +165,8 @@ def pretraining_loss(
     frames: normalised pixels of the earlier and the later frame.
     masking_keys: one per sample.
     asad_keys: one per sample.
-    objective: mask ratio, P and kind of targets.
-    implementations: how attention is computed; by default plainly.
+    objective: masking scheme, mask ratio, dropout rule, P and kind of targets.
+    implementations: how attention is computed; by default `attention.plain`.
   """
   implementations = implementations or attention.plain(objective.dropout_rule)
   a = model.architecture
@@ -175,19 +181,19 @@ def pretraining_loss(
   )
   vectors = patches.patchify(frames, a.patch_size)
   latents = model.encode(vectors, masked, implementations.dense)
-  found = model.decode(latents, masked, attentions, wanted=masked.masked)
+  reconstruction = model.decode(latents, masked, attentions, wanted=masked.masked)
   targets = masking.select(vectors, masked.masked)
-  return reconstruction_loss(found, targets, normalise_targets=objective.normalise_targets)
+  return reconstruction_loss(reconstruction, targets, normalise_targets=objective.normalise_targets)
 
 
 @functools.lru_cache(maxsize=16)
 def abstract_model(
   architecture: Architecture, *, dtype: DTypeLike = jnp.float32, remat: str = 'none'
 ) -> tuple[nnx.GraphDef, dict]:
-  """Returns the graph and the shapes of the parameters, without making any.
+  """Returns the graph definition and the shapes of the parameters, without allocating any.
 
   `nnx.merge(graphdef, params)` is a model; `params` is a pure dict of arrays. Tracing takes a
-  second for a ViT-B, so the result is remembered: do not change it.
+  second for a ViT-B, so the result is cached: do not modify it.
   """
   model = nnx.eval_shape(
     lambda: MaskedAutoencoder(architecture, rngs=nnx.Rngs(params=0), dtype=dtype, remat=remat)
@@ -197,11 +203,11 @@ def abstract_model(
 
 
 def init_params(key: Key[Array, ''], architecture: Architecture) -> dict:
-  """Draws fresh parameters (always float32) by the published rules, as a pure dict."""
+  """Draws initial parameters (always float32) as published, and returns them as a pure dict."""
   model = MaskedAutoencoder(architecture, rngs=nnx.Rngs(params=key))
   return nnx.to_pure_dict(nnx.state(model))
 
 
 def num_parameters(params: dict) -> int:
-  """Counts the values of a parameter dict, the two fixed position tables included."""
+  """Returns the number of values in a parameter dict, with the two fixed position tables."""
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

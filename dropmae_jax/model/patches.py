@@ -1,4 +1,4 @@
-"""Frames to patch vectors and back, and the pixel targets (method: He et al. 2022, section 3)."""
+"""Frames to patch vectors and back, and the reconstruction targets (He et al. 2022, section 3)."""
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 def patchify(frames: Float[Array, 'b f h w c'], patch_size: int) -> Float[Array, 'b l p']:
-  """Cuts frames into patch vectors, row by row; inside one: row, column, then colour fastest."""
+  """Cuts frames into patch vectors, row by row; within a patch: row, column, colour (fastest)."""
   return rearrange(
     frames, 'b f (gh ph) (gw pw) c -> b (f gh gw) (ph pw c)', ph=patch_size, pw=patch_size
   )
@@ -15,7 +15,7 @@ def patchify(frames: Float[Array, 'b f h w c'], patch_size: int) -> Float[Array,
 def unpatchify(
   patches: Float[Array, 'b l p'], patch_size: int, *, num_frames: int = 2
 ) -> Float[Array, 'b f h w c']:
-  """Puts the patch vectors of square frames back in place; the inverse of `patchify`."""
+  """Returns square frames from their patch vectors; the inverse of `patchify`."""
   grid = round((patches.shape[1] / num_frames) ** 0.5)
   return rearrange(
     patches,
@@ -30,13 +30,13 @@ def unpatchify(
 def patch_statistics(
   patches: Float[Array, 'b l p'],
 ) -> tuple[Float[Array, 'b l 1'], Float[Array, 'b l 1']]:
-  """Returns each patch's mean and standard deviation: unbiased, with 1e-6 inside the root."""
+  """Returns mean and standard deviation of each patch: unbiased, with 1e-6 inside the root."""
   mean = patches.mean(axis=-1, keepdims=True)
   variance = patches.var(axis=-1, keepdims=True, ddof=1)
   return mean, jnp.sqrt(variance + 1e-6)
 
 
 def normalise_patches(patches: Float[Array, 'b l p']) -> Float[Array, 'b l p']:
-  """Gives every patch mean 0 and deviation 1: the target of the published recipe."""
+  """Normalises every patch to mean 0 and deviation 1, as published (norm_pix_loss)."""
   mean, deviation = patch_statistics(patches)
   return (patches - mean) / deviation

@@ -1,4 +1,4 @@
-"""Frames of bytes to what the model is fed, on the device: flips, normalisation, its inverse."""
+"""From uint8 frames to model input, on the device: flips, normalisation, and its inverse."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 
 def normalise(frames: UInt8[Array, '... c']) -> Float[Array, '... c']:
-  """Brings bytes to ImageNet's mean 0 and deviation 1, in float32."""
+  """Normalises uint8 by the mean and deviation of ImageNet; returns float32."""
   mean, deviation = jnp.array(IMAGENET_MEAN), jnp.array(IMAGENET_DEVIATION)
   return (frames.astype(jnp.float32) / 255 - mean) / deviation
 
 
 def denormalise(frames: Float[Array, '... c']) -> UInt8[Array, '... c']:
-  """The inverse of `normalise`, rounded and clipped to bytes."""
+  """The inverse of `normalise`, rounded and clipped to uint8."""
   mean, deviation = jnp.array(IMAGENET_MEAN), jnp.array(IMAGENET_DEVIATION)
   return jnp.clip(jnp.round((frames * deviation + mean) * 255), 0, 255).astype(jnp.uint8)
 
@@ -23,12 +23,12 @@ def denormalise(frames: Float[Array, '... c']) -> UInt8[Array, '... c']:
 def flip_and_normalise(
   keys: Key[Array, ' b'], frames: UInt8[Array, 'b f h w c'], *, shared: bool
 ) -> Float[Array, 'b f h w c']:
-  """Mirrors each frame left to right with probability one half, and normalises.
+  """Flips each frame left to right with probability one half, and normalises.
 
   Args:
     keys: one per sample.
     frames: uint8 pairs.
-    shared: both frames of a pair are mirrored together, or neither; else each for itself.
+    shared: flip both frames of a pair or neither; otherwise each is drawn on its own.
   """
 
   def flip_pair(key: Array, pair: Array) -> Array:

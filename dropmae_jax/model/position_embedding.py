@@ -1,25 +1,25 @@
-"""Position tables: fixed sine-cosine codes as published checkpoints store them, and resampling."""
+"""Position tables: the fixed sine-cosine embedding of published checkpoints, and resampling."""
 
 import numpy as np
 from jaxtyping import Float32
 
 
 def sincos_axis(grid: int, width: int) -> np.ndarray:
-  """Returns the float64 code of the positions 0..grid-1 on one axis: [grid, width / 2]."""
+  """Returns the float64 embedding of positions 0..grid-1 on one axis: [grid, width / 2]."""
   frequency = 10000.0 ** -(np.arange(width // 4) / (width / 4))
   angle = np.arange(grid)[:, None] * frequency
   return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
 
 def sincos_table(grid: int, width: int) -> Float32[np.ndarray, '1 slots d']:
-  """Returns the table of a grid x grid frame: one zero slot, then the tokens row by row.
+  """Returns the table of a grid x grid frame: a slot of zeros, then the tokens row by row.
 
-  The first half of a token's code is its column, the second half its row. Slot 0 stands for a
-  class token that this method does not have; the files in the field carry it, and so do ours.
+  The first half of an embedding depends on the column, the second half on the row. Slot 0 is for a
+  class token, which this method does not have; published files have the slot, so ours do too.
 
   Args:
     grid: patches along one side of a frame.
-    width: length of a token's code; a multiple of 4.
+    width: d, a multiple of 4.
 
   Returns:
     float32 [1, 1 + grid * grid, width], computed in float64.
@@ -39,12 +39,12 @@ def sincos_table(grid: int, width: int) -> Float32[np.ndarray, '1 slots d']:
 def resample_table(table: Float32[np.ndarray, '1 slots d'], grid: int) -> np.ndarray:
   """Resamples a position table to another grid, as the trackers do.
 
-  The law is that of torch.nn.functional.interpolate(mode='bicubic', align_corners=False): Keys'
-  cubic convolution with a = -0.75, pixel centres at halves, borders repeated, no antialiasing.
-  (`jax.image.resize` has a = -0.5 and antialiases, which is 1 to 2 % off.)
+  The result equals torch.nn.functional.interpolate(mode='bicubic', align_corners=False): Keys'
+  cubic convolution with a = -0.75, half-pixel centres, borders repeated, no antialiasing.
+  (`jax.image.resize` has a = -0.5 and antialiases; it differs by 1 to 2 %.)
 
   Args:
-    table: one slot that is kept as it is, then a square grid's tokens row by row.
+    table: a slot that stays as it is, then the tokens of a square grid row by row.
     grid: patches along one side of the new grid.
 
   Returns:

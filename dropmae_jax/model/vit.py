@@ -1,8 +1,10 @@
 """Vision-transformer blocks, with the attribute paths of the PyTorch checkpoints.
 
-`blocks.0.attn.qkv` here is `blocks.0.attn.qkv` there, so that export is a table of leaf rules.
-Parameters are float32; `dtype` is that of the matrix products. The residual stream, the norms
-and the softmax stay in float32.
+`blocks.0.attn.qkv` is `blocks.0.attn.qkv` in PyTorch too, so export is a table of rules for leaves.
+Parameters are float32; `dtype` is that of the matrix products. The residual stream, the norms and
+the softmax are always float32.
+
+To add a backbone size: add a row to `SIZES`.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ LAYER_NORM_EPSILON = 1e-6
 
 
 class Size(NamedTuple):
-  """A backbone of the size table; `patch_size` is the one it is published with."""
+  """A backbone; `patch_size` is the one that it is published with."""
 
   width: int
   depth: int
@@ -41,10 +43,14 @@ SIZES = {
 
 
 def architecture_of_size(size: str, **other: int | float) -> Architecture:
-  """Returns the architecture of a row of `SIZES`; `other` sets the remaining fields.
+  """Returns the architecture of a row of `SIZES`.
+
+  Args:
+    size: a name in `SIZES`.
+    **other: further fields of `Architecture`, or other values for those of the row.
 
   Raises:
-    ValueError: there is no such size, or the numbers do not fit one another.
+    ValueError: there is no such size, or the numbers do not fit together.
   """
   check_name('size', size, SIZES)
   return Architecture(**(SIZES[size]._asdict() | other))
@@ -61,20 +67,20 @@ def linear(inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nn
 def flat_product(
   tokens: Float[Array, 'b l d'], kernel: Float[Array, 'd h'], dimensions: Any, **options: Any
 ) -> Float[Array, 'b l h']:
-  """`jax.lax.dot_general` over all tokens at once, whose gradient XLA makes faster on CPUs."""
+  """`jax.lax.dot_general` with batch and tokens as one axis: its gradient is faster on CPUs."""
   del dimensions
   flat = rearrange(tokens, 'b l d -> (b l) d')
-  found = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
-  return rearrange(found, '(b l) h -> b l h', b=tokens.shape[0])
+  product = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
+  return rearrange(product, '(b l) h -> b l h', b=tokens.shape[0])
 
 
 def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-  """Returns a float32 layer norm with the epsilon of the method."""
+  """Returns a float32 layer norm with the published epsilon."""
   return nnx.LayerNorm(width, epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):
-  """Projects patch vectors to tokens: the method's strided convolution as a matrix product."""
+  """Projects patch vectors to tokens: the published strided convolution, as a matrix product."""
 
   def __init__(self, patch_values: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
     bound = patch_values**-0.5
@@ -96,7 +102,7 @@ class PatchEmbed(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-  """Projections around an attention function; the fused one is laid out [q | k | v], head-major."""
+  """Projections around an attention function; the fused one has layout [q | k | v], head-major."""
 
   def __init__(self, width: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
     self.num_heads = num_heads
@@ -106,7 +112,7 @@ class SelfAttention(nnx.Module):
   def __call__(
     self, tokens: Float[Array, 'b l d'], attend: Attention, wanted: Int[Array, 'b r'] | None = None
   ) -> Float[Array, 'b r d']:
-    """Returns what the `wanted` tokens have learned from all; of every token if none are named."""
+    """Returns the output of the tokens at the indices `wanted`; None: of all tokens."""
     query, key, value = rearrange(
       self.qkv(tokens), 'b l (qkv m e) -> qkv b l m e', qkv=3, m=self.num_heads
     )
@@ -126,7 +132,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-  """A pre-norm transformer block; which attention it uses is the caller's choice."""
+  """A pre-norm transformer block; the caller passes the attention function."""
 
   def __init__(
     self, width: int, num_heads: int, mlp_ratio: float, *, dtype: DTypeLike, rngs: nnx.Rngs
@@ -139,7 +145,7 @@ class Block(nnx.Module):
   def __call__(
     self, tokens: Float[Array, 'b l d'], attend: Attention, wanted: Int[Array, 'b r'] | None = None
   ) -> Float[Array, 'b r d']:
-    """Returns the next block's tokens; only the `wanted` ones if they are named."""
+    """Returns the tokens at the indices `wanted` for the next block; None: all tokens."""
     mixed = self.attn(self.norm1(tokens), attend, wanted)
     tokens = mixed + (tokens if wanted is None else masking.select(tokens, wanted))
     return tokens + self.mlp(self.norm2(tokens))

@@ -1,6 +1,7 @@
-"""The fused GPU kernels, interpreted, are ASAD attention; the compiler of GPUs takes them.
+"""The GPU kernels: interpreted, they compute ASAD attention; XLA compiles them for a GPU.
 
-They draw what XLA's program draws, whose law is tested in test_asad.py and test_golden.py.
+They draw the same pairs as XLA's implementation, whose distribution is tested in
+tests/model/test_asad.py and tests/test_golden.py.
 """
 
 import dataclasses
@@ -13,12 +14,12 @@ import numpy as np
 import pytest
 from attention_cases import assert_near, extreme_tokens, tokens, value_and_gradients
 from conftest import run_python
-from draws import INTERPRET_GPU
+from draws import INTERPRET_GPU, drops_of_xla
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from dropmae_jax import sharding
 from dropmae_jax.kernels.gpu import asad_gpu
-from dropmae_jax.model import fast_asad, weighted_sampling
+from dropmae_jax.model import fast_asad
 from dropmae_jax.model.asad import num_dropped
 
 fused = partial(asad_gpu.asad_attention, interpret=INTERPRET_GPU)
@@ -27,14 +28,6 @@ dropped_pairs = partial(asad_gpu.dropped_pairs, interpret=INTERPRET_GPU)
 
 def rounded(arrays):
   return [each.astype(jnp.bfloat16) for each in arrays]
-
-
-def drops_of_xla(query, key, draw_keys, drop_rate):
-  logits = fast_asad.products(fast_asad.by_frame(query), fast_asad.by_frame(key))
-  weights = fast_asad.sampling_weights(logits, scale=query.shape[-1] ** -0.5)
-  seeds = weighted_sampling.head_seeds(draw_keys, query.shape[2])
-  count = num_dropped(query.shape[1] // 2, drop_rate)
-  return weighted_sampling.sample_drops(seeds, weights, count)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +41,9 @@ def drops_of_xla(query, key, draw_keys, drop_rate):
 )
 def test_output_and_gradients_are_those_of_xla_given_the_drops(b, n, m, e, rate):
   given = rounded(tokens(2, b=b, n=n, m=m, e=e))
-  # From JAX 0.12 on a race is found where two tiles that overlap write the same ranks.
-  same_twice = n > 64 and n % 64 > 0 and jax.__version_info__ >= (0, 12)
-  interpret = dataclasses.replace(INTERPRET_GPU, detect_races=not same_twice)
+  # From JAX 0.12 on, overlapping tiles that write the same ranks are reported as a race.
+  tiles_overlap = n > 64 and n % 64 > 0 and jax.__version_info__ >= (0, 12)
+  interpret = dataclasses.replace(INTERPRET_GPU, detect_races=not tiles_overlap)
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), b), 'drop_rate': rate}
   drops = dropped_pairs(*given[:2], **drawn, interpret=interpret)
   np.testing.assert_array_equal(drops.sum(axis=(1, 3, 4)), num_dropped(n, rate))
@@ -60,10 +53,10 @@ def test_output_and_gradients_are_those_of_xla_given_the_drops(b, n, m, e, rate)
   exact = [each.astype(jnp.float32) for each in given]
   expected = value_and_gradients(partial(fast_asad.attention_with_drops, is_dropped=drops), exact)
   assert_near(ours, expected, 0.005)
-  assert same_twice or not gpu_callbacks.get_races().races_found
+  assert tiles_overlap or not gpu_callbacks.get_races().races_found
 
 
-def test_logits_so_far_apart_that_powers_vanish():
+def test_logits_so_far_apart_that_exponentials_underflow():
   given = rounded(extreme_tokens(16, 1, 16))
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 3), 'drop_rate': 0.5}
   drops = dropped_pairs(*given[:2], **drawn)
@@ -73,7 +66,7 @@ def test_logits_so_far_apart_that_powers_vanish():
   ours = value_and_gradients(partial(fused, **drawn), given)
   of_xla = value_and_gradients(recorded, given)
   exact = value_and_gradients(recorded, [each.astype(jnp.float32) for each in given])
-  # What nearly cancels has no digits left in bfloat16, by either program.
+  # Where terms nearly cancel, no implementation has digits left in bfloat16.
   for one, other, expected in zip(ours, of_xla, exact, strict=True):
     assert np.isfinite(np.asarray(one, np.float32)).all()
     error, allowed = (jnp.linalg.norm(each.ravel() - expected.ravel()) for each in (one, other))
@@ -89,17 +82,7 @@ def test_many_heads_draw_what_xla_draws(rate):
   np.testing.assert_array_equal(drops, drops_of_xla(query, key, **drawn))
 
 
-@pytest.mark.slow
-def test_at_full_size_they_draw_what_xla_draws():
-  query, key, _ = rounded(tokens(4, b=1, n=196, m=2, e=32))
-  drawn = {'draw_keys': jax.random.split(jax.random.key(6), 1), 'drop_rate': 0.1}
-  drops = dropped_pairs(query, key, **drawn)
-  np.testing.assert_array_equal(drops.sum(axis=(1, 3, 4)), 7448)
-  # Logits are added up in another order, which tips over a pair at the border now and then.
-  assert (drops != drops_of_xla(query, key, **drawn)).sum() <= 8
-
-
-def test_on_a_mesh_every_device_does_its_share():
+def test_on_a_mesh_every_device_computes_its_part_of_the_batch():
   query, key, _ = rounded(tokens(4, b=2, n=5, m=1))
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': 0.5}
   mesh = sharding.make_mesh(jax.devices()[:2])
@@ -113,17 +96,17 @@ def test_on_a_mesh_every_device_does_its_share():
   assert 'tensor<1x2x1x64x64xui16>' in text
 
 
-def test_the_gradient_keeps_a_byte_of_marks_for_64_keys():
+def test_64_bytes_of_marks_are_stored_per_query():
   b, n, m, e = 2, 196, 16, 32
   given = [jax.ShapeDtypeStruct((b, 2 * n, m, e), jnp.bfloat16)] * 3
   attend = partial(
     asad_gpu.asad_attention, draw_keys=jax.random.split(jax.random.key(0), b), drop_rate=0.1
   )
   _, pullback = jax.eval_shape(lambda *x: jax.vjp(attend, *x), *given)
-  kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
-  # Of rows that are filled up to 208, and results to 256.
+  stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
+  # Rows of tokens are padded to 208, and those of results to 256.
   lanes = b * 2 * m * e
-  assert kept == 3 * lanes * 208 * 2 + lanes * 256 * 4 + b * 2 * m * 256 * (4 + 64)
+  assert stored == 3 * lanes * 208 * 2 + lanes * 256 * 4 + b * 2 * m * 256 * (4 + 64)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +121,7 @@ def test_the_gradient_keeps_a_byte_of_marks_for_64_keys():
     ((196, 64, 'bfloat16'), '196 tokens per frame with heads of width 64: too many'),
   ],
 )
-def test_what_there_is_no_kernel_for_is_said(sizes, reason):
+def test_the_reason_why_there_is_no_kernel_is_given(sizes, reason):
   assert asad_gpu.unsupported(*sizes) == reason
 
 
@@ -162,12 +145,12 @@ gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 made = gradient.lower(tokens, tokens, tokens, keys).compile(compiled.GPU_OPTIONS)
 text = made.as_text()
 assert text.count('custom_call_target="mosaic_gpu') == 4, text
-# Of every head; one matrix for all of them adds up ties.
+# Matrices of heads; the sum over ties has one without heads.
 assert f',{2 * n},{2 * n}]' not in text, text
 rows = max(64, -(-n // 16) * 16)
 pairs = b // 2 * 2 * m * rows**2
-# Two bytes are ranks, the rest tokens; one array of 32 bits for each pair would be four more.
-# And the library that adds up ties has scratch of a fixed size.
+# Two bytes per pair are ranks, the others tokens; an array of 32 bits per pair would add four.
+# The matrix product that sums ties has scratch memory of a fixed size.
 needed = made.memory_analysis().temp_size_in_bytes - 2**25
 print(needed / pairs)
 assert needed < 5.9 * pairs
@@ -175,9 +158,9 @@ assert needed < 5.9 * pairs
 
 
 @pytest.mark.skipif(
-  not importlib.util.find_spec('jax_cuda12_plugin'), reason='needs the compiler of GPUs'
+  not importlib.util.find_spec('jax_cuda12_plugin'), reason="needs pip install 'jax[cuda12]'"
 )
 @pytest.mark.parametrize(('n', 'e'), [(196, 32), (256, 32), (64, 64), (16, 16)])
-def test_the_compiler_of_gpus_takes_the_kernels_and_stores_no_logits(n, e):
+def test_the_kernels_compile_for_gpus_and_store_no_logits(n, e):
   done = run_python('-c', COMPILE, str(n), str(e), timeout=600)
   assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
-"""The fused kernels, interpreted, are ASAD attention; the compiler of TPUs takes them.
+"""The TPU kernels: interpreted, they compute ASAD attention; XLA compiles them for a TPU.
 
-Their law is tested beside that of the XLA program, in test_asad.py and test_golden.py.
+Their distribution is tested beside that of the other implementations, in tests/model/test_asad.py
+and tests/test_golden.py.
 """
 
 import importlib.util
@@ -10,19 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import assert_near, extreme_tokens, tokens, value_and_gradients
+from attention_cases import (
+  assert_near,
+  extreme_tokens,
+  scaled_logits,
+  tokens,
+  value_and_gradients,
+)
 from conftest import run_python
+from draws import drops_of_xla
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dropmae_jax import sharding, train
-from dropmae_jax.config import Config, MeshOptions
-from dropmae_jax.kernels import implementations
+from dropmae_jax import sharding
+from dropmae_jax.config import MeshOptions
 from dropmae_jax.kernels.tpu import asad_tpu, search
 from dropmae_jax.model import fast_asad, weighted_sampling
 from dropmae_jax.model.asad import num_dropped
-from dropmae_jax.model.vit import architecture_of_size
-from dropmae_jax.runtime.errors import UserError
 
 fused = partial(asad_tpu.asad_attention, interpret=True)
 dropped_pairs = jax.jit(
@@ -43,7 +48,7 @@ def test_output_and_gradients_are_those_of_xla_given_the_drops(n, m, e, rate):
   assert_near(ours, expected, 1e-6)
 
 
-def test_logits_so_far_apart_that_powers_vanish():
+def test_logits_so_far_apart_that_exponentials_underflow():
   arguments = extreme_tokens(10, 1, 16)
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 3), 'drop_rate': 0.5}
   drops = dropped_pairs(*arguments[:2], **drawn)
@@ -52,11 +57,11 @@ def test_logits_so_far_apart_that_powers_vanish():
   expected = value_and_gradients(
     partial(fast_asad.attention_with_drops, is_dropped=drops), arguments
   )
-  # Of what nearly cancels, rounding is a larger share.
+  # Where terms nearly cancel, rounding is a larger share.
   assert_near(ours, expected, 1e-5)
 
 
-def test_in_bfloat16_it_is_off_by_a_hundredth_at_most():
+def test_in_bfloat16_the_error_is_at_most_a_hundredth():
   exact = tokens(2, n=24, m=1, e=32)
   exact = [each.astype(jnp.bfloat16).astype(jnp.float32) for each in exact]
   rounded = [each.astype(jnp.bfloat16) for each in exact]
@@ -80,22 +85,19 @@ def test_exactly_the_stated_number_and_never_the_diagonal(n):
     assert not np.einsum('bfmii->', np.asarray(drops, np.int64))
 
 
-def test_it_draws_what_xla_draws_but_for_ties_of_16_bits():
+def test_the_draw_is_that_of_xla_except_for_ties_of_16_bits():
   query, key, _ = tokens(3, n=196, m=1)
-  keys = jax.random.split(jax.random.key(1), 2)
-  count = num_dropped(196, 0.1)
-  ours = dropped_pairs(query, key, draw_keys=keys, drop_rate=0.1)
-  logits = fast_asad.products(fast_asad.by_frame(query), fast_asad.by_frame(key))
-  weights = fast_asad.sampling_weights(logits, scale=query.shape[-1] ** -0.5)
-  seeds = weighted_sampling.head_seeds(keys, 1)
-  expected = weighted_sampling.sample_drops(seeds, weights, count)
+  drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': 0.1}
+  ours = dropped_pairs(query, key, **drawn)
   # Of 7448 pairs, 4 to 7 share the last rank.
-  assert (ours != expected).sum(axis=(1, 2, 3, 4)).max() <= 20
-  # By keys of 32 bits it is ours that are the lowest.
+  assert (ours != drops_of_xla(query, key, **drawn)).sum(axis=(1, 2, 3, 4)).max() <= 20
+  # By scores of 32 bits, ours are the lowest.
+  weights = fast_asad.sampling_weights(scaled_logits(query, key))
+  seeds = weighted_sampling.head_seeds(drawn['draw_keys'], 1)
   noise = weighted_sampling.exponential_noise(seeds, (2, 196, 196))
-  race = jnp.where(weights > 0, noise / weights, jnp.inf)
-  last = jnp.where(ours, race, 0).max(axis=(1, 3, 4))
-  first = jnp.where(ours, jnp.inf, race).min(axis=(1, 3, 4))
+  scores = jnp.where(weights > 0, noise / weights, jnp.inf)
+  last = jnp.where(ours, scores, 0).max(axis=(1, 3, 4))
+  first = jnp.where(ours, jnp.inf, scores).min(axis=(1, 3, 4))
   assert (last < first * (1 + 1e-4)).all()
 
 
@@ -115,55 +117,55 @@ def test_the_draw_is_the_same_on_any_mesh():
   assert_near(ours, value_and_gradients(recorded, (query, key, value)), 1e-6)
 
 
-def select(keys, count, start, from_behind):
-  """The marks of the lowest keys of every head."""
-  place = np.arange(1, keys[0].size + 1, dtype=np.float32)
-  place = place[::-1] if from_behind else place
+def select(scores, count, start, ties_from_end):
+  """The marks of the lowest scores of every head."""
+  position = np.arange(1, scores[0].size + 1, dtype=np.float32)
+  position = position[::-1] if ties_from_end else position
 
   def kernel(given, order, marks, scratch):
     scratch[...] = given[...]
-    guess = jnp.full((len(keys), 1, 1), start, jnp.float32) + 0 * given[:, 0, :1, :1]
+    guess = jnp.full((len(scores), 1, 1), start, jnp.float32) + 0 * given[:, 0, :1, :1]
     last = search.select_lowest(scratch, count, guess, lambda: order[...])
     marks[...] = jnp.where(scratch[...] <= last[:, None], 1, 0)
 
-  order = np.broadcast_to(place.reshape(1, *keys.shape[1:]), keys.shape)
+  order = np.broadcast_to(position.reshape(1, *scores.shape[1:]), scores.shape)
   run = pl.pallas_call(
     kernel,
-    out_shape=jax.ShapeDtypeStruct(keys.shape, jnp.int32),
-    scratch_shapes=[pltpu.VMEM(keys.shape, jnp.float32)],
+    out_shape=jax.ShapeDtypeStruct(scores.shape, jnp.int32),
+    scratch_shapes=[pltpu.VMEM(scores.shape, jnp.float32)],
     interpret=True,
   )
-  return np.asarray(jax.jit(run)(jnp.asarray(keys), jnp.asarray(order)))
+  return np.asarray(jax.jit(run)(jnp.asarray(scores), jnp.asarray(order)))
 
 
-@pytest.mark.parametrize('from_behind', [False, True])
+@pytest.mark.parametrize('ties_from_end', [False, True])
 @pytest.mark.parametrize('count', [1, 100, 511])
 @pytest.mark.parametrize('start', [1e-20, 1.0, 1e20])
-def test_the_lowest_are_found_from_any_guess_and_ties_go_by_order(count, start, from_behind):
-  """Heads: one key, two, some, all different, and over the whole range of floats."""
+def test_the_lowest_are_found_from_any_guess_and_ties_go_by_order(count, start, ties_from_end):
+  """Heads with one distinct score, two, 40, all distinct, and over the whole range of floats."""
   rng = np.random.default_rng(count)
-  keys = np.stack([
+  scores = np.stack([
     *(rng.integers(1, 1 + distinct, 512).astype(np.float32) for distinct in (1, 2, 40)),
     rng.permutation(512).astype(np.float32) + 1,
     np.exp2(rng.uniform(-60, 120, 512)).astype(np.float32),
   ])  # fmt: skip
-  marks = select(keys.reshape(5, 1, 8, 64), count, start, from_behind).reshape(5, 512)
+  marks = select(scores.reshape(5, 1, 8, 64), count, start, ties_from_end).reshape(5, 512)
   for head in range(5):
-    place = np.arange(512)[:: -1 if from_behind else 1]
+    position = np.arange(512)[:: -1 if ties_from_end else 1]
     expected = np.zeros(512, int)
-    expected[np.lexsort((place, keys[head]))[:count]] = 1
+    expected[np.lexsort((position, scores[head]))[:count]] = 1
     np.testing.assert_array_equal(marks[head], expected)
 
 
-def test_the_gradient_keeps_one_bit_for_each_pair_that_may_be_dropped():
-  """For registers of 8 x 128 in full: of 196 x 196 that is 1.7 times as many."""
+def test_one_bit_per_pair_is_stored():
+  """Per pair of whole registers of 8 x 128, which is 1.7 times as many as 196 x 196."""
   b, n, m, e = 2, 196, 16, 32
   arguments = [jax.ShapeDtypeStruct((b, 2 * n, m, e), jnp.bfloat16)] * 3
   attend = partial(fused, draw_keys=jax.random.split(jax.random.key(0), b), drop_rate=0.1)
   _, pullback = jax.eval_shape(lambda *x: jax.vjp(attend, *x), *arguments)
-  kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
+  stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
   bits, sums = 2 * b * m * 8 * 256 * 4, 2 * 2 * b * m * n * 4
-  assert kept == 3 * b * 2 * n * m * e * 2 + bits + sums
+  assert stored == 3 * b * 2 * n * m * e * 2 + bits + sums
 
 
 @pytest.mark.parametrize(
@@ -177,20 +179,8 @@ def test_the_gradient_keeps_one_bit_for_each_pair_that_may_be_dropped():
     ((784, 16, 32), '784 tokens per frame, whose logits do not fit on the chip'),
   ],
 )
-def test_what_there_is_no_kernel_for_is_said(sizes, reason):
+def test_the_reason_why_there_is_no_kernel_is_given(sizes, reason):
   assert asad_tpu.unsupported(*sizes) == reason
-
-
-def test_the_kernels_are_refused_where_there_are_none():
-  mesh = sharding.make_mesh(jax.devices()[:1])
-  sizes = {'tokens_per_frame': 196, 'num_heads': 16, 'head_width': 32, 'dtype': 'bfloat16'}
-  with pytest.raises(ValueError, match="attention='flash' is unknown; use one of auto, xla, fused"):
-    implementations.choose('flash', mesh, **sizes)
-  size = architecture_of_size('XXS', image_size=32)
-  recipe = Config(data_dir='', num_steps=1, batch_size=1, model=size, attention='fused')
-  message = r"config: attention='fused' has no kernel for devices of the kind 'cpu'; use attention="
-  with pytest.raises(UserError, match=message):
-    train.build(recipe, mesh)
 
 
 COMPILE = """
@@ -221,6 +211,6 @@ assert made.memory_analysis().temp_size_in_bytes < logits
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="needs pip install 'jax[tpu]'")
 @pytest.mark.parametrize('target', ['tpu_v5e', 'tpu_v4', 'tpu_v6e'])
-def test_the_compiler_of_tpus_takes_the_kernels_and_stores_no_logits(target):
+def test_the_kernels_compile_for_tpus_and_store_no_logits(target):
   done = run_python('-c', COMPILE, target, timeout=600)
   assert done.returncode == 0, done.stderr

@@ -1,13 +1,13 @@
-"""What the model may and may not see, its size, and how it is born."""
+"""What the model may see, its size, initial parameters and loss, and its precision."""
 
 import functools
 import json
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import equations
 from conftest import GOLDEN
 from flax import nnx, traverse_util
 
@@ -131,8 +131,8 @@ def test_sizes_have_the_published_number_of_parameters(size, total, tensors):
   assert len(jax.tree.leaves(params)) == tensors
 
 
-def test_initial_parameters_follow_the_published_law():
-  """One block of ViT-B's width is enough: bounds and deviations depend on the widths alone."""
+def test_initial_parameters_have_the_published_distribution():
+  """One block is enough: bounds and deviations depend on the widths alone."""
   recorded = {
     row['name']: row for row in json.loads((GOLDEN / 'vit_b_state_dict.json').read_text())
   }
@@ -146,9 +146,9 @@ def test_initial_parameters_follow_the_published_law():
       assert deviation == 0, name
       assert float(leaf.min()) == row['init_min'], name
     else:
-      few = 0.15 if leaf.size < 2000 else 0.01
-      assert deviation == pytest.approx(row['init_std'], rel=few), name
-    if leaf.ndim == 2:  # Uniform: the bound is known.
+      tolerance = 0.15 if leaf.size < 2000 else 0.01
+      assert deviation == pytest.approx(row['init_std'], rel=tolerance), name
+    if leaf.ndim == 2:  # Uniform.
       assert float(jnp.abs(leaf).max()) == pytest.approx(row['init_max'], rel=1e-2), name
 
 
@@ -170,19 +170,8 @@ def test_an_unknown_size_is_refused():
     architecture_of_size('M')
 
 
-def scatters(jaxpr):
-  """Returns whether each scatter of a traced program is told that its places are all unlike."""
-  found = []
-  for equation in jaxpr.eqns:
-    if equation.primitive.name.startswith('scatter'):
-      found.append(equation.params['unique_indices'])
-    for inner in jax.extend.core.jaxprs_in_params(equation.params):
-      found += scatters(inner)
-  return found
-
-
 @pytest.mark.parametrize('attention_dropout', [0.0, 0.2])
-def test_no_gradient_is_summed_in_whatever_order(setting, attention_dropout):
+def test_no_gradient_has_a_non_deterministic_reduction(setting, attention_dropout):
   graphdef, params = nnx.split(setting[0])
   keys = jax.random.split(jax.random.key(3), 2)
   objective = Objective(attention_dropout=attention_dropout)
@@ -193,21 +182,14 @@ def test_no_gradient_is_summed_in_whatever_order(setting, attention_dropout):
 
   frames = jnp.zeros((2, 2, 32, 32, 3))
   traced = jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, frames).jaxpr
-  # Of what the encoder is fed, the decoder's order of tokens, what it reconstructs, the targets.
-  found = scatters(traced)
-  assert len(found) >= 4
-  assert all(found)
-
-
-def equations(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation
-    for inner in jax.extend.core.jaxprs_in_params(equation.params):
-      yield from equations(inner)
+  scatters = [each for each in equations(traced) if each.primitive.name.startswith('scatter')]
+  # From selecting visible tokens, restoring their order, selecting masked tokens and targets.
+  assert len(scatters) >= 4
+  assert all(each.params['unique_indices'] for each in scatters)
 
 
 @pytest.mark.parametrize('attention_dropout', [0.0, 0.2])
-def test_in_mixed_precision_only_products_and_what_is_next_to_them_are_rounded(attention_dropout):
+def test_only_matrix_products_and_their_neighbours_are_in_bfloat16(attention_dropout):
   """Softmax, norms, loss, residuals and all sums are in float32, forward and backward."""
   graphdef, params = mae.abstract_model(TINY, dtype=jnp.bfloat16)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(3), 2))
@@ -224,13 +206,13 @@ def test_in_mixed_precision_only_products_and_what_is_next_to_them_are_rounded(a
   ]
   names = {each.primitive.name for each in low}
   assert 'dot_general' in names
-  # The gradient of GELU has powers, and is next to a product.
+  # Not exp: the gradient of GELU has it, next to a matrix product.
   assert not names & {'sqrt', 'rsqrt', 'log', 'reduce_max', 'cumsum', 'sort', 'div'}, names
 
 
 @pytest.mark.parametrize('drops', [False, True])
 def test_logits_are_summed_in_float32(drops):
-  """Logits near 100, which bfloat16 would be off by 0.25: weights by a quarter."""
+  """Near 100, bfloat16 logits have an error of 0.25, and weights one of a quarter."""
   shape = (1, 32, 1, 64)
   query, key, value = (
     jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16) for seed in range(3)

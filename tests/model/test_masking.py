@@ -55,7 +55,7 @@ def test_restore_undoes_select(seed, visible):
 
 
 def test_random_masking_is_joint_over_both_frames():
-  """The share of the first frame is hypergeometric: mean 49, deviation 4.3 of 98 kept."""
+  """The number of the first frame is hypergeometric: mean 49, deviation 4.3, of 98 visible."""
   keys = jax.random.split(jax.random.key(0), 20_000)
   masked = masking.random_masking(keys, num_tokens=392, mask_ratio=0.75)
   share = np.asarray((masked.visible < 196).sum(axis=1))

@@ -1,1 +1,1 @@
-"""ASAD as Pallas kernels of Hopper GPUs."""
+"""ASAD attention as Pallas kernels for Hopper GPUs."""

@@ -1,4 +1,4 @@
-"""The gradient of `asad_gpu`: for queries, and for keys and values."""
+"""The backward kernels of `asad_gpu`: the gradient of queries, and those of keys and values."""
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -18,96 +18,96 @@ from dropmae_jax.kernels.gpu.tile import (
 
 
 def query_gradient(
-  query: Ref, key: Ref, value: Ref, upper: Ref, lse: Ref, mean: Ref, bits: Ref, of_query: Ref,
-  queries: Ref, uppers: Ref, keys: Ref, values: Ref, sums: Ref, means: Ref, packed: Ref, mixed: Ref,
-  barrier: Ref, *, sizes: Sizes
+  query: Ref, key: Ref, value: Ref, d_output: Ref, lse: Ref, mean: Ref, bits: Ref, d_query: Ref,
+  queries: Ref, upstream: Ref, keys: Ref, values: Ref, sums: Ref, means: Ref, packed: Ref,
+  mixed: Ref, barrier: Ref, *, sizes: Sizes
 ) -> None:  # fmt: skip
-  """Sums over keys, for every query.
+  """Computes the gradient of every query: a sum over keys.
 
   Args:
     query: [b, f, r, (m e)].
     key: likewise.
     value: likewise.
-    upper: gradient of the output, likewise.
+    d_output: likewise, the gradient of the output.
     lse: of `attend`.
-    mean: float32 [b, f, m, i], products of output and gradient.
+    mean: float32 [b, f, m, i], the products of output and gradient.
     bits: of `attend`.
-    of_query: like queries but of whole tiles, to be written.
-    queries: shared, [tile, 64, e].
-    uppers: likewise.
-    keys: shared, [f, 64 tiles, e].
+    d_query: like queries but of whole tiles, written.
+    queries: shared memory, [tile, 64, e].
+    upstream: likewise, for `d_output`.
+    keys: shared memory, [f, 64 tiles, e].
     values: likewise.
-    sums: shared, [tile, 64] float32.
+    sums: shared memory, [tile, 64] float32, for `lse`.
     means: likewise.
-    packed: shared, [tile, 64, 64] uint8.
-    mixed: shared, [tile, 64, e].
+    packed: shared memory, [tile, 64, 64] uint8.
+    mixed: shared memory, [tile, 64, e].
     barrier: nine arrivals of every warpgroup.
-    sizes: of all this.
+    sizes: of the arrays.
   """
   at, tiles = here(), sizes.tiles
   rows = pl.ds(at.tile * TILE, TILE)
   copy_tile(at, query, queries, barrier)
-  copy_tile(at, upper, uppers, barrier)
+  copy_tile(at, d_output, upstream, barrier)
   copy_frames(at, key, keys, barrier)
   copy_frames(at, value, values, barrier)
   head = at.sample, at.frame, at.head, rows
   for source, target in ((lse, sums), (mean, means), (bits, packed)):
     plgpu.copy_gmem_to_smem(source.at[head], target.at[at.tile], barrier)
   plgpu.barrier_wait(barrier)
-  total, middle = (tiles.load_rows(each.at[at.tile]) for each in (sums, means))
+  row_lse, row_mean = (tiles.load_rows(each.at[at.tile]) for each in (sums, means))
   words = tiles.load(packed.at[at.tile]).astype(jnp.int32)
-  found = None
+  total = None
   for is_own, frame in ((False, 1 - at.frame), (True, at.frame)):
     for k, (start, width) in enumerate(sizes.chunks):
       logits = logits_of(sizes, queries.at[at.tile], keys, frame, (start, width))
-      attention = jnp.exp(logits - over(total, width))
+      probs = jnp.exp(logits - over(row_lse, width))
       if is_own:
         word = words if width == TILE else words[:, :width]
-        attention = jnp.where(((word >> k) & 1) > 0, 0.0, attention)
-      products = tiles.rows_by_rows(uppers.at[at.tile], values.at[frame, pl.ds(start, width)])
-      steep = attention * (products - over(middle, width)) * sizes.width**-0.5
-      part = tiles.product(steep.astype(key.dtype), keys.at[frame, pl.ds(start, width)])
-      found = part if found is None else found + part
-  target = of_query.at[at.sample, at.frame, rows, at.lanes(sizes.width)]
-  store(found.astype(of_query.dtype), mixed.at[at.tile], target)
+        probs = jnp.where(((word >> k) & 1) > 0, 0.0, probs)
+      d_probs = tiles.rows_by_rows(upstream.at[at.tile], values.at[frame, pl.ds(start, width)])
+      d_logits = probs * (d_probs - over(row_mean, width)) * sizes.width**-0.5
+      part = tiles.product(d_logits.astype(key.dtype), keys.at[frame, pl.ds(start, width)])
+      total = part if total is None else total + part
+  target = d_query.at[at.sample, at.frame, rows, at.lanes(sizes.width)]
+  store(total.astype(d_query.dtype), mixed.at[at.tile], target)
   plgpu.wait_smem_to_gmem(0)
 
 
 def key_gradients(
-  query: Ref, key: Ref, value: Ref, upper: Ref, lse: Ref, mean: Ref, bits: Ref,
-  of_key: Ref, of_value: Ref, queries: Ref, uppers: Ref, keys: Ref, values: Ref, sums: Ref,
+  query: Ref, key: Ref, value: Ref, d_output: Ref, lse: Ref, mean: Ref, bits: Ref,
+  d_key: Ref, d_value: Ref, queries: Ref, upstream: Ref, keys: Ref, values: Ref, sums: Ref,
   means: Ref, packed: Ref, mixed: Ref, rounded: Ref, barrier: Ref, *, sizes: Sizes
 ) -> None:  # fmt: skip
-  """Sums over queries, for every key and value.
+  """Computes the gradients of every key and value: sums over queries.
 
   Args:
     query: [b, f, r, (m e)].
     key: likewise.
     value: likewise.
-    upper: gradient of the output, likewise.
+    d_output: likewise, the gradient of the output.
     lse: of `attend`.
-    mean: float32 [b, f, m, i], products of output and gradient.
+    mean: float32 [b, f, m, i], the products of output and gradient.
     bits: of `attend`.
-    of_key: like keys but of whole tiles, to be written.
-    of_value: likewise.
-    queries: shared, [f, 64 tiles, e].
-    uppers: likewise.
-    keys: shared, [tile, 64, e].
+    d_key: like keys but of whole tiles, written.
+    d_value: likewise.
+    queries: shared memory, [f, 64 tiles, e].
+    upstream: likewise, for `d_output`.
+    keys: shared memory, [tile, 64, e].
     values: likewise.
-    sums: shared, [f, 64 tiles] float32.
+    sums: shared memory, [f, 64 tiles] float32, for `lse`.
     means: likewise.
-    packed: shared, [tile, 64, 64] uint8.
-    mixed: shared, [tile, 64, e].
-    rounded: shared, [tile, 64, 64].
+    packed: shared memory, [tile, 64, 64] uint8.
+    mixed: shared memory, [tile, 64, e].
+    rounded: shared memory, [tile, 64, 64].
     barrier: eleven arrivals of every warpgroup.
-    sizes: of all this.
+    sizes: of the arrays.
   """
   at, tiles = here(), sizes.tiles
   rows = pl.ds(at.tile * TILE, TILE)
   copy_tile(at, key, keys, barrier)
   copy_tile(at, value, values, barrier)
   copy_frames(at, query, queries, barrier)
-  copy_frames(at, upper, uppers, barrier)
+  copy_frames(at, d_output, upstream, barrier)
   for frame in range(2):
     for source, target in ((lse, sums), (mean, means)):
       plgpu.copy_gmem_to_smem(
@@ -115,29 +115,29 @@ def key_gradients(
       )
   plgpu.copy_gmem_to_smem(bits.at[at.sample, at.frame, at.head, rows], packed.at[at.tile], barrier)
   plgpu.barrier_wait(barrier)
-  of_keys = of_values = None
+  key_total = value_total = None
   for is_own, frame in ((False, 1 - at.frame), (True, at.frame)):
     for number in range(sizes.num_tiles):
       part = pl.ds(number * TILE, TILE)
-      asking, given = queries.at[frame, part], uppers.at[frame, part]
-      total, middle = (tiles.load_rows(each.at[frame, part]) for each in (sums, means))
-      logits = tiles.rows_by_rows(asking, keys.at[at.tile]) * sizes.width**-0.5
-      attention = jnp.exp(logits - over(total, TILE))
+      query_tile, d_output_tile = queries.at[frame, part], upstream.at[frame, part]
+      row_lse, row_mean = (tiles.load_rows(each.at[frame, part]) for each in (sums, means))
+      logits = tiles.rows_by_rows(query_tile, keys.at[at.tile]) * sizes.width**-0.5
+      probs = jnp.exp(logits - over(row_lse, TILE))
       if is_own:
         word = tiles.load(packed.at[number]).astype(jnp.int32)
-        attention = jnp.where(((word >> at.tile) & 1) > 0, 0.0, attention)
-      mixing = rounded.at[at.tile]
-      mixing[...] = attention.astype(key.dtype)
+        probs = jnp.where(((word >> at.tile) & 1) > 0, 0.0, probs)
+      operand = rounded.at[at.tile]
+      operand[...] = probs.astype(key.dtype)
       plgpu.commit_smem()
-      to_values = tiles.columns_by_columns(mixing, given)
-      products = tiles.rows_by_rows(given, values.at[at.tile])
-      steep = attention * (products - over(middle, TILE)) * sizes.width**-0.5
-      mixing[...] = steep.astype(key.dtype)
+      value_part = tiles.columns_by_columns(operand, d_output_tile)
+      d_probs = tiles.rows_by_rows(d_output_tile, values.at[at.tile])
+      d_logits = probs * (d_probs - over(row_mean, TILE)) * sizes.width**-0.5
+      operand[...] = d_logits.astype(key.dtype)
       plgpu.commit_smem()
-      to_keys = tiles.columns_by_columns(mixing, asking)
-      of_keys = to_keys if of_keys is None else of_keys + to_keys
-      of_values = to_values if of_values is None else of_values + to_values
-  for found, result in ((of_keys, of_key), (of_values, of_value)):
+      key_part = tiles.columns_by_columns(operand, query_tile)
+      key_total = key_part if key_total is None else key_total + key_part
+      value_total = value_part if value_total is None else value_total + value_part
+  for total, result in ((key_total, d_key), (value_total, d_value)):
     target = result.at[at.sample, at.frame, rows, at.lanes(sizes.width)]
-    store(found.astype(result.dtype), mixed.at[at.tile], target)
+    store(total.astype(result.dtype), mixed.at[at.tile], target)
     plgpu.wait_smem_to_gmem(0)

@@ -1,11 +1,11 @@
-"""What the GPU kernels of `asad_gpu` are made of.
+"""Operations on tiles that the GPU kernels of `asad_gpu` share.
 
-A program is a head, of one frame's queries or keys, with a warpgroup for every 64 rows: a tile.
-Tokens are [sample, frame, row, (head e)], zero in rows that are no tokens; past the end they read
-as zeros.
+A program computes one head for the queries or the keys of one frame. It has a warpgroup for every
+64 rows, a tile. Tokens are [sample, frame, row, (head e)], padded with rows of zeros; reads past
+the end give zeros.
 
-Pallas' interpreter of Mosaic GPU knows no layouts, no loads with one, and no products of
-transposed references; it gets what is the same without.
+Pallas' interpreter of Mosaic GPU does not support layouts, loads with a layout, and products of
+transposed references; for it, `Tiles` has equivalent code without these.
 """
 
 import inspect
@@ -23,21 +23,24 @@ TILE = 64
 # Bytes.
 SWIZZLE = 32
 
-# What `load` is told to read all; up to JAX 0.11 it asks for an index.
+# The index for `load` to read everything; it has this argument up to JAX 0.11.
 _WHOLE = ((),) if 'idx' in inspect.signature(plgpu.load).parameters else ()
 
-# A logit of what is no pair; finite, so that differences are numbers.
+# The logit where there is no pair; finite, so that differences are not nan.
 LOWEST = -1e30
 
-# Pallas' references have no public type.
+# Pallas has no public type for references.
 Ref = Any
 
 
 def shared(*shape: int, dtype: DTypeLike = jnp.bfloat16, plain: bool = False) -> Any:
   """Returns an array in shared memory.
 
-  If it is not plain it lies in rows of 32 bytes, as matrices must to be copied and multiplied:
-  products may then be over any multiple of 16 terms.
+  Args:
+    *shape: its shape.
+    dtype: its dtype.
+    plain: row-major. Otherwise tiled and swizzled by 32 bytes, as matrices must be to be copied and
+      multiplied; with 32 bytes, products can be over any multiple of 16 terms.
   """
   columns = SWIZZLE // jnp.dtype(dtype).itemsize
   transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE)
@@ -45,21 +48,21 @@ def shared(*shape: int, dtype: DTypeLike = jnp.bfloat16, plain: bool = False) ->
 
 
 def over(row_values: Float[Array, ' i'], columns: int) -> Float[Array, 'i j']:
-  """Repeats a number of every row along it."""
+  """Broadcasts a number per row over the columns."""
   return jax.lax.broadcast_in_dim(row_values, (*row_values.shape, columns), [0])
 
 
 class Tiles(NamedTuple):
-  """Operations on tiles, on a GPU or interpreted."""
+  """Operations on tiles, for a GPU or for the interpreter."""
 
   interpret: bool
 
   def columns(self, width: int) -> Int[Array, 'i j']:
-    """Numbers the columns of a tile."""
+    """Returns the column index of every element of a tile."""
     return self._iota(width, 1)
 
   def rows(self, width: int) -> Int[Array, 'i j']:
-    """Numbers the rows of a tile."""
+    """Returns the row index of every element of a tile."""
     return self._iota(width, 0)
 
   def _iota(self, width: int, axis: int) -> Int[Array, 'i j']:
@@ -68,7 +71,7 @@ class Tiles(NamedTuple):
     return plgpu.broadcasted_iota(jnp.int32, (TILE, width), axis, layout=plgpu.Layout.WGMMA)
 
   def load(self, source: Ref) -> Array:
-    """Reads a whole tile from shared memory, laid out as products are."""
+    """Reads a tile from shared memory, in the layout of products."""
     if self.interpret:
       return source[...]
     return plgpu.load(source, *_WHOLE, layout=plgpu.Layout.WGMMA, optimized=False)
@@ -80,17 +83,17 @@ class Tiles(NamedTuple):
     return plgpu.load(source, *_WHOLE, layout=plgpu.Layout.WGMMA.reduce(1))
 
   def rows_by_rows(self, left: Ref, right: Ref) -> Float[Array, 'i j']:
-    """Multiplies every row of the one with every row of the other: left right^T."""
+    """Returns left right^T, of matrices in shared memory."""
     if self.interpret:
       return _dot(left[...], right[...].T)
     return _wgmma(left, right.transpose((1, 0)))
 
   def product(self, left: Float[Array, 'i j'], right: Ref) -> Float[Array, 'i e']:
-    """Multiplies registers with a matrix in shared memory."""
+    """Returns left right, of registers and a matrix in shared memory."""
     return _dot(left, right[...]) if self.interpret else _wgmma(left, right)
 
   def columns_by_columns(self, left: Ref, right: Ref) -> Float[Array, 'j e']:
-    """Multiplies every column of the one with every column of the other: left^T right."""
+    """Returns left^T right, of matrices in shared memory."""
     if self.interpret:
       return _dot(left[...].T, right[...])
     return _wgmma(left.transpose((1, 0)), right)
@@ -111,10 +114,11 @@ def _wgmma(left: Any, right: Ref) -> Array:
 class Sizes(NamedTuple):
   """What a program is compiled for.
 
-  n: tokens of a frame.
-  rows: the same, with what fills it up.
-  width: of a head.
-  tiles: on a GPU or interpreted.
+  Attributes:
+    n: tokens per frame.
+    rows: the same with padding.
+    width: e, the width of a head.
+    tiles: for a GPU or for the interpreter.
   """
 
   n: int
@@ -124,17 +128,17 @@ class Sizes(NamedTuple):
 
   @property
   def num_tiles(self) -> int:
-    """Warpgroups of a program."""
+    """The number of tiles in the rows of a frame: the warpgroups of a program."""
     return pl.cdiv(self.rows, TILE)
 
   @property
   def chunks(self) -> list[tuple[int, int]]:
-    """Cuts columns into tiles, the last of which may be narrower: where it begins, how wide."""
+    """Start and width of each tile of columns; the last one may be narrower than a tile."""
     return [(at, min(TILE, self.rows - at)) for at in range(0, self.rows, TILE)]
 
 
 class Place(NamedTuple):
-  """Which head, frame and tile of rows this is."""
+  """The sample, frame, head and tile of rows of a warpgroup."""
 
   sample: Array
   frame: Array
@@ -142,24 +146,24 @@ class Place(NamedTuple):
   tile: Array
 
   def lanes(self, width: int) -> pl.Slice:
-    """The head's share of a token."""
+    """The lanes of a token that belong to the head."""
     return pl.ds(self.head * width, width)
 
 
 def here() -> Place:
-  """Returns where this program's warpgroup is."""
+  """Returns the place of this warpgroup."""
   return Place(*(jax.lax.axis_index(name) for name in Place._fields))
 
 
 def copy_tile(at: Place, source: Ref, target: Ref, barrier: Ref) -> None:
-  """Copies this warpgroup's rows of its own frame."""
+  """Copies the rows of this warpgroup, of its own frame."""
   rows = pl.ds(at.tile * TILE, TILE)
   part = source.at[at.sample, at.frame, rows, at.lanes(target.shape[-1])]
   plgpu.copy_gmem_to_smem(part, target.at[at.tile], barrier)
 
 
 def copy_frames(at: Place, source: Ref, target: Ref, barrier: Ref) -> None:
-  """Copies this warpgroup's share of both frames."""
+  """Copies the rows of this warpgroup, of both frames."""
   rows = pl.ds(at.tile * TILE, TILE)
   for frame in range(2):
     part = source.at[at.sample, frame, rows, at.lanes(target.shape[-1])]
@@ -167,7 +171,7 @@ def copy_frames(at: Place, source: Ref, target: Ref, barrier: Ref) -> None:
 
 
 def store(value: Array, staged: Ref, target: Ref) -> None:
-  """Writes a tile by way of shared memory, which must not be in use."""
+  """Writes a tile via a buffer in shared memory, which no copy may be using."""
   staged[...] = value
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(staged, target)
@@ -176,7 +180,7 @@ def store(value: Array, staged: Ref, target: Ref) -> None:
 def logits_of(
   sizes: Sizes, queries: Ref, keys: Ref, frame: int | Array, chunk: tuple[int, int]
 ) -> Float[Array, 'i j']:
-  """Returns scaled products of queries with some keys of a frame; `LOWEST` past the last key."""
+  """Returns the scaled logits of queries with a chunk of a frame's keys; `LOWEST` in padding."""
   start, width = chunk
   logits = sizes.tiles.rows_by_rows(queries, keys.at[frame, pl.ds(start, width)])
   logits = logits * sizes.width**-0.5

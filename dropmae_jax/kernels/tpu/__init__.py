@@ -1,1 +1,1 @@
-"""ASAD as Pallas kernels of TPUs."""
+"""ASAD attention as Pallas kernels for TPUs."""

@@ -1,12 +1,12 @@
-"""ASAD attention as two fused TPU kernels: a drop-in for `asad.asad_attention`.
+"""ASAD attention as two fused TPU kernels, which replace `fast_asad.asad_attention`.
 
 Logits, weights, noise, the exact search and the softmax of a sample's heads stay on the chip. Main
-memory sees queries, keys, values and the output, two numbers for each query, and one bit for each
-pair that may be dropped: the gradient reads those instead of drawing again, which costs 16 KB a
-head and saves the noise, and any doubt that it finds the same pairs.
+memory holds queries, keys, values, the output, two numbers per query, and one bit per within-frame
+pair. The backward pass reads these bits instead of drawing again: they take 16 KB per head, and
+save computing the noise and relying on a draw that must come out the same.
 
-The noise is that of `sampling`, by place and key, so that the draw is the same on any mesh, and the
-same as XLA's but for pairs whose keys are equal in the 16 bits that are compared there.
+The noise is that of `weighted_sampling`, by index and key. So the draw is the same on any mesh, and
+the same as XLA's, except for pairs whose scores are equal in the 16 bits that XLA compares.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,19 +25,19 @@ from dropmae_jax.kernels.tpu import passes
 from dropmae_jax.kernels.tpu.passes import LANES, SUBLANES, WORD
 from dropmae_jax.model import weighted_sampling
 from dropmae_jax.model.asad import num_dropped
-from dropmae_jax.model.on_each_device import on_each_device
+from dropmae_jax.model.chunks import on_each_device
 
-# Of VMEM, for keys and logits; a core has 16 MB for a kernel unless told otherwise.
+# VMEM for scores and logits. A kernel has 16 MB of VMEM by default.
 SCRATCH_BYTES = 10 * 2**20
 
 
 def heads_at_once(num_heads: int, head_width: int) -> int:
-  """Returns how many heads share a program."""
+  """Returns how many heads a program computes."""
   return min(num_heads, LANES // head_width)
 
 
 def unsupported(tokens_per_frame: int, num_heads: int, head_width: int) -> str:
-  """Returns why attention of these sizes cannot be had, or '' if it can."""
+  """Returns why there is no kernel for these sizes, or '' if there is one."""
   if LANES % head_width:
     return f'heads of width {head_width}, which does not divide {LANES}'
   heads = heads_at_once(num_heads, head_width)
@@ -54,20 +54,16 @@ def _padded(n: int) -> tuple[int, int]:
   return pl.cdiv(n, SUBLANES) * SUBLANES, pl.cdiv(n, LANES) * LANES
 
 
-class _Setting(NamedTuple):
-  """What else a kernel is compiled for."""
+class _Options(NamedTuple):
+  """What a kernel is compiled for, besides the shapes of its arguments."""
 
   count: int
   mesh: Mesh | None
   interpret: bool
 
 
-class _Kept(NamedTuple):
-  """What the gradient needs.
-
-  `bits` has 32 rows of keys in each word, as `asad_tpu_kernels.pack` says; of `sums`, four rows
-  belong to a head: largest logit and sum of powers, of the one frame and of the other.
-  """
+class _Residuals(NamedTuple):
+  """What the backward pass reads; `bits` and `sums` are those of `passes.forward`."""
 
   query: Float[Array, 'b l d']
   key: Float[Array, 'b l d']
@@ -76,8 +72,8 @@ class _Kept(NamedTuple):
   sums: Float[Array, 'b g r n']
 
 
-def _blocks(shape: tuple[int, ...], programs: int) -> pl.BlockSpec:
-  """Cuts an array into what a program has of it: its share of lanes, or of heads."""
+def _block_spec(shape: tuple[int, ...], programs: int) -> pl.BlockSpec:
+  """Returns which part of an array a program sees: its lanes or its heads of one sample."""
   if len(shape) == 1:
     return pl.BlockSpec(memory_space=pltpu.SMEM)
   if len(shape) == 3:
@@ -89,21 +85,22 @@ def _blocks(shape: tuple[int, ...], programs: int) -> pl.BlockSpec:
 def _run(
   kernel: Callable, arguments: list, results: list, scratch: list, programs: int, interpret: bool
 ) -> Sequence[Array]:
-  """Runs a kernel for every sample and every few heads of it.
+  """Runs the programs of a kernel for every sample.
 
   Args:
-    kernel: takes a reference for each argument, result and scratch.
-    arguments: [b, l, d], cut by lanes; [b, m, ...], cut by heads; or [x], which are read whole.
-    results: shapes and types of likewise.
+    kernel: takes a reference for each argument, result and scratch array.
+    arguments: [b, l, d], split by lanes; [b, m, ...], split by heads; or [x], which every program
+      sees as a whole.
+    results: their shapes and dtypes; split likewise.
     scratch: shapes, float32.
-    programs: of a sample.
-    interpret: without a TPU, for tests.
+    programs: per sample.
+    interpret: run without a TPU, for tests.
   """
   return pl.pallas_call(
     kernel,
     grid=(results[0].shape[0], programs),
-    in_specs=[_blocks(each.shape, programs) for each in arguments],
-    out_specs=[_blocks(each.shape, programs) for each in results],
+    in_specs=[_block_spec(each.shape, programs) for each in arguments],
+    out_specs=[_block_spec(each.shape, programs) for each in results],
     out_shape=results,
     scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel')),
@@ -112,22 +109,24 @@ def _run(
   )(*arguments)
 
 
-def _forward(query: Array, key: Array, value: Array, words: Array, setting: _Setting) -> tuple:
-  """Returns the output [b, l, m, e] and what the gradient needs.
+def _forward(
+  query: Array, key: Array, value: Array, words: Array, options: _Options
+) -> tuple[Array, _Residuals]:
+  """Returns the output [b, l, m, e] and the residuals.
 
   Args:
     query: [b, l, m, e].
     key: likewise.
     value: likewise.
-    words: int32 [b, m, 3]: two to key the noise by, and a coin.
-    setting: the rest.
+    words: of `_words`.
+    options: how to compile.
   """
   _, length, num_heads, width = query.shape
   n, heads = length // 2, heads_at_once(num_heads, width)
   rows, columns = _padded(n)
-  kernel = partial(passes.forward, count=setting.count, width=width)
+  kernel = partial(passes.forward, count=options.count, width=width)
 
-  def local(query: Array, key: Array, value: Array, words: Array) -> Sequence[Array]:
+  def run_on_device(query: Array, key: Array, value: Array, words: Array) -> Sequence[Array]:
     b, programs = query.shape[0], num_heads // heads
     bits = (b, num_heads, 2, pl.cdiv(rows, SUBLANES * WORD) * SUBLANES, columns)
     return _run(
@@ -140,42 +139,44 @@ def _forward(query: Array, key: Array, value: Array, words: Array, setting: _Set
       ],
       [(heads, 2, rows, columns), (heads, 2, n, n), (2, heads * width, n)],
       programs,
-      setting.interpret,
+      options.interpret,
     )
 
   tokens = [rearrange(each, 'b l m e -> b l (m e)') for each in (query, key, value)]
-  output, bits, sums = on_each_device(local, setting.mesh)(*tokens, words)
-  return output.reshape(query.shape), _Kept(*tokens, bits, sums)
+  output, bits, sums = on_each_device(run_on_device, options.mesh)(*tokens, words)
+  return output.reshape(query.shape), _Residuals(*tokens, bits, sums)
 
 
-def _backward(setting: _Setting, kept: _Kept, gradient: Array) -> tuple[Array | None, ...]:
-  _, length, num_heads, width = gradient.shape
+def _backward(
+  options: _Options, residuals: _Residuals, d_output: Array
+) -> tuple[Array | None, ...]:
+  _, length, num_heads, width = d_output.shape
   heads = heads_at_once(num_heads, width)
   kernel = partial(passes.backward, width=width)
 
-  def local(*arguments: Array) -> Sequence[Array]:
-    likewise = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in arguments[:3]]
+  def run_on_device(*arguments: Array) -> Sequence[Array]:
+    results = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in arguments[:3]]
     scratch = [(2, length // 2, heads * width)] * 2
-    return _run(kernel, list(arguments), likewise, scratch, num_heads // heads, setting.interpret)
+    return _run(kernel, list(arguments), results, scratch, num_heads // heads, options.interpret)
 
-  upper = rearrange(gradient, 'b l m e -> b l (m e)')
-  found = on_each_device(local, setting.mesh)(*kept, upper)
-  return *(each.reshape(gradient.shape) for each in found), None
+  d_tokens = rearrange(d_output, 'b l m e -> b l (m e)')
+  gradients = on_each_device(run_on_device, options.mesh)(*residuals, d_tokens)
+  return *(each.reshape(d_output.shape) for each in gradients), None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query: Array, key: Array, value: Array, words: Array, setting: _Setting) -> Array:
-  return _forward(query, key, value, words, setting)[0]
+def _attend(query: Array, key: Array, value: Array, words: Array, options: _Options) -> Array:
+  return _forward(query, key, value, words, options)[0]
 
 
 _attend.defvjp(_forward, _backward)
 
 
 def _words(draw_keys: Key[Array, ' b'], num_heads: int) -> Int[Array, 'b m 3']:
-  """Returns what is random of every head: two words for its noise, and from which end ties go."""
-  first, second, from_behind = weighted_sampling.head_seeds(draw_keys, num_heads)
+  """Returns the `HeadSeeds` of every head as int32."""
+  first, second, ties_from_end = weighted_sampling.head_seeds(draw_keys, num_heads)
   words = jax.lax.bitcast_convert_type(jnp.stack([first, second], axis=-1), jnp.int32)
-  return jnp.concatenate([words, from_behind[..., None].astype(jnp.int32)], axis=-1)
+  return jnp.concatenate([words, ties_from_end[..., None].astype(jnp.int32)], axis=-1)
 
 
 def asad_attention(
@@ -188,20 +189,20 @@ def asad_attention(
   mesh: Mesh | None = None,
   interpret: bool = False,
 ) -> Float[Array, 'b l m e']:
-  """Attention with a fresh draw of dropped pairs; no gradient flows through the draw.
+  """Attention with ASAD; no gradient flows through the draw.
 
   Args:
-    query: one vector per token and head; the first half of the l tokens is the earlier frame. Of
-      sizes that `unsupported` has nothing against.
+    query: one vector per token and head; the first half of the l tokens is the earlier frame. For
+      the possible sizes see `unsupported`.
     key: likewise.
     value: likewise.
     draw_keys: random keys, one per sample.
-    drop_rate: P, the share of within-frame pairs to drop. Must drop at least one pair.
-    mesh: the devices that the batch is split over, all axes along the first axis; None is one.
-    interpret: computes the same without a TPU, slowly.
+    drop_rate: P, the share of within-frame pairs to drop; `num_dropped` must not be 0.
+    mesh: the devices that the batch is split over, as in `on_each_device`.
+    interpret: run without a TPU, slowly.
   """
-  setting = _Setting(num_dropped(query.shape[1] // 2, drop_rate), mesh, interpret)
-  return _attend(query, key, value, _words(draw_keys, query.shape[2]), setting)
+  options = _Options(num_dropped(query.shape[1] // 2, drop_rate), mesh, interpret)
+  return _attend(query, key, value, _words(draw_keys, query.shape[2]), options)
 
 
 def dropped_pairs(
@@ -213,10 +214,10 @@ def dropped_pairs(
   mesh: Mesh | None = None,
   interpret: bool = False,
 ) -> Bool[Array, 'b f m i n']:
-  """Returns the pairs that `asad_attention` drops, given the same."""
+  """Returns the pairs that `asad_attention` drops with the same arguments."""
   n = query.shape[1] // 2
-  setting = _Setting(num_dropped(n, drop_rate), mesh, interpret)
-  kept = _forward(query, key, key, _words(draw_keys, query.shape[2]), setting)[1]
+  options = _Options(num_dropped(n, drop_rate), mesh, interpret)
+  residuals = _forward(query, key, key, _words(draw_keys, query.shape[2]), options)[1]
   unpack = partial(passes.unpack, rows=n)
-  marks = jax.vmap(jax.vmap(jax.vmap(unpack)))(kept.bits[..., :n])
+  marks = jax.vmap(jax.vmap(jax.vmap(unpack)))(residuals.bits[..., :n])
   return rearrange(marks, 'b m f j i -> b f m i j')

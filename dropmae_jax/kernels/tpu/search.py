@@ -1,10 +1,11 @@
-"""The exact search for the last key drawn, on a TPU's vector unit, of several heads at once.
+"""The exact search for the highest score that is drawn, on a TPU, for several heads at once.
 
-The keys of a program's heads lie in VMEM; what is sought is how far they are drawn. A probe counts
-the keys up to a threshold: a compare, a select and an addition for every 8 x 128 of them, and then
-the latency of a sum over a register, which the heads of a program share.
+Each (query, key) pair has a score in VMEM, of which the `count` lowest are drawn. A step of the
+search counts the scores up to a threshold: one compare, select and add per 8 x 128 scores, then a
+sum over a register. The heads of a program share the latency of that sum.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Every so many probes a range is halved, whatever is known of the law of its keys.
+# Every so many steps the range is halved, whatever the distribution of the scores.
 HALVING = 8
 
 
 class Range(NamedTuple):
-  """Two thresholds of every head, as the bits of floats, and the keys up to each of them.
+  """Two thresholds per head, as the bits of floats, and the number of scores up to each of them.
 
-  `below` has fewer keys than are sought, `upto` has as many or more.
+  `below` has fewer scores than `count`; `upto` has at least `count`.
   """
 
   below: Int[Array, 'h 1 1']
@@ -28,12 +29,12 @@ class Range(NamedTuple):
   num_upto: Float[Array, 'h 1 1']
 
   def is_open(self, count: int) -> Array:
-    """Whether a threshold between the two may have just `count` keys, and `upto` has not."""
+    """Returns whether `upto` has more than `count` scores and there is a threshold in between."""
     return (self.num_upto != count) & (self.upto - self.below > 1)
 
 
 def to_bits(values: Float[Array, '...']) -> Int[Array, '...']:
-  """Returns integers that order as positive floats do; within a bit of 2^23 times their log2."""
+  """Returns integers in the order of positive floats; about 2^23 times their log2."""
   return jax.lax.bitcast_convert_type(values, jnp.int32)
 
 
@@ -47,105 +48,108 @@ def to_floats(bits: Int[Array, '...']) -> Float[Array, '...']:
 
 
 def select_lowest(
-  keys: Any, count: int, start: Float[Array, 'h 1 1'], order: Any
+  scores: Any, count: int, start: Float[Array, 'h 1 1'], tie_order: Callable[[], Array]
 ) -> Float[Array, 'h 1 1']:
-  """Returns a threshold that exactly `count` keys of every head do not exceed.
+  """Returns a threshold up to which every head has exactly `count` scores.
 
-  Where the `count`-th lowest key is tied with the next one no such threshold exists, until the
-  keys in `keys` are replaced: 0 for those that are lower, inf for those that are higher, and those
-  that are tied by their `order`, all different. It is rare: of keys from 23 random bits.
+  If the `count`-th lowest score is tied with the next one there is no such threshold. `scores` are
+  then overwritten: 0 for lower ones, inf for higher ones, and the `tie_order` for tied ones. That
+  is rare, as scores come from 23 random bits.
 
   Args:
-    keys: a reference to [h, f, j, i] float32: positive, or inf for what is never selected.
-    count: less than 2^24; of every head at least so many are finite.
-    start: a guess.
-    order: a function without arguments to [h, f, j, i] float32 from 1 on.
+    scores: a reference to [h, f, j, i] float32: positive, or inf for pairs that are never drawn.
+    count: less than 2^24; every head has at least so many finite scores.
+    start: the first threshold to try.
+    tie_order: returns [h, f, j, i] float32, at least 1 and all different in a head.
   """
   shape = start.shape
-  total = keys.shape[1] * keys.shape[2] * keys.shape[3]
+  total = scores.shape[1] * scores.shape[2] * scores.shape[3]
   whole = Range(
     jnp.zeros(shape, jnp.int32),
     jnp.full(shape, _bits_of(float(np.finfo(np.float32).max))),
-    # Not constants: Mosaic would lay them out otherwise than the counts that follow.
+    # Not constants: Mosaic would give those another layout than the counts that follow.
     start * 0,
     start * 0 + total,
   )
-  found = _narrow(keys, count, to_bits(start), whole)
+  found = _narrow(scores, count, to_bits(start), whole)
   is_tied = found.num_upto != count
 
   @jax.named_scope('ties')
   def replace() -> None:
     border = to_floats(found.upto)[:, None]
-    each = keys[...]
-    tied = jnp.where(each == border, order(), jnp.where(each < border, 0.0, jnp.inf))
-    # As numbers, for TPUs do not broadcast booleans.
-    use = jnp.broadcast_to(is_tied.astype(jnp.int32)[:, None], each.shape)
-    keys[...] = jnp.where(use > 0, tied, each)
+    old = scores[...]
+    new = jnp.where(old == border, tie_order(), jnp.where(old < border, 0.0, jnp.inf))
+    # As integers, because TPUs do not broadcast booleans.
+    use_new = jnp.broadcast_to(is_tied.astype(jnp.int32)[:, None], old.shape)
+    scores[...] = jnp.where(use_new > 0, new, old)
 
   jax.lax.cond(_any(is_tied), replace, lambda: None)
-  of_ties = Range(
+  range_of_ties = Range(
     jnp.where(is_tied, whole.below, found.below),
     jnp.where(is_tied, whole.upto, found.upto),
     found.num_below,
     found.num_upto,
   )
   middle = jnp.full(shape, _bits_of(total / 2))
-  return to_floats(_narrow(keys, count, middle, of_ties).upto)
+  return to_floats(_narrow(scores, count, middle, range_of_ties).upto)
 
 
 def _any(marks: Array) -> Array:
   return jnp.max(marks.astype(jnp.int32)) > 0
 
 
-def _narrow(keys: Any, count: int, start: Int[Array, 'h 1 1'], first: Range) -> Range:
-  """Narrows ranges until `upto` has `count` keys or is next to `below`.
+def _narrow(scores: Any, count: int, start: Int[Array, 'h 1 1'], first: Range) -> Range:
+  """Narrows ranges until `upto` has `count` scores or is next to `below`.
 
-  A head that is done keeps its threshold while others are probed. In the pass after ties all begin
-  from one guess, from which such a head finds one with `count` keys again.
+  The loop runs until all heads are done; one that is done keeps a threshold with `count` scores
+  meanwhile. In the second call, after ties, it starts from the common first threshold and ends at
+  one with `count` scores again.
   """
 
-  def probe(state: tuple) -> tuple:
-    number, growth, found, proposed = state
-    num = _count(keys, to_floats(proposed))
-    less = num < count
-    found = Range(
-      jnp.where(less, proposed, found.below),
-      jnp.where(less, found.upto, proposed),
-      jnp.where(less, num, found.num_below),
-      jnp.where(less, found.num_upto, num),
+  def step(state: tuple) -> tuple:
+    number, growth, current, threshold = state
+    num = _count(scores, to_floats(threshold))
+    is_less = num < count
+    current = Range(
+      jnp.where(is_less, threshold, current.below),
+      jnp.where(is_less, current.upto, threshold),
+      jnp.where(is_less, num, current.num_below),
+      jnp.where(is_less, current.num_upto, num),
     )
-    return number + 1, growth * 2, found, _propose(found, first, count, number, growth)
+    return number + 1, growth * 2, current, _propose(current, first, count, number, growth)
 
   state = (jnp.int32(1), jnp.float32(1), first, start)
-  return jax.lax.while_loop(lambda state: _any(state[2].is_open(count)), probe, state)[2]
+  return jax.lax.while_loop(lambda state: _any(state[2].is_open(count)), step, state)[2]
 
 
-def _count(keys: Any, threshold: Float[Array, 'h 1 1']) -> Float[Array, 'h 1 1']:
-  """Counts the keys of every head up to its threshold; over registers first, over lanes last."""
-  heads, frames, rows, columns = keys.shape
-  marks = jnp.where(keys[...] <= threshold[:, None], 1.0, 0.0)
+def _count(scores: Any, threshold: Float[Array, 'h 1 1']) -> Float[Array, 'h 1 1']:
+  """Counts the scores of every head up to its threshold; sums over registers first, lanes last."""
+  heads, frames, rows, columns = scores.shape
+  marks = jnp.where(scores[...] <= threshold[:, None], 1.0, 0.0)
   marks = marks.reshape(heads, frames * rows // 8, 8, columns).sum(axis=1)
   return marks.sum(axis=1, keepdims=True).sum(axis=2, keepdims=True)
 
 
-def _propose(found: Range, first: Range, count: int, number: Array, growth: Array) -> Array:
-  """Chooses where to probe next: where the count would be reached if it grew evenly in between.
+def _propose(current: Range, first: Range, count: int, number: Array, growth: Array) -> Array:
+  """Chooses the next threshold: where `count` would be reached if scores were evenly distributed.
 
-  As long as one end is still the first one, it goes on from the other in proportion to what is
-  missing, on a scale of logarithms, and twice as far every time.
+  As long as one end is still the initial one, it extrapolates from the other end: in proportion to
+  the missing count, on a logarithmic scale, and twice as far in every step.
   """
-  width = (found.upto - found.below).astype(jnp.float32)
-  missing, spare = count - found.num_below, found.num_upto - count
-  # A count is reached at a key and holds until the next one; 0.3 was best in trials.
-  between = width * (missing + 0.3) / (missing + spare + 0.3)
+  width = (current.upto - current.below).astype(jnp.float32)
+  missing, excess = count - current.num_below, current.num_upto - count
+  # A count holds from one score to the next, so aim a little higher; 0.3 was best in trials.
+  interpolated = width * (missing + 0.3) / (missing + excess + 0.3)
 
-  def step(logs: Array) -> Array:
+  def extrapolate(logs: Array) -> Array:
     return jnp.minimum(growth * logs.astype(jnp.float32) + 2.0**14 * growth * growth, width)
 
   wanted = _bits_of(count)
-  up = step(wanted - to_bits(jnp.maximum(found.num_below, 0.5)))
-  down = width - step(to_bits(found.num_upto) - wanted)
-  part = jnp.where(found.upto == first.upto, up, jnp.where(found.below == 0, down, between))
-  part = jnp.where(number % HALVING == 0, width / 2, part)
-  proposed = found.below + part.astype(jnp.int32)
-  return jnp.clip(proposed, found.below + 1, jnp.maximum(found.upto - 1, found.below + 1))
+  up = extrapolate(wanted - to_bits(jnp.maximum(current.num_below, 0.5)))
+  down = width - extrapolate(to_bits(current.num_upto) - wanted)
+  offset = jnp.where(
+    current.upto == first.upto, up, jnp.where(current.below == 0, down, interpolated)
+  )
+  offset = jnp.where(number % HALVING == 0, width / 2, offset)
+  proposed = current.below + offset.astype(jnp.int32)
+  return jnp.clip(proposed, current.below + 1, jnp.maximum(current.upto - 1, current.below + 1))
