@@ -1,6 +1,7 @@
 """A wheel: what it contains, and that it works without the checkout."""
 
 import configparser
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -21,7 +22,9 @@ COMMANDS = {
 def wheel(tmp_path_factory) -> pathlib.Path:
   """A wheel of this checkout."""
   for package in ('pip', 'setuptools'):
-    pytest.importorskip(package, reason=f'building a wheel needs {package}')
+    # Not imported: setuptools cannot be where distutils has been imported before.
+    if importlib.util.find_spec(package) is None:
+      pytest.skip(f'building a wheel needs {package}')
   folder = tmp_path_factory.mktemp('wheel')
   # A copy, because setuptools builds in the source folder and leaves its output there.
   source = folder / 'source'
