@@ -1,19 +1,19 @@
-"""The measurements run, measure what they say, and compare like with like. Nothing is timed."""
+"""The benchmarks of the loader run, and measure what they say. No speed is tested."""
 
 import json
 import multiprocessing
 import time
 
 import av
-import cv2
 import numpy as np
 import pytest
 from conftest import run_python
 
-from benchmarks import baselines, clips, input_pipeline, loader_memory, resize_quality, stages
+from benchmarks import baselines, clips, input_pipeline, loader_memory, stages
 from dropmae_jax.config import DataOptions
 from dropmae_jax.data import frame_pairs
 from dropmae_jax.data.synthetic_clips import ClipOptions, make_clip
+from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 
 
@@ -64,7 +64,7 @@ def test_pyav_decodes_from_the_keyframe_before_and_goes_on(tmp_path, moving):
   assert len(decoded) == 6
 
 
-def test_a_file_is_opened_once_for_a_pair_and_anew_for_the_next(monkeypatch):
+def test_a_file_is_opened_once_per_pair(monkeypatch):
   opened = []
 
   class Numbers:
@@ -94,49 +94,6 @@ def test_stages_make_the_training_stream(data_dir):
         ours = np.concatenate([batch[name] for batch in batches])[start : start + 8]
         np.testing.assert_array_equal(ours, array)
     stream.close()
-
-
-def test_psnr_of_known_errors():
-  black = np.zeros((4, 4, 3), np.uint8)
-  assert resize_quality.psnr(black, black) == 100
-  assert resize_quality.psnr(black, black + np.uint8(255)) == pytest.approx(0)
-  assert resize_quality.psnr(black, black + np.uint8(1)) == pytest.approx(48.13, abs=0.01)
-
-
-def test_each_loss_is_of_its_own_cause(monkeypatch, moving):
-  frame = cv2.resize(moving[0], (340, 256), interpolation=cv2.INTER_CUBIC)
-
-  def losses():
-    return resize_quality.losses(frame, np.random.default_rng(0))
-
-  usual = losses()
-  assert all(20 < decibel < 70 for decibel in usual.values())
-  with monkeypatch.context() as patch:
-    patch.setitem(resize_quality.augment.RESIZES, 'fast', resize_quality.augment.resize_exact)
-    assert losses() == usual | {'fast_resize': 100}
-  options = resize_quality.FrameOptions(jpeg_quality=10)
-  monkeypatch.setattr(resize_quality, 'STORED', options)
-  worse = losses()
-  assert worse['storage'] < usual['storage'] - 3
-  assert worse['storage_resized'] < usual['storage_resized'] - 3
-
-
-def test_the_resize_is_compared_with_the_storage(clips, tmp_path):
-  output = tmp_path / 'out.json'
-  command = ['-m', 'benchmarks.resize_quality', f'--videos={clips}', f'--json={output}']
-  done = run_python(*command, '--crops=18')
-  assert done.returncode == 0, done.stderr
-  assert 'broken.mp4 is left out' in done.stdout
-  assert 'loses less, by' in done.stdout
-  result = json.loads(output.read_text())
-  assert (result['videos'], result['crops']) == (8, 16)
-  assert set(result['psnr']) == set(resize_quality.LOSSES)
-  assert all(10 < row['min'] <= row['mean'] < 100 for row in result['psnr'].values())
-  done = run_python(*command, '--crops=0')
-  assert (done.returncode, done.stderr.strip()) == (
-    2,
-    'error: --crops=0 is too small; give at least 1.',
-  )
 
 
 def spin(seconds, done, end):
@@ -210,7 +167,7 @@ def test_bad_input(monkeypatch, capsys, tmp_path, request, flags, message):
   arguments = flags.format(**values).split()
   monkeypatch.setattr('sys.argv', ['input_pipeline', *arguments])
   with pytest.raises(SystemExit) as ended:
-    input_pipeline.command_line.run(input_pipeline.main)
+    cli.run(input_pipeline.main)
   assert ended.value.code == 2
   errors = capsys.readouterr().err.splitlines()
   assert len(errors) == 1

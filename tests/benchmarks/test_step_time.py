@@ -1,4 +1,4 @@
-"""What is timed, compiled and compared is what it is called. Nothing is timed here."""
+"""Every row of the benchmarks is what its name says. No speed is tested."""
 
 import dataclasses
 import importlib.util
@@ -19,21 +19,18 @@ from einops import rearrange
 
 from benchmarks import (
   asad_sampler,
-  compile_report,
-  compiled,
   flops,
   kernel_check,
   rounds,
-  scaling,
-  scanned_blocks,
   step_time,
-  targets,
   torch_step,
   variants,
 )
+from benchmarks.compiler import report, targets
+from dropmae_jax import sharding, train_step
 from dropmae_jax.config import Config, Objective
 from dropmae_jax.kernels.tpu import asad_tpu
-from dropmae_jax.model import fast_asad, mae, patches
+from dropmae_jax.model import attention, fast_asad, mae, patches
 from dropmae_jax.model.asad import Logits
 from dropmae_jax.model.chunks import Groups
 from dropmae_jax.model.vit import architecture_of_size
@@ -59,14 +56,14 @@ def _quick_to_compile():
 @pytest.fixture
 def small(monkeypatch):
   """Whatever model is asked for, it is the smallest."""
-  monkeypatch.setattr(variants.mae, 'architecture_of_size', lambda size, **_: SMALLEST)
+  monkeypatch.setattr(variants.vit, 'architecture_of_size', lambda size, **_: SMALLEST)
 
 
-def recipes(monkeypatch, *flags):
+def configs(monkeypatch, *flags):
   monkeypatch.setattr('sys.argv', ['step_time', f'--batch_size={BATCH}', '--drop_rate=0.2', *flags])
   arguments = step_time.parse()
   arguments.dtype = 'float32'
-  return variants.compared(variants.make_recipe(arguments, BATCH), jax.devices()[0])
+  return variants.compared(variants.make_config(arguments, BATCH), jax.devices()[0])
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +73,7 @@ def measured(tmp_path_factory):
   output, parts, printed = tmp_path_factory.mktemp('step_time') / 'out.json', {}, []
   make, show = step_time.make_parts, step_time.show
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(variants.mae, 'architecture_of_size', lambda size, **_: SMALLEST)
+    patch.setattr(variants.vit, 'architecture_of_size', lambda size, **_: SMALLEST)
     patch.setattr(step_time, 'make_parts', lambda *given: parts.update(make(*given)) or parts)
     patch.setattr(step_time, 'show', lambda result: printed.append(show(result)) or printed[0])
     patch.setitem(step_time.LEAST_SECONDS, 'cpu', 0)
@@ -123,7 +120,7 @@ def test_every_row_has_its_numbers(measured):
   assert 'python' in result['command']
 
 
-# The smallest step, where nothing is installed but JAX, Flax, Optax, NumPy, einops and jaxtyping.
+# The smallest step, where only JAX, Flax, Optax, NumPy, einops and jaxtyping are installed.
 BARE = """
 import importlib.abc, sys
 
@@ -134,11 +131,12 @@ class Hidden(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Hidden())
 from benchmarks import step_time, variants
-smallest = variants.Architecture(**eval(sys.argv[2]))
-variants.architecture_of_size = lambda size, **_: smallest
+from dropmae_jax.config import Architecture
+smallest = Architecture(**eval(sys.argv[2]))
+variants.vit.architecture_of_size = lambda size, **_: smallest
 step_time.LEAST_SECONDS['cpu'] = 0
 sys.argv[1:] = sys.argv[3:]
-step_time.command_line.run(step_time.main)
+step_time.cli.run(step_time.main)
 """
 HIDDEN = (
   'PIL', 'array_record', 'av', 'cv2', 'dm_pix', 'grain', 'ml_collections', 'orbax', 'safetensors',
@@ -195,10 +193,10 @@ def products(jaxpr):
   return total
 
 
-def traced(recipe):
-  program = compiled.build_program(recipe, compiled.sharding.make_mesh(jax.devices()[:1]))
+def traced(config):
+  model = train_step.build(config, sharding.make_mesh(jax.devices()[:1]))
   frames = jax.ShapeDtypeStruct((BATCH, 2, 32, 32, 3), jnp.uint8)
-  return jax.make_jaxpr(program.step)(program.abstract_state, frames, jax.random.key(0)).jaxpr
+  return jax.make_jaxpr(model.step)(model.abstract_state, frames, jax.random.key(0)).jaxpr
 
 
 @needs_torch
@@ -207,15 +205,15 @@ def test_flops_are_those_of_the_step_and_of_pytorch(monkeypatch, small):
   from torch.utils.flop_counter import FlopCounterMode
 
   dense, with_asad = (
-    dataclasses.replace(recipe, attention='xla') for recipe in recipes(monkeypatch).values()
+    dataclasses.replace(config, attention='xla') for config in configs(monkeypatch).values()
   )
   formula = BATCH * flops.step(SMALLEST, 0.75)
   assert products(traced(dense)) == formula
-  # The gradient computes the logits anew, which is half of a forward attention; the powers of a
-  # head are summed by a product, as one more value is, and so are ties, by row and within a row.
-  anew = flops.attention(32, 32) / 2
+  # The backward pass rematerialises the logits, which is half of a forward attention. The powers of
+  # a head are summed by a product, as if they were a value; ties too, by row and within a row.
+  logits = flops.attention(32, 32) / 2
   sums = SMALLEST.decoder_num_heads * 2 * (32**2 + 32**2 + 16**2)
-  assert products(traced(with_asad)) == formula + BATCH * SMALLEST.decoder_depth * (anew + sums)
+  assert products(traced(with_asad)) == formula + BATCH * SMALLEST.decoder_depth * (logits + sums)
   step = torch_step.TorchStep(dense, 'cpu')
   frames = torch.zeros((BATCH, 2, 32, 32, 3), dtype=torch.uint8)
   # Written out, so that the counter sees its products.
@@ -227,8 +225,7 @@ def test_flops_are_those_of_the_step_and_of_pytorch(monkeypatch, small):
 
 @needs_torch
 def test_the_step_of_pytorch_is_of_the_same_model(monkeypatch, small):
-  recipe = recipes(monkeypatch)['dense']
-  step = torch_step.TorchStep(recipe, 'cpu')
+  step = torch_step.TorchStep(configs(monkeypatch)['dense'], 'cpu')
   params = mae.abstract_model(SMALLEST)[1]
   fixed = sum(params[name].size for name in ('pos_embed', 'decoder_pos_embed'))
   trained = [p for p in step.model.parameters() if p.requires_grad]
@@ -252,14 +249,12 @@ def test_every_data_sheet_is_found_by_the_name_of_its_device():
   assert known == set(targets.TARGETS) - {'cpu'}
 
 
-def test_the_peak_is_stated_known_or_measured(monkeypatch, small):
-  recipe = recipes(monkeypatch)['dense']
-  assert step_time.choose_peak(2.5, recipe, 1e9) == (2.5e12, 'as stated by --peak_tflops')
-  assert step_time.choose_peak(None, recipe, 1e9)[0] == 1e9
+def test_the_peak_is_stated_known_or_measured(monkeypatch):
+  assert step_time.choose_peak(2.5, 'float32', 1e9) == (2.5e12, 'as stated by --peak_tflops')
+  assert step_time.choose_peak(None, 'bfloat16', 1e9)[0] == 1e9
   monkeypatch.setattr(step_time.flops, 'known_peak', lambda kind: (9e14, 'a sheet'))
-  assert step_time.choose_peak(None, recipe, 1e9)[0] == 1e9  # Of float32 no sheet tells.
-  object.__setattr__(recipe, 'dtype', 'bfloat16')
-  assert step_time.choose_peak(None, recipe, 1e9) == (9e14, 'a sheet')
+  assert step_time.choose_peak(None, 'float32', 1e9)[0] == 1e9  # Data sheets are for bfloat16.
+  assert step_time.choose_peak(None, 'bfloat16', 1e9) == (9e14, 'a sheet')
 
 
 def test_rounds_go_back_and_forth():
@@ -282,11 +277,10 @@ def test_rounds_go_back_and_forth():
 
 @needs_torch
 def test_both_samplers_draw_the_same_number_by_the_same_weights():
-  groups = Groups(3, 2)
-  logits, matrix = asad_sampler.make_logits(3, 2, 32, groups)
+  logits, matrix = asad_sampler.make_logits(3, 2, 32, Groups(3, 2))
   weights = asad_sampler.torch_weights(torch.from_numpy(matrix)).numpy()
   ours = jnp.stack(
-    [fast_asad.sampling_weights(Logits(*group)) for group in zip(*logits, strict=True)]
+    [fast_asad.sampling_weights(Logits(*chunk)) for chunk in zip(*logits, strict=True)]
   )
   ours = rearrange(ours, '(s h) c f k i n -> (s c) f (h k) i n', s=3)
   np.testing.assert_allclose(weights, ours, rtol=1e-5, atol=1e-9)
@@ -309,33 +303,12 @@ def test_the_samplers_are_compared(monkeypatch, capsys, tmp_path):
   assert f'{DROPPED} pairs of a head dropped' in capsys.readouterr().out
 
 
-def test_blocks_are_the_same_in_a_scan(monkeypatch, capsys, tmp_path):
-  output = tmp_path / 'out.json'
-  deeper = dataclasses.replace(SMALLEST, depth=2)
-  monkeypatch.setattr(scanned_blocks.mae, 'architecture_of_size', lambda size: deeper)
-  flags = f'--batch_size={BATCH} --rounds=2 --json={output}'
-  monkeypatch.setattr('sys.argv', ['scanned_blocks', *flags.split()])
-  scanned_blocks.main()
-  result = json.loads(output.read_text())
-  assert set(result['rows']) == {'written_out', 'scanned'}
-  assert result['scanned/written_out']['min'] > 0
-  assert 'scanned over written out: ' in capsys.readouterr().out
-  ways, given = scanned_blocks.make_ways('XXS', BATCH, 'float32')
-  total, (of_blocks, of_tokens) = jax.jit(ways['written_out'])(*given)
-  total_of_scan, (of_stack, of_tokens_of_scan) = jax.jit(ways['scanned'])(*given)
-  np.testing.assert_allclose(total, total_of_scan, rtol=1e-5)
-  np.testing.assert_allclose(of_tokens, of_tokens_of_scan, atol=1e-5)
-  for number, of_block in enumerate(of_blocks):
-    of_scan = jax.tree.map(lambda leaf, number=number: leaf[number], of_stack)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), of_block, of_scan)
-
-
 def test_the_report_of_a_compiler(monkeypatch, capsys, small, tmp_path):
   output = tmp_path / 'out.json'
   flags = f'--target=cpu --dtype=float32 --batch_size={BATCH} --drop_rate=0.2 --json={output}'
-  monkeypatch.setattr('sys.argv', ['compile_report', *flags.split()])
-  monkeypatch.setattr(compile_report.jax.config, 'update', lambda name, value: None)
-  compile_report.main()
+  monkeypatch.setattr('sys.argv', ['report', *flags.split()])
+  monkeypatch.setattr(report.jax.config, 'update', lambda name, value: None)
+  report.main()
   result = json.loads(output.read_text())
   dense, with_asad = (result['rows'][name] for name in ('dense', 'asad'))
   assert with_asad['main_memory_bytes'] > dense['main_memory_bytes'] > 0
@@ -356,10 +329,10 @@ def test_there_is_no_tax_where_a_step_does_not_fit():
   }
   more = {'projected': {'least': 3.0, 'most': 5.0}, 'main_memory_bytes': 11, 'number_of_kernels': 6}
   refused = {'refused': 'no'}
-  assert compile_report.compare({'a': fits, 'b': more, 'c': refused}) == {
+  assert report.compare({'a': fits, 'b': more, 'c': refused}) == {
     'b/a': {'least': 1.5, 'most': 1.25, 'main_memory_bytes': 1.1, 'number_of_kernels': 1.2}
   }
-  assert compile_report.compare({'a': refused, 'b': more}) == {}
+  assert report.compare({'a': refused, 'b': more}) == {}
 
 
 @pytest.mark.parametrize(
@@ -370,25 +343,24 @@ def test_there_is_no_tax_where_a_step_does_not_fit():
     (step_time, '--batch_size=2 --rounds=0', '--rounds=0 is too small'),
     (step_time, '--batch_size=2 --peak_tflops=-1', '--peak_tflops=-1.0 is not positive'),
     (step_time, '--batch_size=2 --drop_rate=0.004', 'drops none of 195 keys'),
-    (step_time, '--batch_size=2 --drop_rate=2', 'attention_dropout=2.0 is not between 0 and 1'),
+    (step_time, '--batch_size=2 --drop_rate=2', 'attention_dropout=2.0 is out of range'),
     (step_time, '--batch_size=2 --image_size=30', 'is not a multiple of patch_size=16'),
     (step_time, '--batch_size=2 --dtype=int8', "invalid choice: 'int8'"),
     (step_time, '--batch_size=2 --json={tmp}', 'is a folder'),
-    (scanned_blocks, '--batch_size=2 --rounds=0', '--rounds=0 is too small'),
     (asad_sampler, '--tokens=33', '--tokens=33 are not those of two frames'),
     (asad_sampler, '--batch_sizes=1,x', 'is not a list of numbers such as 1,2,4'),
     (asad_sampler, '--batch_sizes=0,1', '--batch_sizes=0 is too small'),
     (asad_sampler, '--drop_rate=0', 'is not above 0 and at most 1'),
     (asad_sampler, '--tokens=8', '--drop_rate=0.1 drops nothing'),
-    (compile_report, '--target=abacus', "invalid choice: 'abacus'"),
-    (compile_report, '--target=sm_90 --batch_size=0', '--batch_size=0 is too small'),
-    (compile_report, '--target=sm_90 --target_config=none', 'is no file'),
-    (compile_report, '--target=cpu --drop_rate=0', 'drops none of 195 keys'),
+    (report, '--target=abacus', "invalid choice: 'abacus'"),
+    (report, '--target=sm_90 --batch_size=0', '--batch_size=0 is too small'),
+    (report, '--target=sm_90 --target_config=none', 'is no file'),
+    (report, '--target=cpu --drop_rate=0', 'drops none of 195 keys'),
   ],
 )
 def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, module, flags, message):
   monkeypatch.setattr('sys.argv', [module.__name__, *flags.format(tmp=tmp_path).split()])
-  monkeypatch.setattr(compile_report.jax.config, 'update', lambda name, value: None)
+  monkeypatch.setattr(report.jax.config, 'update', lambda name, value: None)
   with pytest.raises(SystemExit) as ended:
     cli.run(module.main)
   assert ended.value.code == 2
@@ -448,12 +420,10 @@ def test_kernels_are_checked_before_they_are_timed(monkeypatch):
   device = types.SimpleNamespace(platform='tpu')
   check = partial(kernel_check.check, options, device, interpret=True)
   assert check().startswith('the kernels drop 96 pairs of a head; largest error: ')
-  attend = asad_tpu.asad_attention
   with monkeypatch.context() as patch:
-    patch.setattr(asad_tpu, 'asad_attention', lambda *x, **how: 1.1 * attend(*x, **how))
-    with pytest.raises(
-      UserError, match=r'are off, relative to what they should be: output 0\.1, grad'
-    ):
+    patch.setattr(asad_tpu, 'asad_attention', lambda *x, **_: attention.dense_attention(*x))
+    wrong = r'are off, relative to what they should be: output 0\.\d+, gradient of the queries'
+    with pytest.raises(UserError, match=wrong):
       check()
   draw = asad_tpu.dropped_pairs
   monkeypatch.setattr(asad_tpu, 'dropped_pairs', lambda *x, **how: draw(*x, **how) & False)
@@ -468,7 +438,7 @@ def test_the_compilers_of_accelerators_make_both_steps(tmp_path, target, library
     pytest.skip(f'the compiler of {target} ({library}) is not installed: see docs/performance.md')
   output = tmp_path / 'out.json'
   done = run_python(
-    '-m', 'benchmarks.compile_report', f'--target={target}', '--model=XXS', '--image_size=32',
+    '-m', 'benchmarks.compiler.report', f'--target={target}', '--model=XXS', '--image_size=32',
     '--batch_size=2', '--drop_rate=0.2', '--quick', f'--json={output}', timeout=900,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
@@ -478,18 +448,12 @@ def test_the_compilers_of_accelerators_make_both_steps(tmp_path, target, library
 
 
 DOCUMENTATION = (ROOT / 'docs' / 'performance.md').read_text()
-MODULES = {
-  'step_time': step_time,
-  'asad_sampler': asad_sampler,
-  'compile_report': compile_report,
-  'scanned_blocks': scanned_blocks,
-  'scaling': scaling,
-}
+MODULES = {'step_time': step_time, 'asad_sampler': asad_sampler, 'compiler.report': report}
 
 
 @pytest.mark.parametrize(
   ('name', 'flags'),
-  sorted(set(re.findall(r'python -m benchmarks\.(\w+) ?([^`\n#]*)', DOCUMENTATION))),
+  sorted(set(re.findall(r'python -m benchmarks\.([\w.]+) ?([^`\n#]*)', DOCUMENTATION))),
 )
 def test_the_commands_of_the_documentation_are_understood(monkeypatch, name, flags):
   monkeypatch.setattr('sys.argv', [name, *flags.split()])
