@@ -75,9 +75,9 @@ def _arguments() -> argparse.Namespace:
   add('--beam_options', metavar='FLAGS', help="the Beam runner's flags, in quotes")
   arguments = parser.parse_args()
   if arguments.beam_runner is None and arguments.beam_options is not None:
-    parser.exit(2, 'error: --beam_options needs --beam_runner; give that too.\n')
+    parser.exit(2, 'error: --beam_options has no meaning without --beam_runner; give that too.\n')
   if arguments.beam_runner is not None and arguments.workers is not None:
-    parser.exit(2, 'error: --workers does not go with --beam_runner; set it in --beam_options.\n')
+    parser.exit(2, 'error: --workers is not for --beam_runner; set it in --beam_options.\n')
   if arguments.workers is None:
     arguments.workers = cores
   limits = {'workers': (1, 4096)} | {name: row[:2] for name, row in OPTION_HELP.items()}

@@ -259,7 +259,7 @@ def _publish(planned: Plan, tables: dict[ShardJob, dict[str, Any]]) -> None:
   if not outcome['totals']['videos']:
     raise BadInput(
       f'none of the {outcome["totals"]["skipped"]} videos in --videos={planned.root} could be'
-      f' read; the reasons are in {planned.folder / report.TABLE}. Fix them, remove'
+      f' read; the reasons are in {planned.folder / report.TABLE}. Mend them, remove'
       f' {planned.folder} and give the command again.'
     )
   publish.put_in_place(planned.collection, tables, outcome, planned.folder, planned.target)
