@@ -25,7 +25,7 @@ from benchmarks.parts import chunks_here, drops
 from benchmarks.rounds import Way
 from dropmae_jax.data import loader_process
 from dropmae_jax.model.asad import EPSILON, Logits, num_dropped
-from dropmae_jax.model.chunks import Groups
+from dropmae_jax.model.chunks import ChunkCounts
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 
@@ -60,7 +60,7 @@ def torch_drops(logits: 'Tensor', count: int) -> 'Tensor':
 
 
 def make_logits(
-  batch_size: int, heads: int, tokens: int, chunks: Groups
+  batch_size: int, heads: int, tokens: int, chunks: ChunkCounts
 ) -> tuple[Logits, np.ndarray]:
   """Returns the same random logits twice: in chunks for ours, and as [b, m, l, l] for PyTorch."""
   n = tokens // 2

@@ -23,7 +23,7 @@ from dropmae_jax.kernels import implementations
 from dropmae_jax.model import attention, fast_asad, mae, masking, patches, weighted_sampling
 from dropmae_jax.model.asad import Logits, num_dropped
 from dropmae_jax.model.attention import Attention
-from dropmae_jax.model.chunks import Groups, cut, groups_of
+from dropmae_jax.model.chunks import ChunkCounts, chunk_counts, split_heads
 from dropmae_jax.model.masking import Masking
 from dropmae_jax.pytorch import layouts
 from dropmae_jax.train_step import TrainState
@@ -265,13 +265,13 @@ class Workbench:
     return self._part(jax.jit(update, donate_argnums=0), gradients, on_state=True)
 
 
-def chunks_here(batch_size: int, heads: int, tokens: int) -> Groups:
+def chunks_here(batch_size: int, heads: int, tokens: int) -> ChunkCounts:
   """Returns the chunks in which a step on one device here draws, with attention='auto'."""
   at_once = implementations.logits_at_once(jax.default_backend())
-  return groups_of((batch_size, tokens, heads), at_once)
+  return chunk_counts((batch_size, tokens, heads), at_once)
 
 
-def drops(keys: jax.Array, logits: Logits, *, chunks: Groups, count: int) -> jax.Array:
+def drops(keys: jax.Array, logits: Logits, *, chunks: ChunkCounts, count: int) -> jax.Array:
   """Marks the pairs of one layer that ASAD drops, chunk by chunk: the sampler.
 
   Args:
@@ -286,5 +286,5 @@ def drops(keys: jax.Array, logits: Logits, *, chunks: Groups, count: int) -> jax
     return weighted_sampling.sample_drops(seeds, fast_asad.sampling_weights(logits), count)
 
   seeds = weighted_sampling.head_seeds(keys, chunks.of_heads * logits.own.shape[3])
-  seeds = jax.tree.map(lambda each: cut(each, chunks), seeds)
+  seeds = jax.tree.map(lambda each: split_heads(each, chunks), seeds)
   return jax.lax.map(draw, (logits, seeds))

@@ -19,7 +19,7 @@ def _parser() -> cli.Parser:
   parser = cli.Parser(
     prog='dropmae-train',
     usage='%(prog)s --config=NAME|FILE --workdir=DIR [--config.FIELD=VALUE ...]',
-    description='Pre-trains a model, or resumes: the same command goes on from the last checkpoint.',
+    description='Pre-trains a model; the same command resumes it from the last checkpoint.',
   )
   add = parser.add_argument
   add('--workdir', required=True, type=pathlib.Path, help='where checkpoints and reports go')

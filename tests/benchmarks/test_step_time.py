@@ -32,7 +32,7 @@ from dropmae_jax.config import Config, Objective
 from dropmae_jax.kernels.tpu import asad_tpu
 from dropmae_jax.model import attention, fast_asad, mae, patches
 from dropmae_jax.model.asad import Logits
-from dropmae_jax.model.chunks import Groups
+from dropmae_jax.model.chunks import ChunkCounts
 from dropmae_jax.model.vit import architecture_of_size
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
@@ -277,7 +277,7 @@ def test_rounds_go_back_and_forth():
 
 @needs_torch
 def test_both_samplers_draw_the_same_number_by_the_same_weights():
-  logits, matrix = asad_sampler.make_logits(3, 2, 32, Groups(3, 2))
+  logits, matrix = asad_sampler.make_logits(3, 2, 32, ChunkCounts(3, 2))
   weights = asad_sampler.torch_weights(torch.from_numpy(matrix)).numpy()
   ours = jnp.stack(
     [fast_asad.sampling_weights(Logits(*chunk)) for chunk in zip(*logits, strict=True)]
