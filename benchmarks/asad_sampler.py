@@ -68,7 +68,7 @@ def make_logits(
   own, other = own.astype(np.float32), other.astype(np.float32)
   earlier = np.concatenate([own[:, 0], other[:, 0]], axis=-1)
   later = np.concatenate([other[:, 1], own[:, 1]], axis=-1)
-  sizes = {'s': chunks.of_samples, 'h': chunks.of_heads}
+  sizes = {'s': chunks.samples, 'h': chunks.heads}
   ours = (rearrange(each, '(s c) f (h k) i n -> (s h) c f k i n', **sizes) for each in (own, other))
   return Logits(*map(jnp.asarray, ours)), np.concatenate([earlier, later], axis=-2)
 

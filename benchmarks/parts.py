@@ -238,7 +238,7 @@ class Workbench:
     a = self.architecture
     n, heads = a.tokens_per_frame, a.decoder_num_heads
     chunks = chunks_here(self._batch, heads, a.num_tokens)
-    shape = (chunks.number, -1, 2, heads // chunks.of_heads, n, n)
+    shape = (chunks.total, -1, 2, heads // chunks.heads, n, n)
     own, other = (self._normal(2, heads, n, n, seed=seed).reshape(shape) for seed in range(2))
     count = num_dropped(n, config.objective.attention_dropout)
     sample = functools.partial(drops, chunks=chunks, count=count)
@@ -285,6 +285,6 @@ def drops(keys: jax.Array, logits: Logits, *, chunks: ChunkCounts, count: int) -
     logits, seeds = chunk
     return weighted_sampling.sample_drops(seeds, fast_asad.sampling_weights(logits), count)
 
-  seeds = weighted_sampling.head_seeds(keys, chunks.of_heads * logits.own.shape[3])
+  seeds = weighted_sampling.head_seeds(keys, chunks.heads * logits.own.shape[3])
   seeds = jax.tree.map(lambda each: split_heads(each, chunks), seeds)
   return jax.lax.map(draw, (logits, seeds))
