@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import numpy as np
 import optax
@@ -53,6 +54,21 @@ def adamw(schedule: optax.Schedule, options: OptimizerOptions) -> optax.Gradient
     weight_decay=options.weight_decay,
     mask=is_decayed,
   )
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that an update reads and writes: arrays, or their shapes in an abstract state.
+
+  Attributes:
+    step: int32 [], the number of updates made.
+    params: a pure dict, float32.
+    opt_state: optax's; holds both moments.
+  """
+
+  step: Any
+  params: dict
+  opt_state: Any
 
 
 class Moments(NamedTuple):

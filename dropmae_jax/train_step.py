@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,26 +17,12 @@ from dropmae_jax.config import Architecture, Config, Objective
 from dropmae_jax.kernels import implementations
 from dropmae_jax.model import mae, masking, pixels
 from dropmae_jax.model.attention import Implementations
+from dropmae_jax.optimizer import TrainState
 from dropmae_jax.runtime.errors import UserError
 
 # What a seed stands for: stream of pairs, crops, masks and drops. To be raised when code draws
 # otherwise, as then a checkpoint would not go on as the run that it is of.
 SEED_VERSION = 3
-
-
-@flax.struct.dataclass
-class TrainState:
-  """All that an update reads and writes: arrays, or their shapes in an abstract state.
-
-  Attributes:
-    step: int32 [], the number of updates made.
-    params: a pure dict, float32.
-    opt_state: optax's; holds both moments.
-  """
-
-  step: Any
-  params: dict
-  opt_state: Any
 
 
 class Seeds(NamedTuple):

@@ -19,9 +19,9 @@ from flax import traverse_util
 
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import CheckpointOptions
+from dropmae_jax.optimizer import TrainState
 from dropmae_jax.runtime import multihost
 from dropmae_jax.runtime.errors import PROGRAM_ERRORS, RunFailed, UserError
-from dropmae_jax.train_step import TrainState
 
 _log = logging.getLogger('dropmae_jax')
 

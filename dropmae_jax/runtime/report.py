@@ -41,6 +41,7 @@ class _AboveBar(logging.Handler):
   """Writes lines above the progress bar, except those that the bar itself shows."""
 
   def emit(self, record: logging.LogRecord) -> None:
+    """Writes a line."""
     if not hasattr(record, 'is_in_bar'):
       tqdm.tqdm.write(self.format(record))
 
