@@ -20,8 +20,8 @@ from dropmae_jax.model.attention import Implementations
 from dropmae_jax.optimizer import TrainState
 from dropmae_jax.runtime.errors import UserError
 
-# What a seed stands for: stream of pairs, crops, masks and drops. To be raised when code draws
-# otherwise, as then a checkpoint would not go on as the run that it is of.
+# The meaning of a seed: the stream of pairs, crops, masks and drops. To be raised when the code
+# draws other numbers; checkpoints of an older version are then refused.
 SEED_VERSION = 3
 
 

@@ -417,7 +417,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told(
 
   monkeypatch.setattr(manager, 'save', save)
   monkeypatch.setattr(manager, 'wait_until_finished', wait_until_finished)
-  expected = pytest.raises(NotSaved, match=r'step 11 could not be saved .* goes on from step 8')
+  expected = pytest.raises(NotSaved, match=r'step 11 could not be saved .* resumes from step 8')
   with expected if full_at == 11 else contextlib.nullcontext():
     train.train(RECIPE, tmp_path)
   assert f'the checkpoint of step {full_at} could not be written (no space' in log_of(tmp_path)

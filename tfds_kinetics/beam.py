@@ -95,7 +95,7 @@ def write_shards(
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     raise BadInput(
       f'--beam_runner={runner} ended early ({reason}); what is finished is kept, and the same'
-      ' command goes on from there.'
+      ' command resumes from there.'
     ) from error
   tables = {job: shards.finished_table(job, folder) for job in jobs}
   lacking = [job.name for job, table in tables.items() if table is None]

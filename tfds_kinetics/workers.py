@@ -82,7 +82,7 @@ class ShardProcess:
         verdicts[path] = f'it takes longer than --time_limit={limit:g} seconds, at one point of it'
       elif path is not None and kills[path] == 2:
         verdicts[path] = 'the process that read it was killed, twice'
-      say(f'a process was killed at {path or "no video"}; {job.name} is begun anew')
+      say(f'a process was killed at {path or "no video"}; {job.name} is started again')
     return None
 
   def close(self) -> None:
@@ -113,7 +113,7 @@ def write_shards(
   shards.remove_leftovers(jobs, folder)
   tables = {job: table for job in jobs if (table := shards.finished_table(job, folder))}
   if tables:
-    say(f'going on: {len(tables)} of {len(jobs)} shards are there')
+    say(f'resuming: {len(tables)} of {len(jobs)} shards are there')
   left = [job for job in jobs if job not in tables]
   progress = Progress(jobs, done=tables)
   try:
@@ -123,7 +123,7 @@ def write_shards(
         progress.shard_is_done(job, table)
   except KeyboardInterrupt:
     raise Stopped(
-      f'stopped; {len(tables)} of {len(jobs)} shards are kept, and the same command goes on'
+      f'stopped; {len(tables)} of {len(jobs)} shards are kept, and the same command resumes'
       ' from there'
     ) from None
   except MachineFault as error:
@@ -143,7 +143,7 @@ def write_shards(
   except (OSError, RuntimeError) as error:
     raise BadInput(
       f'{folder} cannot be written: {error}; what is finished is kept, and the same command'
-      ' goes on from there.'
+      ' resumes from there.'
     ) from error
   finally:
     progress.close()

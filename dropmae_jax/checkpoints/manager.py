@@ -127,7 +127,7 @@ class Checkpoints:
     """Saves the last state, and waits until it is on the disk.
 
     Raises:
-      NotSaved: it could not be written; says from where the next start goes on.
+      NotSaved: it could not be written; says from where the next start resumes.
     """
     self.save(step, state)
     self._settle()
@@ -135,7 +135,7 @@ class Checkpoints:
       before = self.latest_step or 0
       raise NotSaved(
         f'step {step} could not be saved in {self._folder}; make room and give the same command,'
-        f' which goes on from step {before}.'
+        f' which resumes from step {before}.'
       )
 
   def restore(self, abstract: TrainState) -> tuple[TrainState, list[str]]:
@@ -163,8 +163,8 @@ class Checkpoints:
       error.add_note(f'No checkpoint in {self._folder} could be read ({found}).')
       raise error
     raise UserError(
-      f'no checkpoint in {self._folder} can be read ({found}); see to its storage, or give another'
-      ' --workdir to begin anew.'
+      f'no checkpoint in {self._folder} can be read ({found}); check its storage, or give another'
+      ' --workdir to start again.'
     )
 
   def _set_aside(self, step: int, error: Exception) -> str:

@@ -377,7 +377,7 @@ def test_a_disk_that_is_full_at_the_end_is_no_success(data_dir, tmp_path):
   # Orbax's own threads write to the terminal too.
   (told,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
   assert told.startswith('error: step 5 could not be saved in ')
-  assert told.endswith('make room and give the same command, which goes on from step 2.')
+  assert told.endswith('make room and give the same command, which resumes from step 2.')
   done = run_python(*arguments)
   assert done.returncode == 0, done.stderr
   assert 'resuming after step 2 of 5' in done.stdout

@@ -161,7 +161,7 @@ def test_what_stops_a_runner_is_one_sentence(
     beam.write_shards(list(planned.jobs), tmp_path, beam.runner_options('DirectRunner', ''))
   assert str(caught.value) == (
     f'--beam_runner=DirectRunner ended early ({reason}); what is finished is kept, and the same'
-    ' command goes on from there.'
+    ' command resumes from there.'
   )
   assert life == ['setup', 'teardown']
 

@@ -92,12 +92,12 @@ def test_videos_that_may_not_be_read_are_listed_and_tried_again(data_dir, clips,
   # An unfinished build is whole as long as they cannot be read, and goes on when they can be.
   assert unprivileged(*command(root, tmp_path, '--shard_range=0/1')).returncode == 0
   again = unprivileged(*command(root, tmp_path, '--shard_range=0/1'))
-  assert 'going on: 9 of 9 shards are there' in again.stderr
+  assert 'resuming: 9 of 9 shards are there' in again.stderr
   for path in locked:
     path.chmod(0o644)
   done = unprivileged(*command(root, tmp_path))
   assert done.returncode == 0, done.stderr
-  assert f'going on: {9 - len(locked)} of 9 shards are there' in done.stderr
+  assert f'resuming: {9 - len(locked)} of 9 shards are there' in done.stderr
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
@@ -150,7 +150,7 @@ def test_a_mistake_in_a_program_ends_the_build_and_is_no_verdict(data_dir, clips
   # What is finished is kept, and the video is taken once the mistake is mended.
   done = run_python(*command(clips, tmp_path, '--workers=2'))
   assert done.returncode == 0, done.stderr
-  assert not tables or f'going on: {len(tables)} of 9 shards are there' in done.stderr
+  assert not tables or f'resuming: {len(tables)} of 9 shards are there' in done.stderr
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
@@ -237,11 +237,11 @@ def test_a_build_that_was_stopped_ends_like_one_that_was_not(
   assert not (tmp_path / DATASET).exists()
   if number != signal.SIGKILL:
     assert process.returncode == 75, errors
-    assert 'the same command goes on from there' in errors
+    assert 'the same command resumes from there' in errors
     assert 'Traceback' not in errors
   done = run_python(*command(clips, tmp_path, f'--workers={workers}'))
   assert done.returncode == 0, done.stderr
-  assert 'going on: ' in done.stderr
+  assert 'resuming: ' in done.stderr
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
   assert not partial.exists()
 
@@ -324,7 +324,7 @@ def test_ctrl_c_does_not_wait_for_the_video_nor_break_off_when_repeated(clips, t
     time.sleep(0.1)
   _, errors = process.communicate(timeout=30)
   assert process.returncode == 75, errors
-  assert 'the same command goes on from there' in errors
+  assert 'the same command resumes from there' in errors
   assert 'Traceback' not in errors
 
 

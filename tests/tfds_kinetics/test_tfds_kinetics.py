@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(data_dir, clips, tm
   assert 'Traceback' not in done.stderr
   done = run_python(*command(clips, tmp_path))
   assert done.returncode == 0, done.stderr
-  assert 'going on: 3 of 9 shards are there' in done.stderr
+  assert 'resuming: 3 of 9 shards are there' in done.stderr
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
