@@ -190,7 +190,7 @@ def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_pa
   assert done.returncode == 1
   step = int(re.search(r'error: the loss of step (\d+) is', done.stderr)[1])
   assert 'Traceback' not in done.stderr
-  found = tmp_path / f'bad_batch_{step}.json'
+  found = tmp_path / f'non_finite_batch_{step}.json'
   assert f'The pairs of its batch are in {found}.' in done.stderr
   assert_batch_of_step(json.loads(found.read_text()), step, data_dir)
   weights = saved_weights.load_weights(tmp_path)

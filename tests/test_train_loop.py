@@ -346,7 +346,7 @@ def test_a_step_that_diverges_is_not_saved_and_its_batch_is_listed(fakes, tmp_pa
   assert ('watch', 'listing the pairs of the batch', True) in fakes.events
   assert max(fakes.fed) == {4: 4, 5: 6, 11: 11}[bad]
   assert sorted(path.name for path in (tmp_path / saved_weights.FOLDER).iterdir()) == saved
-  listed = json.loads((tmp_path / f'bad_batch_{bad}.json').read_text())
+  listed = json.loads((tmp_path / f'non_finite_batch_{bad}.json').read_text())
   assert (listed['seed'], listed['step']) == (5, bad)
   # A frame's pixels all say which one of which video it is.
   shown = [[40 * pair['video'] + n for n in pair['frame_numbers']] for pair in listed['pairs']]

@@ -77,8 +77,8 @@ def _describe_pair(
 
 
 def write(workdir: pathlib.Path, config: Config, dataset: Mixture, step: int) -> str:
-  """Writes `bad_batch_N.json` on the first process, and returns a sentence that says so."""
-  path = workdir / f'bad_batch_{step}.json'
+  """Writes `non_finite_batch_N.json` on the first process, and returns a sentence that says so."""
+  path = workdir / f'non_finite_batch_{step}.json'
   if jax.process_index():
     return 'The first process lists the pairs of its batch.'
   try:
