@@ -209,13 +209,14 @@ def assert_one_sentence(done, message):
 @pytest.mark.parametrize(
   ('override', 'message'),
   [
-    ('--config.sede=1', "config has no field 'sede'; did you mean 'seed'?"),
-    ('--config.model.depth=3', "the config file does not set 'model.depth'; add it there"),
-    ('--config.seed=abc', 'flag --config.seed=abc: invalid literal'),
+    ('--config.sede=1', 'there is no option --config.sede; did you mean --config.seed=1?'),
+    ('--batch_size=8', 'there is no option --batch_size; did you mean --config.batch_size=8?'),
+    ('--config.seed=abc', "argument --config.seed: invalid int value: 'abc'"),
+    ('--config.optimizer.beta2=nan', 'config.optimizer.beta2=nan is out of range; use at least 0'),
     ('--config.objective.mask_ratio=0.99', 'leaves 0 of 32 tokens visible'),
     ('--config.data_dir=/none', 'build it with: python -m tfds_kinetics --config=folder'),
-    ('--config=configs/none.py', '--config cannot be read: '),
-    ('--conifg=x', "Unknown command line flag 'conifg'"),
+    ('--config=configs/none.py', '--config=configs/none.py is neither a file nor the name of'),
+    ('--conifg=x', 'there is no option --conifg; did you mean --config=x?'),
     ('stray', "argument 'stray' is not understood"),
   ],
 )
