@@ -85,7 +85,8 @@ def reconstruct(
   """
   size = model.architecture.patch_size
   vectors = patches.patchify(frames, size)
-  scheme = masking.MASKING_SCHEMES[objective.masking]
+  # A scheme of the user's own is not in the table here: then patches are masked at random.
+  scheme = masking.MASKING_SCHEMES.get(objective.masking, masking.random_masking)
   keys = jax.random.split(jax.random.key(seed), frames.shape[0])
   masked = scheme(keys, num_tokens=vectors.shape[1], mask_ratio=objective.mask_ratio)
   prediction = model(
