@@ -77,19 +77,15 @@ def train(folder, *arguments):
 @pytest.mark.parametrize(
   ('source', 'choice'),
   [
-    (SIZE, []),
-    (MASKING, ['--config.objective.masking=later']),
-    (RULE, ['--config.objective.dropout_rule=uniform']),
+    (SIZE, ['--config=mine.py', '--config.model.size=tiny']),
+    (MASKING, ['--config=mine.py', '--config.objective.masking=later']),
+    (RULE, ['--config=mine.py', '--config.objective.dropout_rule=uniform']),
     (DATASET, ['--config=quickstart', '--config.dataset=mine:Noise']),
   ],
   ids=['size', 'masking', 'rule', 'dataset'],
 )
 def test_a_file_of_the_users_adds_to_the_product(source, choice, data_dir, tmp_path):
   (tmp_path / 'mine.py').write_text(source)
-  own = ['--config=mine.py', f'--config.data_dir={data_dir}']
-  tiny = [each for each in own if source != DATASET]
-  if source == SIZE:
-    choice = [*choice, '--config.model.size=tiny']
-  losses = train(tmp_path, *tiny, *choice)
+  losses = train(tmp_path, f'--config.data_dir={data_dir}', *choice)
   assert len(losses) == 3
   assert np.isfinite(losses).all()
