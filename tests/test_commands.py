@@ -11,14 +11,17 @@ import sys
 
 import jax
 import numpy as np
+import parity
 import pytest
-from conftest import COMPILE_ONCE, ROOT, run_python, train_arguments
+from conftest import COMPILE_ONCE, ROOT, assert_one_sentence, run_python, train_arguments
 from flax import traverse_util
 
+from dropmae_jax import main
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import DataOptions
 from dropmae_jax.data import augment, frame_pairs
 from dropmae_jax.data.video_source import open_dataset
+from dropmae_jax.evaluation import reconstruction
 from dropmae_jax.train_step import derive_seeds
 
 
@@ -198,12 +201,18 @@ def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_pa
   assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
-def assert_one_sentence(done, message):
-  assert done.returncode == 2, done.stdout + done.stderr
-  assert message in done.stderr
-  errors = [line for line in done.stderr.splitlines() if line.strip()]
-  assert len([line for line in errors if line.startswith('error: ')]) == 1
-  assert 'Traceback' not in done.stderr
+@pytest.fixture
+def run_train(run_here, monkeypatch):
+  """Trains in this process, on its eight devices."""
+  logger = main.logging.get_absl_logger()
+  monkeypatch.setattr(logger, 'filters', list(logger.filters))
+  monkeypatch.setattr(main.logging, 'set_verbosity', lambda _: None)
+
+  def run(data_dir, workdir, *more):
+    arguments = train_arguments(data_dir, workdir, '--config.batch_size=8', *more)
+    return run_here(main.main, *arguments[2:])
+
+  return run
 
 
 @pytest.mark.parametrize(
@@ -218,27 +227,18 @@ def assert_one_sentence(done, message):
     ('--config=configs/none.py', '--config=configs/none.py is neither a file nor the name of'),
     ('--conifg=x', 'there is no option --conifg; did you mean --config=x?'),
     ('stray', "argument 'stray' is not understood"),
+    ('--config.batch_size=4', 'batch_size=4 is not divisible by 8 devices'),
   ],
 )
-def test_bad_training_input(data_dir, tmp_path, override, message):
+def test_bad_training_input(data_dir, tmp_path, run_train, override, message):
   workdir = tmp_path / 'run'
-  done = run_python(*train_arguments(data_dir, workdir), *override.split())
-  assert_one_sentence(done, message)
+  assert_one_sentence(run_train(data_dir, workdir, override), message)
   assert not workdir.exists()
 
 
-def test_a_batch_that_the_devices_do_not_divide(data_dir, tmp_path):
-  program = (
-    'import jax, sys; jax.config.update("jax_num_cpu_devices", 3);'
-    'from dropmae_jax import main; from dropmae_jax.runtime import cli; cli.run(main.main)'
-  )
-  done = run_python('-c', program, *train_arguments(data_dir, tmp_path / 'run')[2:])
-  assert_one_sentence(done, 'batch_size=4 is not divisible by 3 devices')
-
-
-def test_a_workdir_of_another_model(trained, data_dir):
+def test_a_workdir_of_another_model(trained, data_dir, run_train):
   before = sorted((trained / 'checkpoints').iterdir())
-  done = run_python(*train_arguments(data_dir, trained, '--config.model.image_size=64'))
+  done = run_train(data_dir, trained, '--config.model.image_size=64')
   assert_one_sentence(done, 'holds another model (image_size is 32 there and 64 here)')
   assert sorted((trained / 'checkpoints').iterdir()) == before
 
@@ -293,35 +293,27 @@ def test_a_run_does_not_go_on_with_another_dataset_of_the_same_name(begun, clips
 
 
 @pytest.mark.parametrize(
-  ('command', 'message'),
+  ('arguments', 'message'),
   [
-    (
-      '{figures} --checkpoint={tmp} --video=v --output=o',
-      'holds no checkpoint',
-    ),
-    (
-      '{figures} --checkpoint={run} --video={tmp}/v --output=o',
-      'is not a file',
-    ),
-    (
-      '{figures} --checkpoint={run} --video=README.md --output=o',
-      'cannot be decoded',
-    ),
-    (
-      '{figures} --checkpoint={run} --video=v --output=o --frames 5 2',
-      '--frames=',
-    ),
-    (
-      '{figures} --checkpoint={run} --video={video} --output={tmp}',
-      'is a folder',
-    ),
-    ('tests/parity.py --case=README.md --output=o', 'is not a whole recorded case'),
-    ('tests/parity.py --case={tmp}/none.npz --output=o', 'is not a file; give a recorded .npz'),
+    ('--checkpoint={tmp} --video=v --output=o', 'holds no checkpoint'),
+    ('--checkpoint={run} --video={tmp}/v --output=o', 'is not a file'),
+    ('--checkpoint={run} --video=README.md --output=o', 'cannot be decoded'),
+    ('--checkpoint={run} --video=v --output=o --frames 5 2', '--frames='),
+    ('--checkpoint={run} --video={video} --output={tmp}', 'is a folder'),
   ],
 )
-def test_bad_input_of_the_other_commands(trained, clips, tmp_path, command, message):
-  video = next(clips.glob('val/*/*.mp4'))
-  places = {'tmp': tmp_path, 'run': trained, 'video': video}
-  places['figures'] = '-m dropmae_jax.evaluation.reconstruction'
-  done = run_python(*command.format(**places).split())
+def test_bad_input_of_figures(trained, clips, tmp_path, run_here, arguments, message):
+  places = {'tmp': tmp_path, 'run': trained, 'video': next(clips.glob('val/*/*.mp4'))}
+  done = run_here(reconstruction.main, *arguments.format(**places).split())
   assert_one_sentence(done, message)
+
+
+@pytest.mark.parametrize(
+  ('case', 'message'),
+  [
+    ('README.md', 'is not a whole recorded case'),
+    ('none.npz', 'is not a file; give a recorded .npz'),
+  ],
+)
+def test_bad_input_of_parity(run_here, case, message):
+  assert_one_sentence(run_here(parity.main, f'--case={case}', '--output=o'), message)

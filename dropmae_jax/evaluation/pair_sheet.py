@@ -20,8 +20,7 @@ from dropmae_jax.data import augment, frame_pairs, loader_process, pair_stream
 from dropmae_jax.data.frame_pairs import DrawnPair
 from dropmae_jax.data.mixture import Mixture, open_mixture
 from dropmae_jax.data.video_source import TfdsVideos, VideoSource
-from dropmae_jax.evaluation import reconstruction
-from dropmae_jax.runtime import cli
+from dropmae_jax.runtime import atomic_file, cli
 from dropmae_jax.runtime.errors import UserError, check_name
 from dropmae_jax.train_step import derive_seeds
 
@@ -265,6 +264,7 @@ def parse() -> tuple[argparse.Namespace, DataOptions]:
 def main() -> None:
   """The command line."""
   arguments, options = parse()
+  atomic_file.check_file(arguments.output)
   loader_process.allow_many_files()
   mixture = open_mixture(arguments.data_dir, arguments.dataset, arguments.split)
   indices = [read_index(each, arguments.split) for each in mixture.datasets]
@@ -282,7 +282,9 @@ def main() -> None:
   )
   for sentence in dict.fromkeys(each for pair in pairs for each in pair.drawn.damaged):
     print(f'note: {sentence} Another video is taken instead.')
-  reconstruction.save_png(contact_sheet(pairs, indices, sum(counts)), arguments.output)
+  sheet = contact_sheet(pairs, indices, sum(counts))
+  with atomic_file.staged(arguments.output, num_bytes=0) as partial:
+    sheet.save(partial, format='PNG')
   print(f'{arguments.output}: the first {len(pairs)} pairs of seed {arguments.seed}')
 
 

@@ -5,9 +5,7 @@
 shows a pair of frames (a row each) as input, as masked input, and as reconstruction.
 """
 
-import os
 import pathlib
-import tempfile
 
 import av
 import jax
@@ -23,7 +21,7 @@ from dropmae_jax.data import augment
 from dropmae_jax.data.augment import Box
 from dropmae_jax.model import attention, mae, masking, patches, pixels
 from dropmae_jax.model.mae import MaskedAutoencoder
-from dropmae_jax.runtime import cli
+from dropmae_jax.runtime import atomic_file, cli
 from dropmae_jax.runtime.errors import UserError
 from tfds_kinetics.video import UnusableVideo, open_video
 
@@ -117,23 +115,6 @@ def draw_panels(rows: list[list[UInt8[np.ndarray, 'h w c']]]) -> Image.Image:
   return sheet
 
 
-def save_png(image: Image.Image, path: pathlib.Path) -> None:
-  """Writes a picture whole or not at all.
-
-  Raises:
-    UserError: the folder of the file does not exist, or the path is a folder.
-  """
-  if not path.absolute().parent.is_dir():
-    raise UserError(f'the folder of --output={path} does not exist; make it first.')
-  if path.is_dir():
-    raise UserError(f'--output={path} is a folder; give the name of a file.')
-  handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, suffix='.png')
-  os.close(handle)
-  image.save(temporary)
-  os.chmod(temporary, 0o644)
-  os.replace(temporary, path)
-
-
 def reconstruction_figure(
   weights: saved_weights.Weights, video: pathlib.Path, *, frames: tuple[int, int], seed: int
 ) -> Image.Image:
@@ -164,11 +145,13 @@ def main() -> None:
   arguments = parser.parse_args()
   if not 0 <= arguments.frames[0] <= arguments.frames[1]:
     raise UserError(f'--frames={arguments.frames} must be an earlier and a later frame, from 0 on.')
+  atomic_file.check_file(arguments.output)
   weights = saved_weights.load_weights(arguments.checkpoint)
   figure = reconstruction_figure(
     weights, arguments.video, frames=tuple(arguments.frames), seed=arguments.seed
   )
-  save_png(figure, arguments.output)
+  with atomic_file.staged(arguments.output, num_bytes=0) as partial:
+    figure.save(partial, format='PNG')
   print(f'{arguments.output}: frames {tuple(arguments.frames)}, checkpoint of step {weights.step}')
 
 

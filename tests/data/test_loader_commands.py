@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from conftest import run_python, train_arguments
+from conftest import assert_one_sentence, run_python, train_arguments
 from processes import (
   WORKERS,
   assert_gone,
@@ -17,7 +17,7 @@ from processes import (
   training,
   wait_for_line,
 )
-from test_commands import assert_one_sentence, losses
+from test_commands import losses
 
 from dropmae_jax.runtime.errors import ExitStatus
 

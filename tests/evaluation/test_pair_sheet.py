@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from conftest import assert_one_sentence
 from PIL import Image, ImageDraw, ImageFont
 from sources import NumberedVideos
 
@@ -253,14 +254,6 @@ def test_gaps_follow_the_distribution_and_bars_contain_all():
     ('--data_dir={data}', 'the following arguments are required: --output'),
   ],
 )
-def test_bad_input(data_dir, tmp_path, monkeypatch, capsys, flags, message):
+def test_bad_input(data_dir, tmp_path, run_here, flags, message):
   arguments = flags.format(tmp=tmp_path, data=data_dir).split()
-  monkeypatch.setattr('sys.argv', ['inspect_data', *arguments])
-  with pytest.raises(SystemExit) as ended:
-    pair_sheet.cli.run(pair_sheet.main)
-  assert ended.value.code == 2
-  errors = capsys.readouterr().err.splitlines()
-  assert len(errors) == 1
-  assert errors[0].startswith('error: ')
-  assert message in errors[0]
-  assert not list(tmp_path.iterdir())
+  assert_one_sentence(run_here(pair_sheet.main, *arguments), message)

@@ -18,20 +18,16 @@ from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Architecture, Objective
 from dropmae_jax.pytorch import convert, layouts, weight_files
 from dropmae_jax.pytorch import main as convert_to_torch
-from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-  """Runs the command line in this process; returns its status, output and errors."""
+def command(run_here):
+  """The command line; returns its status, output and errors."""
 
   def run(*arguments):
-    monkeypatch.setattr(sys, 'argv', ['convert_to_torch.py', *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-      cli.run(convert_to_torch.main)
-    captured = capsys.readouterr()
-    return ended.value.code, captured.out, captured.err
+    done = run_here(convert_to_torch.main, *arguments)
+    return done.returncode, done.stdout, done.stderr
 
   return run
 
