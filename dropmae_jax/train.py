@@ -261,10 +261,10 @@ def first_state(
     UserError: the checkpoint is of another run, and changes are not allowed.
   """
   if checkpoints.latest_step is None:
-    state = model.init(key)
     if not config.init_from:
-      return state, []
+      return model.init(key), []
     start = init_from.read(pathlib.Path(config.init_from), config.model)
+    state = model.init(key)
     return state.replace(params=init_from.replace(state.params, start.params)), start.report
   state, notes = checkpoints.restore(model.abstract_state)
   changes = checkpoints.changes()

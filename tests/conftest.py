@@ -1,5 +1,6 @@
 """Fixtures that are expensive and shared: clips, their dataset, a trained run, the goldens."""
 
+import fcntl
 import importlib
 import os
 import pathlib
@@ -161,34 +162,47 @@ def train_arguments(data_dir, workdir, *more) -> list:
 
 
 @pytest.fixture(scope='session')
-def clips(tmp_path_factory) -> pathlib.Path:
+def once(tmp_path_factory):
+  """Returns the folder of a name, which the first of all test processes fills by a command."""
+  root = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    root = root.parent
+
+  def folder_of(name: str, *command) -> pathlib.Path:
+    folder, done = root / name, root / f'{name}.done'
+    with (root / f'{name}.lock').open('w') as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not done.exists():
+        ended = run_python(*(str(each).replace('{folder}', str(folder)) for each in command))
+        assert ended.returncode == 0, ended.stderr
+        done.touch()
+    return folder
+
+  return folder_of
+
+
+@pytest.fixture(scope='session')
+def clips(once) -> pathlib.Path:
   """Six training and two validation clips of eight frames, and a broken file among them."""
-  output = tmp_path_factory.mktemp('videos') / 'clips'
-  done = run_python(
-    '-m', 'dropmae_jax.data.synthetic_clips', f'--output={output}', '--train=6', '--val=2',
-    '--frames=8', '--height=48', '--width=64',
+  output = once(
+    'clips', '-m', 'dropmae_jax.data.synthetic_clips', '--output={folder}', '--train=6',
+    '--val=2', '--frames=8', '--height=48', '--width=64',
   )  # fmt: skip
-  assert done.returncode == 0, done.stderr
   (output / 'train' / 'bouncing' / 'broken.mp4').write_bytes(b'not a video')
   return output
 
 
 @pytest.fixture(scope='session')
-def data_dir(clips, tmp_path_factory) -> pathlib.Path:
+def data_dir(clips, once) -> pathlib.Path:
   """The dataset of `clips`."""
-  output = tmp_path_factory.mktemp('data')
-  done = run_python(
-    '-m', 'tfds_kinetics', '--config=folder', f'--videos={clips}', f'--data_dir={output}',
+  return once(
+    'data', '-m', 'tfds_kinetics', '--config=folder', f'--videos={clips}', '--data_dir={folder}',
     '--workers=2',
   )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  return output
 
 
 @pytest.fixture(scope='session')
-def trained(data_dir, tmp_path_factory) -> pathlib.Path:
-  """The workdir of eight steps without a stop."""
-  workdir = tmp_path_factory.mktemp('runs') / 'trained'
-  done = run_python(*train_arguments(data_dir, workdir, '--config.num_steps=8'))
-  assert done.returncode == 0, done.stderr
-  return workdir
+def trained(data_dir, once) -> pathlib.Path:
+  """The workdir of eight steps without a stop, with a checkpoint after the fourth too."""
+  more = ('--config.num_steps=8', '--config.checkpoint.every_steps=4')
+  return once('trained', *train_arguments(data_dir, '{folder}', *more))

@@ -59,6 +59,7 @@ def test_a_run_reports_every_step(trained):
   assert list((trained / 'tensorboard').glob('events.out.tfevents.*'))
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_changes_nothing(trained, data_dir):
   before = (trained / 'metrics.jsonl').read_text()
   done = run_python(*train_arguments(data_dir, trained, '--config.num_steps=8'))
@@ -107,7 +108,7 @@ def test_resuming_is_exact(trained, data_dir, tmp_path):
     pytest.param(signal.SIGINT, 'steps per epoch', marks=pytest.mark.slow),
   ],
 )
-def test_a_signal_saves_and_the_next_start_goes_on(data_dir, tmp_path, number, when):
+def test_a_signal_saves_what_there_is(data_dir, tmp_path, number, when):
   """The signal goes to the loader's processes too, as it does from a terminal or a scheduler."""
   arguments = train_arguments(
     data_dir, tmp_path, '--config.num_steps=100000', '--config.data.num_workers=2'
@@ -136,15 +137,10 @@ def test_a_signal_saves_and_the_next_start_goes_on(data_dir, tmp_path, number, w
     assert 'the same command resumes from there' in told
     step = int(told.split('saved at step ')[1].split()[0])
   assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 1))
-  again = train_arguments(data_dir, tmp_path, f'--config.num_steps={step + 2}')
-  done = run_python(*again)
-  assert done.returncode == 0, done.stderr
-  assert (f'resuming after step {step} of {step + 2}' in done.stdout) == (step > 0)
-  if step:
-    assert f'changed since that checkpoint: num_steps: 100000 -> {step + 2}' in done.stdout
-  assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 3))
+  assert sorted(each.name for each in tmp_path.glob('checkpoints/*')) == [str(step)] * (step > 0)
 
 
+@pytest.mark.slow
 def test_loader_processes_and_training_end_cleanly(trained, data_dir, tmp_path):
   done = run_python(
     *train_arguments(data_dir, tmp_path, '--config.num_steps=8', '--config.data.num_workers=2')
@@ -180,6 +176,7 @@ def assert_batch_of_step(described, step, data_dir):
   assert described['step_key'] == jax.random.key_data(key).tolist()
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_path):
   done = run_python(
     *train_arguments(

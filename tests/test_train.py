@@ -72,7 +72,7 @@ def assert_same_state(first, second, *, rtol):
   [
     pytest.param(8, 4, 1, 'none', marks=pytest.mark.slow),
     pytest.param(1, 1, 2, 'none', marks=pytest.mark.slow),
-    (4, 2, 2, 'full'),
+    (2, 2, 4, 'full'),
     pytest.param(8, 1, 1, 'none', marks=pytest.mark.slow),
     pytest.param(8, 8, 1, 'none', marks=pytest.mark.slow),
     pytest.param(1, 1, 1, 'full', marks=pytest.mark.slow),

@@ -72,7 +72,7 @@ def test_the_memory_of_a_run_killed_as_a_whole_is_removed_by_the_next_run(data_d
     wait_for_line(process, 'step 3/')
     os.killpg(process.pid, signal.SIGKILL)
   assert memory_of(process.pid)
-  done = run_python(*train_arguments(data_dir, tmp_path / 'b', WORKERS, '--config.num_steps=2'))
+  done = run_python(*train_arguments(data_dir, tmp_path / 'b', WORKERS, '--config.num_steps=8'))
   assert done.returncode == 0, done.stderr
   assert not memory_of(process.pid)
 
@@ -130,7 +130,7 @@ cli.run(main.main)
 def test_a_run_whose_own_threads_hang_ends(data_dir, tmp_path):
   done = run_python(
     '-c', HANGING, *train_arguments(data_dir, tmp_path, '--config.data.num_threads=2')[2:],
-    '--config.num_steps=100', '--config.data.stall_seconds=3',
+    '--config.num_steps=8', '--config.data.stall_seconds=3',
   )  # fmt: skip
   assert done.returncode == ExitStatus.HUNG, done.stderr
   assert 'error: no batch came within data.stall_seconds=3' in done.stderr
@@ -148,7 +148,7 @@ def test_too_many_damaged_records_end_the_run_in_one_sentence(data_dir, tmp_path
       file.seek(500)
       file.write(b'damage')
   done = run_python(
-    *train_arguments(tmp_path / 'data', tmp_path / 'run', '--config.num_steps=100', workers),
+    *train_arguments(tmp_path / 'data', tmp_path / 'run', '--config.num_steps=8', workers),
     '--config.data.max_damaged_records=2',
   )
   assert_one_sentence(done, 'cannot be read: record ')

@@ -14,7 +14,7 @@ from dropmae_jax.model import attention, chunks, fast_asad
 @pytest.mark.parametrize(
   ('heads', 'mesh'),
   [
-    (2, None),  # One head of two of the four samples.
+    pytest.param(2, None, marks=pytest.mark.slow),  # One head of two of the four samples.
     (2, 'two devices'),  # One head of both samples of a device.
     pytest.param(2 * 4, None, marks=pytest.mark.slow),  # Two heads of all samples.
     pytest.param(2 * 4, 'two devices', marks=pytest.mark.slow),  # Three heads of both samples.
@@ -33,6 +33,22 @@ def test_attention_in_chunks_is_as_all_at_once(heads, mesh):
 
     for one, other in zip(results(logits), results(None), strict=True):
       np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+def test_every_head_of_a_chunk_has_its_own_numbers():
+  rng = np.random.default_rng(0)
+  tokens, per_head = (
+    jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 8, 6, 3), (4, 6))
+  )
+
+  def attend(query, key, value, per_head):
+    return query * per_head[:, None, :, None] + key - value
+
+  loop = chunks.Loop(8 * 8**2)
+  assert chunks.chunk_counts(tokens.shape[:3], loop.logits_at_once) == (1, 3)  # Two heads each.
+  arguments = tokens, 2 * tokens, tokens**2, per_head
+  found = chunks.in_chunks(attend, *arguments, loop)
+  np.testing.assert_allclose(found, attend(*arguments), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

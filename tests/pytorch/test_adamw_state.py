@@ -154,7 +154,7 @@ def test_published_sizes_come_back_bit_for_bit(size):
   assert_same_state(first, second)
 
 
-@pytest.mark.parametrize('size', ['L', 'H'])
+@pytest.mark.parametrize('size', ['L', pytest.param('H', marks=pytest.mark.slow)])
 def test_the_ids_of_large_sizes_come_back(size):
   """At the true depth but narrow, because two states of the true width do not fit in memory."""
   large = architecture_of_size(size)

@@ -42,16 +42,6 @@ def assert_same_weights(first, second, **steps):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.fixture(scope='module')
-def run(data_dir, tmp_path_factory):
-  """Eight steps of training, with a checkpoint after the fourth."""
-  workdir = tmp_path_factory.mktemp('runs') / 'run'
-  more = ('--config.num_steps=8', '--config.checkpoint.every_steps=4')
-  done = run_python(*train_arguments(data_dir, workdir, *more))
-  assert done.returncode == 0, done.stderr
-  return workdir
-
-
 def save(folder, architecture, seed=0, **description):
   """A checkpoint of random weights."""
   params = layouts.from_torch(random_state(architecture, seed), architecture)
@@ -67,9 +57,9 @@ SMALL = dataclasses.replace(
 
 
 @needs_torch
-def test_out_and_in_and_out_again(run, tmp_path):
+def test_out_and_in_and_out_again(trained, tmp_path, command):
   path = tmp_path / 'dropmae.pth'
-  done = run_python('convert_to_torch.py', f'--checkpoint={run}', f'--output={path}')
+  done = run_python('convert_to_torch.py', f'--checkpoint={trained}', f'--output={path}')
   assert done.returncode == 0, done.stderr
   assert 'verified: features in PyTorch and in JAX differ by' in done.stdout
   assert 'See docs/convert.md' in done.stdout
@@ -79,11 +69,10 @@ def test_out_and_in_and_out_again(run, tmp_path):
   assert content['epoch'] == 7
   assert content['args']['objective']['mask_ratio'] == 0.75
   assert content['args']['config']['num_steps'] == 8
-  done = run_python('convert_to_torch.py', f'--from_torch={path}', f'--output={tmp_path}/back')
-  assert done.returncode == 0, done.stderr
-  assert_same_weights(tmp_path / 'back', run)
+  assert command(f'--from_torch={path}', f'--output={tmp_path}/back')[0] == 0
+  assert_same_weights(tmp_path / 'back', trained)
   again = tmp_path / 'again.pth'
-  run_python('convert_to_torch.py', f'--checkpoint={tmp_path}/back', f'--output={again}')
+  assert command(f'--checkpoint={tmp_path}/back', f'--output={again}')[0] == 0
   second = torch.load(again, weights_only=True)
   assert content['args'] == second['args']
   assert content['epoch'] == second['epoch']
@@ -92,9 +81,9 @@ def test_out_and_in_and_out_again(run, tmp_path):
 
 
 @needs_torch
-def test_the_card_says_what_the_file_is(run, data_dir, tmp_path, command):
+def test_the_card_says_what_the_file_is(trained, data_dir, tmp_path, command):
   path = tmp_path / 'dropmae.pth'
-  status, _, _ = command(f'--checkpoint={run}', f'--output={path}', '--step=4')
+  status, _, _ = command(f'--checkpoint={trained}', f'--output={path}', '--step=4')
   assert status == 0
   card = json.loads((tmp_path / 'dropmae.pth.json').read_text())
   assert card['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -113,9 +102,11 @@ def test_the_card_says_what_the_file_is(run, data_dir, tmp_path, command):
 
 
 @needs_torch
-def test_training_goes_on_from_what_came_through_pytorch(run, data_dir, tmp_path, command):
+def test_training_goes_on_from_what_came_through_pytorch(trained, data_dir, tmp_path, command):
   path, back = tmp_path / 'four.pth', tmp_path / 'back'
-  assert command(f'--checkpoint={run}', '--step=4', '--with_optimizer', f'--output={path}')[0] == 0
+  assert (
+    command(f'--checkpoint={trained}', '--step=4', '--with_optimizer', f'--output={path}')[0] == 0
+  )
   content = torch.load(path, weights_only=True)
   states, groups = content['optimizer']['state'], content['optimizer']['param_groups']
   assert [state['step'].item() for state in states.values()] == [4] * len(states)
@@ -136,7 +127,7 @@ def test_training_goes_on_from_what_came_through_pytorch(run, data_dir, tmp_path
   done = run_python(*train_arguments(data_dir, back, '--config.num_steps=8'))
   assert done.returncode == 0, done.stderr
   assert 'resuming after step 4 of 8' in done.stdout + done.stderr
-  assert_same_weights(back, run)
+  assert_same_weights(back, trained)
 
 
 @needs_torch
@@ -223,11 +214,11 @@ def test_tables_of_another_grid_are_resampled_where_asked(tmp_path, command):
 
 
 @needs_torch
-def test_list_shows_every_tensor(run, tmp_path, command):
+def test_list_shows_every_tensor(trained, tmp_path, command):
   path = tmp_path / 'out.pth'
-  command(f'--checkpoint={run}', f'--output={path}')
-  of_file, of_folder = (command(f'--list={each}')[1].splitlines() for each in (path, run))
-  weights = saved_weights.load_weights(run)
+  command(f'--checkpoint={trained}', f'--output={path}')
+  of_file, of_folder = (command(f'--list={each}')[1].splitlines() for each in (path, trained))
+  weights = saved_weights.load_weights(trained)
   tensors = layouts.to_torch(weights.params, weights.architecture)
   assert of_file[0].split() == ['name', 'shape', 'dtype', 'norm']
   assert of_file[1 : 1 + len(tensors)] == of_folder[1 : 1 + len(tensors)]
@@ -237,14 +228,14 @@ def test_list_shows_every_tensor(run, tmp_path, command):
   values = sum(array.size for array in tensors.values())
   assert of_file[-2] == f"{len(tensors)} tensors under 'model', {values} values, {4 * values} bytes"
   assert of_file[-1] == 'other entries: epoch, args'
-  first = command(f'--list={run}', '--step=4')[1]
+  first = command(f'--list={trained}', '--step=4')[1]
   assert first != '\n'.join(of_folder) + '\n'
 
 
-def test_compare_shows_the_largest_difference_per_tensor(run, tmp_path, command):
+def test_compare_shows_the_largest_difference_per_tensor(trained, tmp_path, command):
   path = tmp_path / 'out.safetensors'
-  command(f'--checkpoint={run}', f'--output={path}')
-  status, out, _ = command('--compare', run, path)
+  command(f'--checkpoint={trained}', f'--output={path}')
+  status, out, _ = command('--compare', trained, path)
   assert status == 0
   assert 'tensors are equal, 0 differ, 0 have no counterpart' in out.splitlines()[-1]
   changed = dict(weight_files.read(path).tensors)
@@ -511,12 +502,12 @@ def test_a_run_that_diverged_is_not_exported(tmp_path, command):
   assert not (tmp_path / 'out.safetensors').exists()
 
 
-def test_a_checkpoint_can_be_named_by_its_folder(run):
-  for folder in (run / 'checkpoints' / '4', run / 'checkpoints'):
+def test_a_checkpoint_can_be_named_by_its_folder(trained):
+  for folder in (trained / 'checkpoints' / '4', trained / 'checkpoints'):
     step = 4 if folder.name == '4' else 8
     assert saved_weights.load_weights(folder).step == step
   with pytest.raises(UserError, match=r'checkpoints/4 has no step 8; it has 4\.'):
-    saved_weights.load_weights(run / 'checkpoints' / '4', step=8)
+    saved_weights.load_weights(trained / 'checkpoints' / '4', step=8)
 
 
 def test_an_import_that_fails_leaves_no_folder(tmp_path, monkeypatch):

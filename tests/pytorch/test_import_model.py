@@ -112,7 +112,7 @@ def test_what_a_file_says_of_itself_comes_before_its_shapes():
     read(FULL, args={'architecture': stored | {'tokens': 3}})
 
 
-@pytest.mark.parametrize('size', ['S', 'B', 'L', 'H'])
+@pytest.mark.parametrize('size', ['S', 'B', 'L', pytest.param('H', marks=pytest.mark.slow)])
 def test_architectures_are_read_off_the_shapes(size):
   architecture = architecture_of_size(size)
   zero = np.zeros((), np.float32)

@@ -157,14 +157,14 @@ def test_weights_that_are_not_finite_are_refused(workdir, params, tmp_path):
 def test_the_command_begins_with_what_it_is_given(trained, data_dir, tmp_path):
   """It starts at step 0 with a new optimizer state, and later resumes from its own checkpoint."""
   arguments = train_arguments(
-    data_dir, tmp_path, '--config.num_steps=2', f'--config.init_from={trained}'
+    data_dir, tmp_path, '--config.num_steps=8', f'--config.init_from={trained}'
   )
   done = run_python(*arguments)
   assert done.returncode == 0, done.stderr
   assert f'init_from {trained}: step 8' in done.stdout
   assert losses(tmp_path)[0][1] < losses(trained)[0][1] - 0.02
   again = run_python(*arguments)
-  assert 'resuming after step 2 of 2' in again.stdout
+  assert 'resuming after step 8 of 8' in again.stdout
   assert 'init_from' not in again.stdout
   wrong = run_python(
     *train_arguments(data_dir, tmp_path / 'new', '--config.init_from=/nowhere.safetensors')

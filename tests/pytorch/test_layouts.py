@@ -65,7 +65,9 @@ def test_other_sizes_have_as_many_tensors_as_published(size, count):
   assert len(layouts.tensors(architecture_of_size(size))) == count
 
 
-@pytest.mark.parametrize('size', ['XXS', 'XS', 'S', 'B', 'L', 'H'])
+@pytest.mark.parametrize(
+  'size', ['XXS', 'XS', 'S', 'B', 'L', pytest.param('H', marks=pytest.mark.slow)]
+)
 def test_round_trip_is_bit_identical(size):
   architecture = architecture_of_size(size)
   state = random_state(architecture)
