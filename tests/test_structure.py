@@ -8,6 +8,7 @@ import re
 
 import pytest
 from conftest import ROOT
+from test_wheel import COMMANDS
 
 PACKAGE = ROOT / 'dropmae_jax'
 # Packages, and modules beside them: an import points to the right only.
@@ -127,3 +128,18 @@ def test_random_functions_do_not_make_keys_optional(module):
     for name, parameter in inspect.signature(function).parameters.items():
       if 'key' in name:
         assert parameter.default is inspect.Parameter.empty
+
+
+ENTRY_POINTS = dict(re.findall(r"'(dropmae-\w+) = ([\w.]+:\w+)'", (ROOT / 'setup.py').read_text()))
+
+
+def test_every_command_has_an_entry_point():
+  assert ENTRY_POINTS.keys() == COMMANDS
+
+
+@pytest.mark.parametrize('name', ENTRY_POINTS)
+def test_an_entry_point_is_the_command_of_that_name(name, run_here):
+  module, function = ENTRY_POINTS[name].split(':')
+  done = run_here(getattr(importlib.import_module(module), function), '--help')
+  assert done.returncode == 0
+  assert done.stdout.startswith(f'usage: {name} ')

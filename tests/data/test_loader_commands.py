@@ -77,6 +77,7 @@ def test_the_memory_of_a_run_killed_as_a_whole_is_removed_by_the_next_run(data_d
   assert not memory_of(process.pid)
 
 
+@pytest.mark.slow
 def test_a_loader_that_hangs_ends_the_run_with_stacks(data_dir, tmp_path):
   more = ('--config.num_steps=100000', '--config.data.stall_seconds=20')
   with training(data_dir, tmp_path, *more) as process:

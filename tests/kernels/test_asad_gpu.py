@@ -33,7 +33,7 @@ def rounded(arrays):
 @pytest.mark.parametrize(
   ('b', 'n', 'm', 'e', 'rate'),
   [
-    (1, 16, 2, 16, 0.3),  # Less than a tile.
+    pytest.param(1, 16, 2, 16, 0.3, marks=pytest.mark.slow),  # Less than a tile.
     (1, 76, 1, 32, 0.1),  # A tile and a narrower one.
     pytest.param(1, 128, 1, 64, 0.2, marks=pytest.mark.slow),  # Two whole tiles.
     pytest.param(1, 196, 2, 32, 0.1, marks=pytest.mark.slow),  # Full size.
