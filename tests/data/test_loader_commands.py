@@ -149,7 +149,7 @@ def test_too_many_damaged_records_end_the_run_in_one_sentence(data_dir, tmp_path
       file.seek(500)
       file.write(b'damage')
   done = run_python(
-    *train_arguments(tmp_path / 'data', tmp_path / 'run', '--config.num_steps=8', workers),
+    *train_arguments(tmp_path / 'data', tmp_path / 'run', '--config.num_steps=100000', workers),
     '--config.data.max_damaged_records=2',
   )
   assert_one_sentence(done, 'cannot be read: record ')
