@@ -1,5 +1,6 @@
 """Fixtures that are expensive and shared: clips, their dataset, a trained run, the goldens."""
 
+import errno
 import fcntl
 import importlib
 import os
@@ -15,6 +16,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from absl import flags
+from PIL import Image
 
 from dropmae_jax.runtime import cli
 
@@ -139,6 +141,17 @@ def run_here(monkeypatch, capsys):
   return run
 
 
+@pytest.fixture
+def full_disk(monkeypatch):
+  """Pictures are written in part, and then the disk is full."""
+
+  def save(self, path, **_):
+    pathlib.Path(path).write_bytes(b'half')
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(Image.Image, 'save', save)
+
+
 def assert_one_sentence(done, message: str) -> None:
   """A command refused its input in one sentence."""
   assert done.returncode == 2, done.stdout + done.stderr
@@ -163,46 +176,51 @@ def train_arguments(data_dir, workdir, *more) -> list:
 
 @pytest.fixture(scope='session')
 def once(tmp_path_factory):
-  """Returns the folder of a name, which the first of all test processes fills by a command."""
+  """Returns the folder of a name, which the first of all test processes fills."""
   root = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
     root = root.parent
 
-  def folder_of(name: str, *command) -> pathlib.Path:
+  def folder_of(name: str, fill) -> pathlib.Path:
     folder, done = root / name, root / f'{name}.done'
     with (root / f'{name}.lock').open('w') as lock:
       fcntl.flock(lock, fcntl.LOCK_EX)
       if not done.exists():
-        ended = run_python(*(str(each).replace('{folder}', str(folder)) for each in command))
-        assert ended.returncode == 0, ended.stderr
+        fill(folder)
         done.touch()
     return folder
 
   return folder_of
 
 
+def succeed(*arguments) -> None:
+  done = run_python(*arguments)
+  assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope='session')
 def clips(once) -> pathlib.Path:
   """Six training and two validation clips of eight frames, and a broken file among them."""
-  output = once(
-    'clips', '-m', 'dropmae_jax.data.synthetic_clips', '--output={folder}', '--train=6',
-    '--val=2', '--frames=8', '--height=48', '--width=64',
-  )  # fmt: skip
-  (output / 'train' / 'bouncing' / 'broken.mp4').write_bytes(b'not a video')
-  return output
+
+  def fill(folder):
+    succeed(
+      '-m', 'dropmae_jax.data.synthetic_clips', f'--output={folder}', '--train=6', '--val=2',
+      '--frames=8', '--height=48', '--width=64',
+    )  # fmt: skip
+    (folder / 'train' / 'bouncing' / 'broken.mp4').write_bytes(b'not a video')
+
+  return once('clips', fill)
 
 
 @pytest.fixture(scope='session')
 def data_dir(clips, once) -> pathlib.Path:
   """The dataset of `clips`."""
-  return once(
-    'data', '-m', 'tfds_kinetics', '--config=folder', f'--videos={clips}', '--data_dir={folder}',
-    '--workers=2',
-  )  # fmt: skip
+  build = ('-m', 'tfds_kinetics', '--config=folder', f'--videos={clips}', '--workers=2')
+  return once('data', lambda folder: succeed(*build, f'--data_dir={folder}'))
 
 
 @pytest.fixture(scope='session')
 def trained(data_dir, once) -> pathlib.Path:
   """The workdir of eight steps without a stop, with a checkpoint after the fourth too."""
   more = ('--config.num_steps=8', '--config.checkpoint.every_steps=4')
-  return once('trained', *train_arguments(data_dir, '{folder}', *more))
+  return once('trained', lambda folder: succeed(*train_arguments(data_dir, folder, *more)))

@@ -264,7 +264,7 @@ def parse() -> tuple[argparse.Namespace, DataOptions]:
 def main() -> None:
   """The command line."""
   arguments, options = parse()
-  atomic_file.check_file(arguments.output)
+  atomic_file.check_file(arguments.output, has_card=False)
   loader_process.allow_many_files()
   mixture = open_mixture(arguments.data_dir, arguments.dataset, arguments.split)
   indices = [read_index(each, arguments.split) for each in mixture.datasets]
@@ -283,7 +283,7 @@ def main() -> None:
   for sentence in dict.fromkeys(each for pair in pairs for each in pair.drawn.damaged):
     print(f'note: {sentence} Another video is taken instead.')
   sheet = contact_sheet(pairs, indices, sum(counts))
-  with atomic_file.staged(arguments.output, num_bytes=0) as partial:
+  with atomic_file.staged(arguments.output, num_bytes=0, has_card=False) as partial:
     sheet.save(partial, format='PNG')
   print(f'{arguments.output}: the first {len(pairs)} pairs of seed {arguments.seed}')
 

@@ -145,12 +145,12 @@ def main() -> None:
   arguments = parser.parse_args()
   if not 0 <= arguments.frames[0] <= arguments.frames[1]:
     raise UserError(f'--frames={arguments.frames} must be an earlier and a later frame, from 0 on.')
-  atomic_file.check_file(arguments.output)
+  atomic_file.check_file(arguments.output, has_card=False)
   weights = saved_weights.load_weights(arguments.checkpoint)
   figure = reconstruction_figure(
     weights, arguments.video, frames=tuple(arguments.frames), seed=arguments.seed
   )
-  with atomic_file.staged(arguments.output, num_bytes=0) as partial:
+  with atomic_file.staged(arguments.output, num_bytes=0, has_card=False) as partial:
     figure.save(partial, format='PNG')
   print(f'{arguments.output}: frames {tuple(arguments.frames)}, checkpoint of step {weights.step}')
 

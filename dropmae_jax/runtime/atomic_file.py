@@ -31,8 +31,12 @@ def card_path(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f'{path.name}.json')
 
 
-def check_file(path: pathlib.Path) -> pathlib.Path:
+def check_file(path: pathlib.Path, *, has_card: bool = True) -> pathlib.Path:
   """Checks that a file, its sha256 and its card can be written.
+
+  Args:
+    path: of the file.
+    has_card: it gets a sha256 and a card; without, files of their names are left alone.
 
   Returns:
     The path with all symbolic links resolved; the links themselves stay.
@@ -47,12 +51,12 @@ def check_file(path: pathlib.Path) -> pathlib.Path:
     target = pathlib.Path(os.path.realpath(path))
     if not target.parent.is_dir():
       raise UserError(f'the folder of --output={path} does not exist; make it first.')
-    for each in (target, sha256_path(target), card_path(target)):
+    for each in (target, *((sha256_path(target), card_path(target)) if has_card else ())):
       if each.is_dir():
         raise UserError(f'--output={path}: {each} is a folder; give the name of a file.')
       if os.path.lexists(each) and (each.is_symlink() or not each.is_file()):
         raise UserError(f'--output={path}: {each} is not a regular file; give another name.')
-    if card_path(target).exists() and not _is_card(card_path(target)):
+    if has_card and card_path(target).exists() and not _is_card(card_path(target)):
       raise UserError(
         f'--output={path}: {card_path(target)} is not the card of a weight file and would be'
         ' replaced; give another name, or move it.'
@@ -91,7 +95,7 @@ def _is_card(path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def staged(path: pathlib.Path, *, num_bytes: int) -> Iterator[pathlib.Path]:
+def staged(path: pathlib.Path, *, num_bytes: int, has_card: bool = True) -> Iterator[pathlib.Path]:
   """Yields a temporary path to write to; at the end that file and its card are renamed.
 
   On any failure, what was at `path` before stays.
@@ -99,12 +103,13 @@ def staged(path: pathlib.Path, *, num_bytes: int) -> Iterator[pathlib.Path]:
   Args:
     path: the final path; its folder must exist.
     num_bytes: how much will be written, at least.
+    has_card: as in `check_file`.
 
   Raises:
     UserError: `check_file` refuses the path, or writing fails, for example because the disk is
       full.
   """
-  target = check_file(path)
+  target = check_file(path, has_card=has_card)
   free = shutil.disk_usage(target.parent).free
   if free < num_bytes:
     raise UserError(
@@ -119,9 +124,10 @@ def staged(path: pathlib.Path, *, num_bytes: int) -> Iterator[pathlib.Path]:
   ):
     partial = pathlib.Path(temporary) / target.name
     yield partial
-    check_file(path)
-    # If the process is killed here, no file is left with the sha256 of another one.
-    sha256_path(target).unlink(missing_ok=True)
+    check_file(path, has_card=has_card)
+    if has_card:
+      # If the process is killed here, no file is left with the sha256 of another one.
+      sha256_path(target).unlink(missing_ok=True)
     for written in [partial, *sorted(set(partial.parent.iterdir()) - {partial})]:
       written.replace(target.with_name(written.name))
 

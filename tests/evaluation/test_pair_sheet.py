@@ -244,7 +244,7 @@ def test_gaps_follow_the_distribution_and_bars_contain_all():
   [
     ('--data_dir={tmp} --output={tmp}/o.png', 'build it with: python -m tfds_kinetics'),
     ('--data_dir={data} --output={tmp}/o.png --split=tset', "has no split 'tset'"),
-    ('--data_dir={data} --output={tmp} --image_size=16', 'is a folder; give the name of a file'),
+    ('--data_dir={tmp} --output={tmp}', 'is a folder; give the name of a file'),  # Seen first.
     ('--data_dir={data} --output={tmp}/no/o.png --image_size=16', 'does not exist; make it first'),
     ('--data_dir={data} --output={tmp}/o.png --dataset=a=1,a=2', 'is not understood at'),
     ('--data_dir={data} --output={tmp}/o.png --pairs=0', '--pairs=0 is not in 1..100'),
@@ -256,4 +256,16 @@ def test_gaps_follow_the_distribution_and_bars_contain_all():
 )
 def test_bad_input(data_dir, tmp_path, run_here, flags, message):
   arguments = flags.format(tmp=tmp_path, data=data_dir).split()
-  assert_one_sentence(run_here(pair_sheet.main, *arguments), message)
+  done = run_here(pair_sheet.main, *arguments)
+  assert_one_sentence(done, message)
+  assert done.stderr.count('\n') == 1
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_sheet_outlives_a_full_disk(data_dir, tmp_path, run_here, full_disk):
+  output = tmp_path / 'out.png'
+  output.write_bytes(b'earlier')
+  arguments = (f'--data_dir={data_dir}', f'--output={output}', '--image_size=16', '--pairs=1')
+  done = run_here(pair_sheet.main, *arguments)
+  assert_one_sentence(done, 'No space left on device')
+  assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {output: b'earlier'}

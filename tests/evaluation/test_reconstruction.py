@@ -16,6 +16,7 @@ from dropmae_jax.config import Architecture, Objective
 from dropmae_jax.evaluation import reconstruction
 from dropmae_jax.model import attention, mae, masking, patches
 from dropmae_jax.model.mae import MaskedAutoencoder
+from dropmae_jax.runtime.errors import UserError
 
 SMALL = Architecture(
   image_size=32, patch_size=8, width=8, depth=1, num_heads=1, decoder_width=8, decoder_depth=2,
@@ -175,3 +176,12 @@ def test_a_right_prediction_gives_the_frames_back(monkeypatch, normalise_targets
   np.testing.assert_array_equal(masked.masked, expected.masked)
   assert len({tuple(row) for row in np.asarray(masked.masked).tolist()}) == 3
   np.testing.assert_array_equal(is_masked.mean(axis=(1, 2, 3, 4)), 0.5)
+
+
+def test_an_earlier_figure_outlives_a_full_disk(trained, clips, tmp_path, monkeypatch, full_disk):
+  workdir, _ = trained
+  video, output = next(clips.glob('val/*/*.mp4')), tmp_path / 'out.png'
+  output.write_bytes(b'earlier')
+  with pytest.raises(UserError, match='No space left on device'):
+    draw(monkeypatch, f'--checkpoint={workdir}', f'--video={video}', f'--output={output}')
+  assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {output: b'earlier'}

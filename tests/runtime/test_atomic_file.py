@@ -31,6 +31,15 @@ def test_links_stay_and_what_they_point_to_is_written(tmp_path):
   assert [path.name for path in tmp_path.iterdir() if path != folder] == ['link.pth']
 
 
+def test_without_a_card_files_of_its_names_are_left_alone(tmp_path):
+  for ending in ('sha256', 'json'):
+    (tmp_path / f'out.png.{ending}').write_text('private')
+  with atomic_file.staged(tmp_path / 'out.png', num_bytes=1, has_card=False) as partial:
+    partial.write_text('new')
+  content = {path.name: path.read_text() for path in tmp_path.iterdir()}
+  assert content == {'out.png': 'new', 'out.png.sha256': 'private', 'out.png.json': 'private'}
+
+
 @pytest.mark.parametrize('name', ['out.pth', 'out.pth.sha256', 'out.pth.json'])
 @pytest.mark.parametrize('make', [os.mkfifo, lambda path: path.symlink_to(path)])
 def test_special_files_are_not_replaced(tmp_path, name, make):
