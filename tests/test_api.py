@@ -10,7 +10,7 @@ from dropmae_jax.api import load_encoder
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.model import mae, patches, pixels, position_embedding
 from dropmae_jax.model.masking import Masking
-from dropmae_jax.pytorch import convert
+from dropmae_jax.pytorch import convert, layouts, weight_files
 from dropmae_jax.runtime.errors import UserError
 
 
@@ -64,6 +64,14 @@ def test_a_file_gives_what_its_checkpoint_does(encoder, trained, pair, tmp_path)
   np.testing.assert_allclose(load_encoder(path).encode(pair), encoder.encode(pair), atol=1e-6)
 
 
+def test_a_step_is_chosen_among_those_of_a_workdir(encoder, trained, monkeypatch):
+  monkeypatch.setenv('HOME', str(trained.parent))
+  earlier = load_encoder(f'~/{trained.name}', step=4)
+  expected = saved_weights.load_weights(trained, step=4).params['mask_token']
+  np.testing.assert_array_equal(earlier.params['mask_token'], expected)
+  assert (encoder.params['mask_token'] != expected).any()
+
+
 def test_what_cannot_be_encoded_is_said(encoder, pair, tmp_path):
   for frames, options, message in (
     (pair.astype(np.float32), {}, r'frames are float32 \[2, 40, 50, 3\]; give uint8'),
@@ -74,5 +82,14 @@ def test_what_cannot_be_encoded_is_said(encoder, pair, tmp_path):
       encoder.encode(frames, **options)
   with pytest.raises(UserError, match='holds no checkpoint'):
     load_encoder(tmp_path)
+  path = tmp_path / 'encoder.safetensors'
   with pytest.raises(UserError, match='is not a file'):
-    load_encoder(tmp_path / 'none.pth')
+    load_encoder(path)
+  state = layouts.to_torch(encoder.params, encoder.architecture)
+  weight_files.write(path, state, file_format='safetensors')
+  with pytest.raises(UserError, match=r'step=4 goes with a workdir, and .* is none; leave it out'):
+    load_encoder(path, step=4)
+  state['norm.bias'] = np.full_like(state['norm.bias'], np.nan)
+  weight_files.write(path, state, file_format='safetensors')
+  with pytest.raises(UserError, match=r'norm\.bias'):
+    load_encoder(path)

@@ -1,18 +1,22 @@
 """Configs: all of them build, and what is wrong with one is said by name."""
 
+import dataclasses
 import functools
 import importlib
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import ROOT
+from flax import traverse_util
 
 from dropmae_jax import config_file, optimizer
-from dropmae_jax.config import Architecture, Objective, may_change
+from dropmae_jax.config import Architecture, Objective, OptimizerOptions, may_change
 from dropmae_jax.model import mae, vit
+from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 from dropmae_jax.train_step import init_state
 
@@ -42,13 +46,54 @@ def test_every_config_builds_its_state(name):
   assert mae.num_parameters(state.params) > 1e5
 
 
-def test_the_published_recipe():
+def test_the_published_configs():
   made = config_file.from_dict(config('kinetics400_vit_b16'))
   assert made.peak_learning_rate == pytest.approx(2.4e-3)
   assert (made.num_steps, made.optimizer.warmup_steps) == (23_200, 2_320)
+  assert (made.batch_size, made.accumulation_steps, made.dtype) == (4096, 1, 'bfloat16')
   assert made.model == Architecture()
   assert made.objective == Objective(0.75, 'random', 0.1, 'asad', True)
   assert made.data.frame_gap == 50
+  assert made.optimizer == OptimizerOptions(1.5e-4, 0.0, 2_320, 0.05, 0.9, 0.95)
+  longer = config_file.from_dict(config('kinetics700_vit_b16'))
+  assert (longer.num_steps, longer.optimizer.warmup_steps) == (102_400, 5_120)
+  assert (longer.batch_size, longer.accumulation_steps) == (4096, 2)
+  assert (longer.model, longer.objective) == (made.model, made.objective)
+
+
+def test_defaults_are_the_published_ones_where_there_are_any():
+  values = config('kinetics400_vit_b16')
+  given = {name: values[name] for name in ('data_dir', 'num_steps', 'batch_size', 'model')}
+  default = dataclasses.asdict(config_file.from_dict(given))
+  published = dataclasses.asdict(config_file.from_dict(values))
+  differ = {
+    name: value
+    for name, value in traverse_util.flatten_dict(default, sep='.').items()
+    if traverse_util.flatten_dict(published, sep='.')[name] != value
+  }
+  assert differ == {
+    'dataset': 'kinetics_frames/folder',
+    'data.num_workers': 0,
+    'optimizer.warmup_steps': 0,
+    'checkpoint.every_steps': 1000,
+    'checkpoint.keep_every': 0,
+  }
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_dataset_of_a_config_is_the_one_that_its_commands_build(name):
+  described = importlib.import_module(f'configs.{name}').__doc__
+  build, train = (
+    re.search(rf'{command} --config=(\w+)', described)[1]
+    for command in ('dropmae-build', 'dropmae-train')
+  )
+  assert config(name)['dataset'] == f'kinetics_frames/{build}'
+  assert train == name
+
+
+def test_the_quickstart_crops_both_frames_alike():
+  """In so few steps the model learns to look at the other frame only if they match."""
+  assert config()['data']['shared_augmentation']
 
 
 def test_the_published_recipe_is_complete():
@@ -68,6 +113,7 @@ def test_the_published_recipe_is_complete():
     ('sede', 1, "config has no field 'sede'; did you mean 'seed'?"),
     ('model.sizes', 'B', "config has no field 'model.sizes'; did you mean 'model.size'?"),
     ('mask_ratio', 0.5, "no field 'mask_ratio'; did you mean 'objective.mask_ratio'?"),
+    ('size', 'B', "config has no field 'size'; did you mean 'model.size'?"),
     ('zzz', 1, "config has no field 'zzz'; valid are: accumulation_steps"),
     ('objective.masking', 'tube', "config.objective.masking='tube' is unknown; valid are: random"),
     (
@@ -185,3 +231,49 @@ def test_numbers_of_the_backbone_can_be_set():
   values['model'] |= {'width': 96, 'depth': 1}
   made = config_file.from_dict(values)
   assert (made.model.width, made.model.depth, made.model.num_heads) == (96, 1, 3)
+
+
+def of_command_line(*arguments):
+  parser = cli.Parser()
+  config_file.add_arguments(parser)
+  return config_file.from_arguments(parser.parse_args(arguments))
+
+
+def test_the_command_line_sets_single_fields():
+  made = of_command_line(
+    '--config=quickstart', '--config.data.frame_gap=9',
+    '--config.objective.normalise_targets=False', '--config.optimizer.beta1=0.5',
+  )  # fmt: skip
+  plain = config_file.from_dict(config())
+  assert made == dataclasses.replace(
+    plain,
+    data=dataclasses.replace(plain.data, frame_gap=9),
+    objective=dataclasses.replace(plain.objective, normalise_targets=False),
+    optimizer=dataclasses.replace(plain.optimizer, beta1=0.5),
+  )
+  for text, value in (('true', True), ('False', False)):
+    shared = of_command_line('--config=quickstart', f'--config.data.shared_augmentation={text}')
+    assert shared.data.shared_augmentation is value
+  with pytest.raises(UserError, match="'no' is neither true nor false"):
+    of_command_line('--config=quickstart', '--config.data.shared_augmentation=no')
+
+
+def test_a_config_of_the_users_imports_from_his_folder_and_has_an_argument(tmp_path, monkeypatch):
+  (tmp_path / 'beside_it.py').write_text('STEPS = 7\n')
+  (tmp_path / 'mine.py').write_text(
+    'import beside_it\n'
+    'from dropmae_jax.configs import quickstart\n'
+    'def get_config(dtype):\n'
+    '  config = quickstart.get_config()\n'
+    '  config.num_steps, config.dtype = beside_it.STEPS, dtype\n'
+    '  return config\n'
+  )
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', [path for path in sys.path if path not in ('', str(ROOT))])
+  made = of_command_line('--config=mine.py:bfloat16')
+  assert (made.num_steps, made.dtype) == (7, 'bfloat16')
+
+
+def test_the_name_of_a_config_that_was_probably_meant():
+  with pytest.raises(UserError, match=r"--config=quickstar is .*; did you mean 'quickstart'\?"):
+    of_command_line('--config=quickstar')

@@ -372,3 +372,9 @@ def test_a_field_changes_of_a_run_what_it_is_for(name, observed, data_dir, tmp_p
     assert expected in (found['refusal'] or '')
   else:
     assert {key for key in observed if found[key] != observed[key]} == expected
+
+
+def test_micro_batches_are_not_the_batch_of_the_report(data_dir, tmp_path, monkeypatch):
+  own = {'batch_size': 4, 'data_dir': str(data_dir)}
+  config = config_with('accumulation_steps', 2, **own)
+  assert observe(config, tmp_path / 'run', monkeypatch)['batch_of_report'] == 4

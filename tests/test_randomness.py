@@ -8,7 +8,7 @@ from flax import nnx, traverse_util
 
 from dropmae_jax import optimizer, train_step
 from dropmae_jax.config import Architecture, Objective, OptimizerOptions
-from dropmae_jax.model import attention, mae, masking
+from dropmae_jax.model import asad, attention, mae, masking
 
 TINY = Architecture(
   image_size=16, patch_size=4, width=8, depth=1, num_heads=2,
@@ -124,3 +124,20 @@ def test_masks_have_their_keys_and_every_decoder_block_its_own(used):
     for n in range(TINY.decoder_depth)
   ]
   assert found['drops'] == by_block
+
+
+def test_the_loss_drops_by_the_rule_of_its_objective(monkeypatch):
+  rates = []
+
+  def rule(keys, logits, *, drop_rate):
+    rates.append(drop_rate)
+    return jnp.zeros(logits.own.shape, bool)
+
+  monkeypatch.setitem(asad.ATTENTION_DROPOUTS, 'mine', rule)
+  keys = jax.random.split(jax.random.key(2), BATCH)
+  mae.pretraining_loss(
+    mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=0)), jnp.zeros((BATCH, 2, 16, 16, 3)),
+    masking_keys=keys, asad_keys=keys,
+    objective=Objective(attention_dropout=0.3, dropout_rule='mine'),
+  )  # fmt: skip
+  assert rates == [0.3] * TINY.decoder_depth

@@ -63,15 +63,15 @@ def run(installed, cwd, *arguments) -> subprocess.CompletedProcess:
   )
 
 
-@pytest.mark.slow
-def test_a_wheel_contains_the_configs_inside_the_package(wheel):
+def test_a_wheel_contains_every_module_and_the_configs_inside_the_package(wheel):
   with zipfile.ZipFile(wheel) as archive:
     names = archive.namelist()
     (metadata,) = [name for name in names if name.endswith('.dist-info/entry_points.txt')]
     entry_points = configparser.ConfigParser()
     entry_points.read_string(archive.read(metadata).decode())
   assert 'dropmae_jax/configs/quickstart.py' in names
-  assert 'dropmae_jax/kernels/gpu/__init__.py' in names
+  modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'dropmae_jax').rglob('*.py')}
+  assert modules <= set(names)
   top_level = {name.split('/')[0] for name in names if '.dist-info/' not in name}
   assert top_level == {'dropmae_jax', 'tfds_kinetics'}
   assert set(entry_points['console_scripts']) == COMMANDS

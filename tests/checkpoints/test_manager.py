@@ -212,18 +212,20 @@ def description_of(step_folder):
   return path, saved_weights.verify_digest(json.loads(path.read_text()))
 
 
-def test_an_array_that_is_not_the_saved_one_is_named(saved):
+@pytest.mark.parametrize('part', ['params', 'opt_state'])
+def test_an_array_that_is_not_the_saved_one_is_named(saved, part):
   """As after a flipped bit that the file format does not detect; for all readers."""
   path, stored = description_of(saved / saved_weights.FOLDER / '12')
-  stored['checksums']['params'][3] ^= 1 << 20
+  stored['checksums'][part][3] ^= 1 << 20
   path.write_text(json.dumps(saved_weights.add_digest(stored)))
-  with pytest.raises(
-    UserError, match=r"step 12 .* cannot be read \(params\['.*\] is not what was saved"
-  ):
-    saved_weights.load_weights(saved)
+  if part == 'params':
+    with pytest.raises(
+      UserError, match=r"step 12 .* cannot be read \(params\['.*\] is not what was saved"
+    ):
+      saved_weights.load_weights(saved)
   step, _, (note,) = restored(saved)
   assert step == 10
-  assert "(params['" in note
+  assert f'({part}[' in note
 
 
 @pytest.mark.parametrize('old', ['"width": 64', '"checksums"', '"sha256"'])

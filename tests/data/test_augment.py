@@ -122,6 +122,8 @@ def test_acceptance_rates_are_those_of_the_published_code(height, width, first_t
   [
     ((100, 100), Box(0, 0, 100, 100)),
     ((100, 120), Box(0, 0, 100, 120)),
+    ((100, 134), Box(0, 0, 100, 133)),
+    ((134, 100), Box(0, 0, 133, 100)),
     ((90, 300), Box(0, 90, 90, 120)),
     ((300, 90), Box(90, 0, 120, 90)),
   ],

@@ -370,15 +370,27 @@ def test_shared_augmentation_crops_both_frames_alike(monkeypatch):
   assert any(first != second for first, second in zip(boxes[::2], boxes[1::2], strict=True))
 
 
+class Growing(NumberedVideos):
+  """All frames are the same picture, all but the first one in another shape."""
+
+  def frame(self, video, number):
+    rows, columns = np.mgrid[:120, :160]
+    picture = np.stack([2 * rows, columns, rows], axis=-1).astype(np.uint8)
+    return picture if number == 0 else cv2.resize(picture, (90, 160))
+
+
+def test_each_frame_is_cropped_within_its_own_size():
+  videos = Growing([2] * 20)
+  keys = pair_stream.pair_keys(videos, 0)
+  maker = frame_pairs.PairMaker(videos, DataOptions(num_threads=0), 32)
+  boxes = np.array([maker.draw(keys[number]).boxes for number in range(20)])
+  ends = boxes[..., :2] + boxes[..., 2:]
+  assert (ends <= [[120, 160], [160, 90]]).all()
+  assert (ends[:, 0, 1] > 90).any()
+  assert (ends[:, 1, 0] > 120).any()
+
+
 def test_shared_augmentation_crops_the_same_place_of_frames_of_different_sizes():
-  """Both frames are the same picture, the later one in another shape."""
-
-  class Growing(NumberedVideos):
-    def frame(self, video, number):
-      rows, columns = np.mgrid[:120, :160]
-      picture = np.stack([2 * rows, columns, rows], axis=-1).astype(np.uint8)
-      return picture if number == 0 else cv2.resize(picture, (90, 160))
-
   options = DataOptions(frame_gap=4, num_threads=0, shared_augmentation=True)
   (drawn,) = batches(Growing([2] * 20), 1, options=options, batch_size=20, image_size=32)
   earlier, later = drawn['frames'].astype(int).swapaxes(0, 1)

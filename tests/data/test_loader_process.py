@@ -1,9 +1,16 @@
-"""How a loader process uses memory."""
+"""How a loader process uses memory, and that it leaves nothing behind."""
 
+import contextlib
 import ctypes
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
+
+from dropmae_jax.data import loader_process
 
 # Frees 12 MB again and again; page faults show whether the memory is reused.
 FAULTS = """
@@ -30,3 +37,35 @@ def test_freed_memory_is_reused_without_page_faults():
     for line in ('', 'loader_process.keep_freed_memory()')
   )
   assert kept < 100 < plain / 10
+
+
+def test_a_process_that_just_exits_leaves_no_shared_memory():
+  program = 'from dropmae_jax.data.loader_process import *; print(RingWriter(1, (8,)).name)'
+  name = run_python('-c', program).stdout.strip()
+  assert name
+  assert not (loader_process.SHARED_MEMORY / name).exists()
+
+
+# A trainer that starts a process of its loader and prints its process id.
+TRAINER = """
+import subprocess, sys, time
+worker = (
+  'import os, time; from dropmae_jax.data import loader_process;'
+  'loader_process.start_worker(0, 1, trainer=os.getppid()); print(os.getpid(), flush=True);'
+  'time.sleep(60)'
+)
+subprocess.run([sys.executable, '-c', worker])
+"""
+
+
+def test_a_process_ends_when_its_trainer_is_killed():
+  trainer = subprocess.Popen(
+    [sys.executable, '-c', TRAINER], stdout=subprocess.PIPE, text=True, cwd=ROOT
+  )
+  worker = int(trainer.stdout.readline())
+  trainer.kill()
+  try:
+    trainer.communicate(timeout=10)  # Until the worker has closed its end of the pipe too.
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(worker, signal.SIGKILL)

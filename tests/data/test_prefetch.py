@@ -30,7 +30,7 @@ from sources import (
 
 from dropmae_jax.config import DataOptions
 from dropmae_jax.data import frame_pairs, loader, loader_process, prefetch
-from dropmae_jax.data.prefetch import LoaderFailed, Prefetcher
+from dropmae_jax.data.prefetch import Interrupted, LoaderFailed, Prefetcher
 from dropmae_jax.runtime.errors import UserError
 
 STEPS = 12
@@ -213,11 +213,30 @@ def test_a_loader_that_hangs_ends_with_stacks(num_workers, num_threads, capfd, c
   assert not loader_processes()
 
 
-@pytest.mark.parametrize('num_workers', [0, 2])
+def test_a_run_that_is_to_stop_does_not_wait_for_a_loader_that_hangs(monkeypatch):
+  monkeypatch.setattr(prefetch, 'END_SECONDS', 0.5)
+  release = threading.Event()
+  batches = Prefetcher(
+    make_batches(FaultyVideos(release.wait)),
+    first_step=0,
+    to_device=lambda batch: jax.device_put(batch['frames']),
+    stall_seconds=60.0,
+    is_interrupted=lambda: True,
+  )
+  with pytest.raises(Interrupted):
+    for _ in range(STEPS):
+      next(batches)
+  batches.close()  # Would raise LoaderStalled for a thread that it has waited for.
+  release.set()
+
+
+@pytest.mark.parametrize(('num_workers', 'num_threads'), [(0, 0), (0, 2), (2, 0)])
 @pytest.mark.parametrize('fault', [raise_bad_input, raise_runtime_error])
-def test_an_error_of_reading_is_raised_and_nothing_is_restarted(num_workers, fault, caplog):
+def test_an_error_of_reading_is_raised_and_nothing_is_restarted(
+  num_workers, num_threads, fault, caplog
+):
   with (
-    prefetching(make_batches(FaultyVideos(fault), num_workers)) as batches,
+    prefetching(make_batches(FaultyVideos(fault), num_workers, num_threads)) as batches,
     pytest.raises((UserError, RuntimeError), match='video 5 is') as raised,
   ):
     for _ in range(STEPS):

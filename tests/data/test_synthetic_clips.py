@@ -143,9 +143,12 @@ def test_objects_hide_one_another():
 
 
 def test_existing_clips_are_reused_and_others_not_overwritten(tmp_path):
-  output = tmp_path / 'clips'
+  output, staging = tmp_path / 'clips', tmp_path / 'clips.partial'
+  staging.mkdir()
+  (staging / 'old.mp4').touch()  # Of a run that was killed.
   synthetic_clips.write_clips(output, SMALL)
   before = files(output)
+  assert 'old.mp4' not in before
   assert synthetic_clips.write_clips(output, SMALL) == 0
   with pytest.raises(UserError, match='holds something other than these clips'):
     synthetic_clips.write_clips(output, ClipOptions(train=4))

@@ -185,3 +185,13 @@ def test_an_earlier_figure_outlives_a_full_disk(trained, clips, tmp_path, monkey
   with pytest.raises(UserError, match='No space left on device'):
     draw(monkeypatch, f'--checkpoint={workdir}', f'--video={video}', f'--output={output}')
   assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {output: b'earlier'}
+
+
+def test_a_scheme_that_is_not_known_here_masks_at_random():
+  model = MaskedAutoencoder(SMALL, rngs=nnx.Rngs(0))
+  frames = jax.random.normal(jax.random.key(0), (1, 2, 32, 32, 3))
+  drawn = [
+    reconstruction.reconstruct(model, frames, 3, Objective(masking=name))[0]
+    for name in ('random', 'of another project')
+  ]
+  np.testing.assert_array_equal(*drawn)

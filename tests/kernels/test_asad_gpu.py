@@ -73,6 +73,13 @@ def test_logits_so_far_apart_that_exponentials_underflow():
     assert error <= 1.5 * allowed + 1e-6
 
 
+def test_marks_of_several_whole_tiles():
+  query, key, _ = rounded(tokens(2, b=1, n=128, m=1))
+  drawn = {'draw_keys': jax.random.split(jax.random.key(1), 1), 'drop_rate': 0.2}
+  drops = dropped_pairs(query, key, **drawn)
+  np.testing.assert_array_equal(drops, drops_of_xla(query, key, **drawn))
+
+
 @pytest.mark.parametrize('rate', [1 / 2, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_many_heads_draw_what_xla_draws(rate):
   query, key, _ = rounded(tokens(3, b=1, n=3, m=12, e=16, scale=2.0))

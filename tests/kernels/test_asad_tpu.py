@@ -85,6 +85,30 @@ def test_exactly_the_stated_number_and_never_the_diagonal(n):
     assert not np.einsum('bfmii->', np.asarray(drops, np.int64))
 
 
+def test_padding_is_never_drawn():
+  """Scratch memory that nothing has written holds zeros here: the lowest score that there is."""
+  query, key, _ = tokens(3, b=1, n=33, m=1)
+  zeros = pltpu.InterpretParams(uninitialized_memory='zero')
+  drawn = {'draw_keys': jax.random.split(jax.random.key(1), 1), 'drop_rate': 0.3}
+  draw = jax.jit(partial(asad_tpu.dropped_pairs, **drawn, interpret=zeros))
+  np.testing.assert_array_equal(draw(query, key), drops_of_xla(query, key, **drawn))
+
+
+def test_ties_go_by_the_order_of_pairs_from_the_start_or_the_end(monkeypatch):
+  n, heads, rate = 4, 6, 0.5
+  monkeypatch.setattr(weighted_sampling, 'noise_at', lambda index, *_: jnp.ones(index.shape))
+  drawn = {'draw_keys': jax.random.split(jax.random.key(1), 1), 'drop_rate': rate}
+  query, key, _ = tokens(0, b=1, n=n, m=heads)
+  drops = jax.jit(partial(asad_tpu.dropped_pairs, **drawn, interpret=True))(0 * query, key)
+  from_end = weighted_sampling.head_seeds(drawn['draw_keys'], heads).ties_from_end[0]
+  assert 0 < from_end.sum() < heads
+  pairs = np.flatnonzero(~np.tile(np.eye(n, dtype=bool), (2, 1, 1)))
+  for head in range(heads):
+    count = num_dropped(n, rate)
+    expected = pairs[-count:] if from_end[head] else pairs[:count]
+    np.testing.assert_array_equal(np.flatnonzero(drops[0, :, head]), expected)
+
+
 def test_the_draw_is_that_of_xla_except_for_ties_of_16_bits():
   query, key, _ = tokens(3, n=196, m=1)
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': 0.1}

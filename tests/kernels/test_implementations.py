@@ -1,17 +1,23 @@
 """Which implementation of attention is chosen, flash attention, and loops on many devices."""
 
 import os
+import types
+import unittest.mock
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import equations, tokens
+from attention_cases import equations, plain_attention, tokens
 
 from dropmae_jax import sharding, train
 from dropmae_jax.config import Config
 from dropmae_jax.kernels import implementations
-from dropmae_jax.model import attention
+from dropmae_jax.kernels.gpu import asad_gpu
+from dropmae_jax.kernels.tpu import asad_tpu
+from dropmae_jax.model import asad, attention
+from dropmae_jax.model.chunks import Loop
 from dropmae_jax.model.vit import architecture_of_size
 from dropmae_jax.runtime.errors import UserError
 
@@ -63,13 +69,77 @@ def test_how_many_logits_are_computed_at_once():
   assert implementations.logits_at_once('cpu', 4) == implementations.logits_at_once('cpu') // 4
 
 
+def mesh_of(platform, **features):
+  """As much of a mesh of two devices of a kind as is asked about."""
+  devices = [types.SimpleNamespace(platform=platform, **features)] * 2
+  mesh = unittest.mock.Mock(spec=jax.sharding.Mesh, size=2, local_devices=devices)
+  mesh.devices = np.array(devices)
+  return mesh
+
+
+SIZES = {'tokens_per_frame': 196, 'num_heads': 16, 'head_width': 32, 'dtype': 'bfloat16'}
+HOPPER = mesh_of('gpu', compute_capability=asad_gpu.COMPUTE_CAPABILITY)
+TPU = mesh_of('tpu')
+
+
+def parts_of(partial):
+  return partial.func, partial.keywords
+
+
+def test_every_kind_of_device_has_its_own_kernels_on_its_mesh():
+  on_gpus = implementations.choose('fused', HOPPER, **SIZES)
+  assert parts_of(on_gpus.dense) == (implementations.flash_attention, {'mesh': HOPPER})
+  assert parts_of(on_gpus.dropout) == (asad_gpu.asad_attention, {'mesh': HOPPER})
+  on_tpus = implementations.choose('fused', TPU, **SIZES)
+  loop = Loop(implementations.ON_CHIP_LOGITS, TPU)
+  assert parts_of(on_tpus.dense) == (attention.dense_attention, {'loop': loop})
+  assert parts_of(on_tpus.dropout) == (asad_tpu.asad_attention, {'mesh': TPU})
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'sizes', 'reason'),
+  [
+    (TPU, {'head_width': 48}, 'heads of width 48, which does not divide 128'),
+    (TPU, {'num_heads': 6}, '6 heads of width 32, of which 4 go together'),
+    (HOPPER, {'head_width': 24}, 'heads of width 24, which is no multiple of 16'),
+    (HOPPER, {'dtype': 'float32'}, 'float32, but for bfloat16'),
+    (mesh_of('gpu', compute_capability='8.0'), {}, 'GPUs of compute capability 8.0, but for 9.0'),
+    (mesh_of('gpu'), {}, 'GPUs of compute capability unknown, but for 9.0'),
+  ],
+)
+def test_sizes_without_a_kernel_are_named(mesh, sizes, reason):
+  with pytest.raises(ValueError, match=f"attention='fused' has no kernel for {reason}; use att"):
+    implementations.choose('fused', mesh, **SIZES | sizes)
+
+
+def test_devices_of_a_cpu_share_its_caches():
+  mesh = sharding.make_mesh(jax.devices()[:2])
+  loop = implementations.choose('auto', mesh, **SIZES).dropout.keywords['loop']
+  assert loop == Loop(implementations.logits_at_once('cpu', 2), mesh)
+
+
+def test_a_rule_of_the_users_is_used_wherever_nothing_else_is_chosen(monkeypatch):
+  def mine(keys, logits, *, drop_rate):
+    return jnp.broadcast_to(~jnp.eye(16, dtype=bool), logits.own.shape)
+
+  monkeypatch.setitem(asad.ATTENTION_DROPOUTS, 'mine', mine)
+  arguments, keys = tokens(4), jax.random.split(jax.random.key(1), 2)
+  expected = plain_attention(
+    *arguments, np.broadcast_to(~np.eye(16, dtype=bool), (2, 2, 2, 16, 16))
+  )
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  for kind in ('auto', 'xla'):
+    attend = implementations.choose(kind, mesh, **SIZES, rule='mine').dropout
+    output = attend(*arguments, draw_keys=keys, drop_rate=0.1)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
 def test_kernels_are_refused_where_there_are_none():
   mesh = sharding.make_mesh(jax.devices()[:1])
-  sizes = {'tokens_per_frame': 196, 'num_heads': 16, 'head_width': 32, 'dtype': 'bfloat16'}
   with pytest.raises(ValueError, match="attention='flash' is unknown; use one of auto, xla, fused"):
-    implementations.choose('flash', mesh, **sizes)
+    implementations.choose('flash', mesh, **SIZES)
   with pytest.raises(ValueError, match="'fused' has no kernel for dropout_rule='mine'; use 'auto'"):
-    implementations.choose('fused', mesh, **sizes, rule='mine')
+    implementations.choose('fused', mesh, **SIZES, rule='mine')
   size = architecture_of_size('XXS', image_size=32)
   config = Config(data_dir='', num_steps=1, batch_size=1, model=size, attention='fused')
   message = r"config: attention='fused' has no kernel for devices of the kind 'cpu'; use attention="

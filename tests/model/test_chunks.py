@@ -35,6 +35,14 @@ def test_attention_in_chunks_is_as_all_at_once(heads, mesh):
       np.testing.assert_allclose(one, other, atol=2e-6)
 
 
+def test_a_loop_of_dense_attention_stores_no_logits():
+  arguments = attention_cases.tokens(4, b=2, n=64, m=4, e=4)
+  attend = partial(attention.dense_attention, loop=chunks.Loop(128**2))
+  _, pullback = jax.eval_shape(lambda *x: jax.vjp(attend, *x), *arguments)
+  stored = sum(leaf.size for leaf in jax.tree.leaves(pullback))
+  assert stored < 2 * 4 * 128**2
+
+
 def test_every_head_of_a_chunk_has_its_own_numbers():
   rng = np.random.default_rng(0)
   tokens, per_head = (

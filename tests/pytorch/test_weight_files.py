@@ -385,3 +385,11 @@ def test_without_torch_safetensors_work_and_pth_says_what_to_install(monkeypatch
   with pytest.raises(UserError, match=r"pip install 'dropmae_jax\[torch\]', or use .safetensors"):
     write(tmp_path / 'out.pth')
   assert not (tmp_path / 'out.pth').exists()
+
+
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [('a.safetensors', 'safetensors'), *((f'a{end}', 'pth') for end in ('.pth', '.pt', '.tar', ''))],
+)
+def test_the_format_of_a_name(name, expected):
+  assert weight_files.format_of(pathlib.Path(name)) == expected

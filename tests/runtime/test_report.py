@@ -224,14 +224,15 @@ def test_lines_are_shown_once_and_a_terminal_has_a_bar(
 ):
   errors = Terminal() if is_terminal else io.StringIO()
   monkeypatch.setattr(sys, 'stderr', errors)
-  before = list(log.handlers), log.level, log.propagate
+  before = list(log.handlers)
   reporter = opened(first_step=8, log_every=2)
   log.info('a note of 100 %')
   log.warning('a fault')
   for step in (9, 10):
     reporter.after_step(step, metrics_at(step))
   reporter.close()
-  assert (log.handlers, log.level, log.propagate) == before
+  # As they are without a report.
+  assert (log.handlers, log.level, log.propagate) == (before, logging.NOTSET, True)
   shown, kept = capsys.readouterr().out, (tmp_path / 'log.txt').read_text()
   for text in (shown, kept):
     assert [text.count(line) for line in ('a note of 100 %\n', 'a fault\n')] == [1, 1]

@@ -367,6 +367,7 @@ def test_a_shard_is_written_by_one_task_only(clips, tmp_path):
   _, errors = first.communicate(timeout=60)
   assert first.returncode == 0, errors
   assert len(list((tmp_path / PARTIAL).glob('*-0*.json'))) == 6
+  assert not list((tmp_path / PARTIAL).glob('*.current'))
 
 
 def test_a_root_with_a_way_up_behind_a_link(data_dir, clips, tmp_path):

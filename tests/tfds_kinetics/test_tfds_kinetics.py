@@ -16,7 +16,7 @@ from conftest import ROOT, run_python
 
 from tfds_kinetics import build, records, shards, workers
 from tfds_kinetics.configs import COLLECTIONS
-from tfds_kinetics.messages import BadInput
+from tfds_kinetics.messages import BadInput, log
 from tfds_kinetics.tree import Video, list_videos
 from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
 
@@ -319,3 +319,18 @@ def test_what_cannot_be_removed_in_the_end_does_not_fail_the_build(clips, tmp_pa
   monkeypatch.setattr(build.shutil, 'rmtree', failing)
   planned = build.plan(COLLECTIONS['folder'], clips, tmp_path, FrameOptions())
   assert build.build(planned, partial(workers.write_shards, workers=1)).is_dir()
+
+
+def test_a_build_in_a_program_leaves_only_the_dataset(clips, tmp_path):
+  before = list(log.handlers)
+  planned = build.plan(COLLECTIONS['folder'], clips, tmp_path, FrameOptions())
+  build.build(planned, partial(workers.write_shards, workers=1))
+  assert log.handlers == before
+  assert list((tmp_path / DATASET).parent.iterdir()) == [tmp_path / DATASET]
+
+
+def test_a_finished_shard_is_not_written_again(clips, tmp_path):
+  job, read = job_of(clips, 'train'), []
+  tables = [shards.write_shard(job, tmp_path, verdicts={}, before_video=read.append) for _ in '12']
+  assert tables[0] == tables[1]
+  assert read == list(job.videos)

@@ -11,7 +11,7 @@ the same as XLA's, except for pairs whose scores are equal in the 16 bits that X
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ class _Options(NamedTuple):
 
   count: int
   mesh: Mesh | None
-  interpret: bool
+  interpret: Any
 
 
 class _Residuals(NamedTuple):
@@ -83,7 +83,7 @@ def _block_spec(shape: tuple[int, ...], programs: int) -> pl.BlockSpec:
 
 
 def _run(
-  kernel: Callable, arguments: list, results: list, scratch: list, programs: int, interpret: bool
+  kernel: Callable, arguments: list, results: list, scratch: list, programs: int, interpret: Any
 ) -> Sequence[Array]:
   """Runs the programs of a kernel for every sample.
 
@@ -94,7 +94,7 @@ def _run(
     results: their shapes and dtypes; split likewise.
     scratch: shapes, float32.
     programs: per sample.
-    interpret: run without a TPU, for tests.
+    interpret: see `asad_attention`.
   """
   return pl.pallas_call(
     kernel,
@@ -187,7 +187,7 @@ def asad_attention(
   draw_keys: Key[Array, ' b'],
   drop_rate: float,
   mesh: Mesh | None = None,
-  interpret: bool = False,
+  interpret: Any = False,
 ) -> Float[Array, 'b l m e']:
   """Attention with ASAD; no gradient flows through the draw.
 
@@ -199,7 +199,7 @@ def asad_attention(
     draw_keys: random keys, one per sample.
     drop_rate: P, the share of within-frame pairs to drop; `num_dropped` must not be 0.
     mesh: the devices that the batch is split over, as in `on_each_device`.
-    interpret: run without a TPU, slowly.
+    interpret: True, or parameters of Pallas' interpreter, to run without a TPU, slowly.
   """
   options = _Options(num_dropped(query.shape[1] // 2, drop_rate), mesh, interpret)
   return _attend(query, key, value, _words(draw_keys, query.shape[2]), options)
@@ -212,7 +212,7 @@ def dropped_pairs(
   draw_keys: Key[Array, ' b'],
   drop_rate: float,
   mesh: Mesh | None = None,
-  interpret: bool = False,
+  interpret: Any = False,
 ) -> Bool[Array, 'b f m i n']:
   """Returns the pairs that `asad_attention` drops with the same arguments."""
   n = query.shape[1] // 2
