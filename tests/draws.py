@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from einops import rearrange
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
@@ -10,8 +11,9 @@ from dropmae_jax.kernels.tpu import asad_tpu
 from dropmae_jax.model import asad, fast_asad, weighted_sampling
 from dropmae_jax.model.asad import Logits
 
-# `asad.asad`, `fast_asad` and the TPU kernels. The GPU kernels are too slow when interpreted.
-IMPLEMENTATIONS = ('definition', 'xla', 'fused')
+# `asad.asad`, `fast_asad` and the TPU kernels, whose draw is also compared with XLA's. The GPU
+# kernels are too slow when interpreted.
+IMPLEMENTATIONS = ('definition', 'xla', pytest.param('fused', marks=pytest.mark.slow))
 # Heads with the same logits per sample, and samples per call, for the interpreted TPU kernels: they
 # copy all results once per sample.
 HEADS, SAMPLES = 4, 50

@@ -67,6 +67,7 @@ def test_the_loader_of_a_killed_trainer_ends(data_dir, tmp_path):
     assert_gone(pids, names | memory_of(process.pid))
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_run_killed_as_a_whole_is_removed_by_the_next_run(data_dir, tmp_path):
   with training(data_dir, tmp_path, '--config.num_steps=100000') as process:
     wait_for_line(process, 'step 3/')
@@ -139,9 +140,8 @@ def test_a_run_whose_own_threads_hang_ends(data_dir, tmp_path):
   assert ' in frame' in (tmp_path / 'log.txt').read_text()
 
 
-@pytest.mark.parametrize(
-  'workers', [pytest.param('--config.data.num_workers=0', marks=pytest.mark.slow), WORKERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', ['--config.data.num_workers=0', WORKERS])
 def test_too_many_damaged_records_end_the_run_in_one_sentence(data_dir, tmp_path, workers):
   shutil.copytree(data_dir, tmp_path / 'data')
   for shard in (tmp_path / 'data').glob('**/*-train.array_record*'):

@@ -41,9 +41,10 @@ def test_freed_memory_is_reused_without_page_faults():
 
 def test_a_process_that_just_exits_leaves_no_shared_memory():
   program = 'from dropmae_jax.data.loader_process import *; print(RingWriter(1, (8,)).name)'
-  name = run_python('-c', program).stdout.strip()
-  assert name
-  assert not (loader_process.SHARED_MEMORY / name).exists()
+  done = run_python('-c', program)
+  assert done.stdout
+  assert not (loader_process.SHARED_MEMORY / done.stdout.strip()).exists()
+  assert done.stderr == ''  # Otherwise Python's resource tracker tells that it had to remove it.
 
 
 # A trainer that starts a process of its loader and prints its process id.

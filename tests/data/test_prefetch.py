@@ -161,7 +161,7 @@ def test_a_loader_restarts_after_the_death_of_a_process(
   assert not loader_processes()
 
 
-@pytest.mark.parametrize('fault', [kill_self, exit_silently])
+@pytest.mark.parametrize('fault', [kill_self, pytest.param(exit_silently, marks=pytest.mark.slow)])
 def test_deaths_in_a_row_end_the_run(fault, caplog):
   with (
     prefetching(make_batches(FaultyVideos(fault), num_workers=1)) as batches,
@@ -341,7 +341,8 @@ def test_only_memory_of_dead_runs_is_removed():
   paths = [loader_process.SHARED_MEMORY / name for name in names]
   for path in paths:
     path.touch()
-  loader_process.unlink_memory_of_dead_runs()
+  with contextlib.closing(make_batches(NumberedVideos([10]), 1)(0)):
+    pass  # A loader that begins removes it.
   assert [path.exists() for path in paths] == [False, True, True, True]
   loader_process.unlink_memory_of_dead_processes()
   assert [path.exists() for path in paths] == [False, False, True, True]
