@@ -64,7 +64,7 @@ def test_a_file_gives_what_its_checkpoint_does(encoder, trained, pair, tmp_path)
   np.testing.assert_allclose(load_encoder(path).encode(pair), encoder.encode(pair), atol=1e-6)
 
 
-def test_a_step_is_chosen_among_those_of_a_workdir(encoder, trained, monkeypatch):
+def test_a_step_of_a_workdir_in_the_home_folder_is_chosen(encoder, trained, monkeypatch):
   monkeypatch.setenv('HOME', str(trained.parent))
   earlier = load_encoder(f'~/{trained.name}', step=4)
   expected = saved_weights.load_weights(trained, step=4).params['mask_token']

@@ -52,9 +52,15 @@ def test_the_published_configs():
   assert (made.num_steps, made.optimizer.warmup_steps) == (23_200, 2_320)
   assert (made.batch_size, made.accumulation_steps, made.dtype) == (4096, 1, 'bfloat16')
   assert made.model == Architecture()
-  assert made.objective == Objective(0.75, 'random', 0.1, 'asad', True)
+  assert made.objective == Objective(
+    mask_ratio=0.75, masking='random', attention_dropout=0.1, dropout_rule='asad',
+    normalise_targets=True,
+  )  # fmt: skip
   assert made.data.frame_gap == 50
-  assert made.optimizer == OptimizerOptions(1.5e-4, 0.0, 2_320, 0.05, 0.9, 0.95)
+  assert made.optimizer == OptimizerOptions(
+    base_learning_rate=1.5e-4, min_learning_rate=0.0, warmup_steps=2_320, weight_decay=0.05,
+    beta1=0.9, beta2=0.95,
+  )  # fmt: skip
   longer = config_file.from_dict(config('kinetics700_vit_b16'))
   assert (longer.num_steps, longer.optimizer.warmup_steps) == (102_400, 5_120)
   assert (longer.batch_size, longer.accumulation_steps) == (4096, 2)
@@ -96,7 +102,7 @@ def test_the_quickstart_crops_both_frames_alike():
   assert config()['data']['shared_augmentation']
 
 
-def test_the_published_recipe_is_complete():
+def test_the_published_config_is_complete():
   """Its size row stands for the backbone's numbers; everything else is spelled out."""
   backbone = {f'model.{field}' for field in vit.Size._fields}
   values = config('kinetics400_vit_b16')
@@ -274,6 +280,6 @@ def test_a_config_of_the_users_imports_from_his_folder_and_has_an_argument(tmp_p
   assert (made.num_steps, made.dtype) == (7, 'bfloat16')
 
 
-def test_the_name_of_a_config_that_was_probably_meant():
+def test_a_misspelt_config_name_is_corrected():
   with pytest.raises(UserError, match=r"--config=quickstar is .*; did you mean 'quickstart'\?"):
     of_command_line('--config=quickstar')

@@ -33,9 +33,8 @@ def test_fixed_tables_never_move_and_the_mask_token_decays():
     'XXS', image_size=16, decoder_width=32, decoder_depth=1, decoder_num_heads=2
   )
   _, shapes = mae.abstract_model(architecture)
-  params, zero = (
-    jax.tree.map(lambda leaf, value=value: jnp.full_like(leaf, value), shapes) for value in (3, 0)
-  )
+  params = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3), shapes)
+  zero = jax.tree.map(jnp.zeros_like, shapes)
   tx = optimizer.adamw(lambda _: 0.1, OptimizerOptions(weight_decay=0.5))
   updates, _ = jax.jit(tx.update)(zero, jax.jit(tx.init)(params), params)
   for name in optimizer.FIXED:

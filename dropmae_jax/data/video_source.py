@@ -243,8 +243,9 @@ def _open_class(data_dir: str, dataset: str, split: str) -> VideoSource:
       ' working directory or on PYTHONPATH.'
     ) from error
   videos = cls(data_dir, split)
-  if not isinstance(videos, VideoSource):
-    raise UserError(f'dataset={dataset!r} lacks __len__, num_frames or frame; add them.')
+  for method in ('__len__', 'num_frames', 'frame'):
+    if not hasattr(videos, method):
+      raise UserError(f'dataset={dataset!r} has no method {method}; add it.')
   if not len(videos):
     raise UserError(f'dataset={dataset!r} has no videos in data_dir={data_dir!r}; give another.')
   return videos

@@ -19,6 +19,9 @@ class Terminated(KeyboardInterrupt):
 class Parser(argparse.ArgumentParser):
   """An argument parser that raises `UserError` on bad input and accepts no abbreviations."""
 
+  def __init__(self, **options: object) -> None:
+    super().__init__(allow_abbrev=False, **options)
+
   def error(self, message: str) -> NoReturn:
     """Raises the error of a bad command line."""
     raise UserError(f'{message}; --help lists what there is.')

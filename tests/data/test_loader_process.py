@@ -1,16 +1,10 @@
 """How a loader process uses memory, and that it leaves nothing behind."""
 
-import contextlib
 import ctypes
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, run_python
-
-from dropmae_jax.data import loader_process
+from conftest import run_python
+from processes import running
 
 # Frees 12 MB again and again; page faults show whether the memory is reused.
 FAULTS = """
@@ -40,16 +34,17 @@ def test_freed_memory_is_reused_without_page_faults():
 
 
 def test_a_process_that_just_exits_leaves_no_shared_memory():
-  program = 'from dropmae_jax.data.loader_process import *; print(RingWriter(1, (8,)).name)'
+  program = (
+    'from dropmae_jax.data.loader_process import RingWriter; print(RingWriter(1, (8,)).name)'
+  )
   done = run_python('-c', program)
   assert done.stdout
-  assert not (loader_process.SHARED_MEMORY / done.stdout.strip()).exists()
-  assert done.stderr == ''  # Otherwise Python's resource tracker tells that it had to remove it.
+  assert done.stderr == ''  # Otherwise Python's resource tracker tells that it had to remove some.
 
 
-# A trainer that starts a process of its loader and prints its process id.
+# A trainer that starts a process of its loader, which prints its process id.
 TRAINER = """
-import subprocess, sys, time
+import subprocess, sys
 worker = (
   'import os, time; from dropmae_jax.data import loader_process;'
   'loader_process.start_worker(0, 1, trainer=os.getppid()); print(os.getpid(), flush=True);'
@@ -60,13 +55,7 @@ subprocess.run([sys.executable, '-c', worker])
 
 
 def test_a_process_ends_when_its_trainer_is_killed():
-  trainer = subprocess.Popen(
-    [sys.executable, '-c', TRAINER], stdout=subprocess.PIPE, text=True, cwd=ROOT
-  )
-  worker = int(trainer.stdout.readline())
-  trainer.kill()
-  try:
-    trainer.communicate(timeout=10)  # Until the worker has closed its end of the pipe too.
-  finally:
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(worker, signal.SIGKILL)
+  with running('-c', TRAINER) as trainer:
+    assert trainer.stdout.readline()
+    trainer.kill()
+    trainer.communicate(timeout=30)  # Until the worker has closed its end of the pipe too.

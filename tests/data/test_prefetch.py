@@ -215,19 +215,21 @@ def test_a_loader_that_hangs_ends_with_stacks(num_workers, num_threads, capfd, c
 
 def test_a_run_that_is_to_stop_does_not_wait_for_a_loader_that_hangs(monkeypatch):
   monkeypatch.setattr(prefetch, 'END_SECONDS', 0.5)
-  release = threading.Event()
+  hangs, release = threading.Event(), threading.Event()
   batches = Prefetcher(
-    make_batches(FaultyVideos(release.wait)),
+    make_batches(FaultyVideos(lambda: (hangs.set(), release.wait()))),
     first_step=0,
     to_device=lambda batch: jax.device_put(batch['frames']),
     stall_seconds=60.0,
-    is_interrupted=lambda: True,
+    is_interrupted=hangs.is_set,
   )
-  with pytest.raises(Interrupted):
-    for _ in range(STEPS):
-      next(batches)
-  batches.close()  # Would raise LoaderStalled for a thread that it has waited for.
-  release.set()
+  try:
+    with pytest.raises(Interrupted):
+      for _ in range(STEPS):
+        next(batches)
+    batches.close()  # Raises LoaderStalled if it waits for the thread.
+  finally:
+    release.set()
 
 
 @pytest.mark.parametrize(('num_workers', 'num_threads'), [(0, 0), (0, 2), (2, 0)])

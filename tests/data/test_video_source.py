@@ -401,7 +401,7 @@ def test_the_fingerprint_of_a_class_is_its_own_or_of_its_numbers_of_frames(modul
     ('my_broken:Clips', 'train', "cannot be imported (No module named 'no_such_package')"),
     ('my_clips:Clip', 'train', "cannot be imported (module 'my_clips' has no attribute 'Clip')"),
     (':Clips', 'train', 'cannot be imported (Empty module name)'),
-    ('my_clips:NoFrames', 'train', 'lacks __len__, num_frames or frame; add them.'),
+    ('my_clips:NoFrames', 'train', 'has no method frame; add it.'),
     ('my_clips:Clips', 'val', "has no videos in data_dir='/x'; give another."),
   ],
 )

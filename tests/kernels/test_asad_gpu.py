@@ -78,6 +78,7 @@ def test_marks_of_several_whole_tiles():
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 1), 'drop_rate': 0.2}
   drops = dropped_pairs(query, key, **drawn)
   np.testing.assert_array_equal(drops, drops_of_xla(query, key, **drawn))
+  assert not gpu_callbacks.get_races().races_found
 
 
 @pytest.mark.parametrize('rate', [1 / 2, pytest.param(1.0, marks=pytest.mark.slow)])

@@ -1,7 +1,7 @@
 """The TPU kernels: interpreted, they compute ASAD attention; XLA compiles them for a TPU.
 
-Their distribution is tested beside that of the other implementations, in tests/model/test_asad.py
-and tests/test_golden.py.
+They draw what XLA's implementation draws. Slow tests show their distribution too, beside that of
+the others, in tests/model/test_asad.py and tests/test_golden.py.
 """
 
 import importlib.util
@@ -41,6 +41,7 @@ def test_output_and_gradients_are_those_of_xla_given_the_drops(n, m, e, rate):
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 2), 'drop_rate': rate}
   drops = dropped_pairs(*arguments[:2], **drawn)
   np.testing.assert_array_equal(drops.sum(axis=(1, 3, 4)), num_dropped(n, rate))
+  np.testing.assert_array_equal(drops, drops_of_xla(*arguments[:2], **drawn))
   ours = value_and_gradients(partial(fused, **drawn), arguments)
   expected = value_and_gradients(
     partial(fast_asad.attention_with_drops, is_dropped=drops), arguments

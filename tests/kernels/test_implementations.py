@@ -82,8 +82,8 @@ HOPPER = mesh_of('gpu', compute_capability=asad_gpu.COMPUTE_CAPABILITY)
 TPU = mesh_of('tpu')
 
 
-def parts_of(partial):
-  return partial.func, partial.keywords
+def parts_of(chosen):
+  return chosen.func, chosen.keywords
 
 
 def test_every_kind_of_device_has_its_own_kernels_on_its_mesh():
@@ -100,8 +100,6 @@ def test_every_kind_of_device_has_its_own_kernels_on_its_mesh():
   ('mesh', 'sizes', 'reason'),
   [
     (TPU, {'head_width': 48}, 'heads of width 48, which does not divide 128'),
-    (TPU, {'num_heads': 6}, '6 heads of width 32, of which 4 go together'),
-    (HOPPER, {'head_width': 24}, 'heads of width 24, which is no multiple of 16'),
     (HOPPER, {'dtype': 'float32'}, 'float32, but for bfloat16'),
     (mesh_of('gpu', compute_capability='8.0'), {}, 'GPUs of compute capability 8.0, but for 9.0'),
     (mesh_of('gpu'), {}, 'GPUs of compute capability unknown, but for 9.0'),

@@ -168,6 +168,7 @@ def test_a_signal_during_exit_does_not_change_the_status(main, within):
   [
     ('--sede=3 --output=x', 'there is no option --sede; did you mean --seed=3?'),
     ('--out=x', 'there is no option --out; did you mean --output=x?'),  # No abbreviations.
+    ('--h --output=x', "argument '--h' is not understood"),  # Nor where only -h begins like it.
     ('--zzz', 'there is no option --zzz; valid are: '),
     ('--seed=x --output=x', "argument --seed: invalid int value: 'x'; --help lists"),
     ('--seed=3', 'the following arguments are required: --output; --help lists'),

@@ -167,7 +167,9 @@ def test_the_code_version_depends_on_every_sub_package(tmp_path, monkeypatch):
   (package / 'data').mkdir()
   (package / 'model' / 'vit.py').rename(package / 'data' / 'vit.py')
   versions.append(multihost.code_version())
-  (package / 'data' / 'vit.py').rename(package / 'data' / 'vat.py')  # The order stays.
+  (package / 'data' / 'vit.py').rename(
+    package / 'data' / 'vat.py'
+  )  # Only renamed: the order is the same.
   versions.append(multihost.code_version())
   (package / 'data' / 'notes.txt').write_text('no code')
   assert multihost.code_version() == versions[-1]

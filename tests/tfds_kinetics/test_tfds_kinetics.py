@@ -321,7 +321,7 @@ def test_what_cannot_be_removed_in_the_end_does_not_fail_the_build(clips, tmp_pa
   assert build.build(planned, partial(workers.write_shards, workers=1)).is_dir()
 
 
-def test_a_build_in_a_program_leaves_only_the_dataset(clips, tmp_path):
+def test_a_build_called_from_python_leaves_only_the_dataset(clips, tmp_path):
   before = list(log.handlers)
   planned = build.plan(COLLECTIONS['folder'], clips, tmp_path, FrameOptions())
   build.build(planned, partial(workers.write_shards, workers=1))
@@ -331,6 +331,8 @@ def test_a_build_in_a_program_leaves_only_the_dataset(clips, tmp_path):
 
 def test_a_finished_shard_is_not_written_again(clips, tmp_path):
   job, read = job_of(clips, 'train'), []
-  tables = [shards.write_shard(job, tmp_path, verdicts={}, before_video=read.append) for _ in '12']
+  tables = [
+    shards.write_shard(job, tmp_path, verdicts={}, before_video=read.append) for _ in range(2)
+  ]
   assert tables[0] == tables[1]
   assert read == list(job.videos)

@@ -156,7 +156,7 @@ def attend(
     plgpu.barrier_wait(is_fetched)
     chunk_ranks = tiles.load(rank_tile(width)).astype(jnp.int32)
     if k + 1 < len(sizes.chunks):
-      plgpu.commit_smem()  # The copy may overwrite what has just been read.
+      plgpu.commit_smem()  # All threads have read the ranks before a copy overwrites them.
       fetch(*sizes.chunks[k + 1])
     column, row = tiles.columns(width) + start, tiles.rows(width) + at.tile * TILE
     index = (at.frame * sizes.rows + row) * sizes.rows + column

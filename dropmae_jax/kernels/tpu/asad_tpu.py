@@ -11,7 +11,7 @@ the same as XLA's, except for pairs whose scores are equal in the 16 bits that X
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ class _Options(NamedTuple):
 
   count: int
   mesh: Mesh | None
-  interpret: Any
+  interpret: bool | pltpu.InterpretParams
 
 
 class _Residuals(NamedTuple):
@@ -83,7 +83,12 @@ def _block_spec(shape: tuple[int, ...], programs: int) -> pl.BlockSpec:
 
 
 def _run(
-  kernel: Callable, arguments: list, results: list, scratch: list, programs: int, interpret: Any
+  kernel: Callable,
+  arguments: list,
+  results: list,
+  scratch: list,
+  programs: int,
+  interpret: bool | pltpu.InterpretParams,
 ) -> Sequence[Array]:
   """Runs the programs of a kernel for every sample.
 
@@ -187,7 +192,7 @@ def asad_attention(
   draw_keys: Key[Array, ' b'],
   drop_rate: float,
   mesh: Mesh | None = None,
-  interpret: Any = False,
+  interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, 'b l m e']:
   """Attention with ASAD; no gradient flows through the draw.
 
@@ -212,7 +217,7 @@ def dropped_pairs(
   draw_keys: Key[Array, ' b'],
   drop_rate: float,
   mesh: Mesh | None = None,
-  interpret: Any = False,
+  interpret: bool | pltpu.InterpretParams = False,
 ) -> Bool[Array, 'b f m i n']:
   """Returns the pairs that `asad_attention` drops with the same arguments."""
   n = query.shape[1] // 2
