@@ -115,10 +115,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
   ]
 
 
-def show(result: dict[str, Any]) -> str:
-  """Returns the table as text."""
+def show(result: dict[str, Any], count: int) -> str:
+  """Returns the table as text; `count` pairs of a head are dropped."""
   about, host = result['arguments'], result['machine']
-  count = num_dropped(about['tokens'] // 2, about['drop_rate'])
   lines = [
     f'{host["device"]}, {host["cpu"]}, {host["cores"]} cores, as many PyTorch threads; jax'
     f' {host["libraries"]["jax"]}, torch {host["libraries"]["torch"]}',
@@ -175,15 +174,9 @@ def main() -> None:
   loader_process.keep_freed_memory()
   arguments = parse()
   rows = measure(arguments)
-  asked = vars(arguments) | {'json': str(arguments.json)}
-  result = {
-    'command': rounds.command(),
-    'machine': rounds.machine(),
-    'torch_threads': rounds.import_torch().get_num_threads(),
-    'arguments': asked,
-    'rows': rows,
-  }
-  print(show(result))
+  threads = rounds.import_torch().get_num_threads()
+  result = rounds.about(arguments) | {'torch_threads': threads, 'rows': rows}
+  print(show(result, num_dropped(arguments.tokens // 2, arguments.drop_rate)))
   if arguments.json:
     arguments.json.write_text(json.dumps(result, indent=1))
 

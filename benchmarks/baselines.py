@@ -7,19 +7,10 @@ the last keyframe before the earlier frame.
 import importlib.util
 import pathlib
 from collections.abc import Iterator
-from typing import Protocol
 
 import av
 import numpy as np
 from jaxtyping import UInt8
-
-
-class Reader(Protocol):
-  """An open video file."""
-
-  def read(self, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """Decodes a frame; `number` is not below that of the last call."""
-    ...
 
 
 class PyAvReader:
@@ -83,7 +74,7 @@ class FileVideos:
     self._paths = paths
     self._num_frames = num_frames
     self._reader = reader
-    self._opened: tuple[int, Reader] | None = None
+    self._opened: tuple[int, PyAvReader | DecordReader] | None = None
 
   def __len__(self) -> int:
     return len(self._paths)

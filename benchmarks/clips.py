@@ -10,7 +10,6 @@ import sys
 from fractions import Fraction
 
 import av
-import numpy as np
 
 from dropmae_jax.data import synthetic_clips
 from dropmae_jax.data.video_source import TfdsVideos, open_dataset
@@ -28,13 +27,11 @@ class Clips:
   Attributes:
     videos: the dataset.
     split: of the dataset.
-    first: index of the record of each clip's first frame.
     paths: the file of each clip; empty if the files are not given.
   """
 
   videos: TfdsVideos
   split: str
-  first: np.ndarray
   paths: tuple[pathlib.Path, ...]
 
 
@@ -138,16 +135,14 @@ def open_clips(
     UserError: there is no such dataset, or a file of it is not below `root`.
   """
   videos = open_dataset(str(data_dir), dataset, split)
-  with np.load(videos.folder / f'index-{split}.npz') as index:
-    first = index['first']
-    paths = tuple(root / path for path in index['path'].tolist()) if root else ()
+  paths = tuple(root / path for path in videos.paths().tolist()) if root else ()
   missing = next((path for path in paths if not path.is_file()), None)
   if missing:
     raise UserError(
       f'--videos={root} is not the video tree of this dataset: there is no {missing};'
       ' give the tree that it was built from.'
     )
-  return Clips(videos, split, first, paths)
+  return Clips(videos, split, paths)
 
 
 def prepare(

@@ -158,11 +158,6 @@ def describe(found: Clips) -> dict[str, Any]:
   }
 
 
-def _range(values: dict[str, float], digits: int = 0) -> str:
-  median, low, high = (f'{values[name]:.{digits}f}' for name in ('median', 'min', 'max'))
-  return f'{median:>7} ({low}..{high})'
-
-
 def show(result: dict[str, Any]) -> str:
   """Returns the tables as text."""
   about, host = result['clips'], result['machine']
@@ -175,20 +170,22 @@ def show(result: dict[str, Any]) -> str:
     f'{"frames from":<12}{"resize":<8}{"workers":<9}{"pairs/s per core":<26}pairs/s per host',
   ]
   for row in result['rates']:
-    core, whole = _range(row['per_core'], 1), _range(row['per_host'], 1)
+    core, whole = (rounds.show_range(row[each]) for each in ('per_core', 'per_host'))
     lines.append(f'{row["source"]:<12}{row["resize"]:<8}{row["workers"]:<9}{core:<26}{whole}')
   if 'decord' not in {row['source'] for row in result['rates']}:
     lines.append('decord: not installed' if result['videos'] else 'no baselines without --videos')
   for row in result['speedups']:
     lines.append(
       f'dataset over {row["over"]}, resize {row["resize"]}, workers {row["workers"]}:'
-      f' {_range(row["per_core"], 1)} times per core,{_range(row["per_host"], 1)} per host'
+      f' {rounds.show_range(row["per_core"])} times per core,'
+      f' {rounds.show_range(row["per_host"])} per host'
     )
   for resize, rows in result['stages'].items():
     total = sum(row['median'] for row in rows.values())
     lines += ['', f'{f"resize {resize}, no workers":<28}{"us per pair":<26}share']
     for stage, row in rows.items():
-      lines.append(f'{stage:<28}{_range(row):<26}{row["median"] / total:>5.0%}')
+      taken, share = rounds.show_range(row, digits=0), row['median'] / total
+      lines.append(f'{stage:<28}{taken:<26}{share:>5.0%}')
     largest = max(rows, key=lambda stage: rows[stage]['median'])
     rest = total - rows[largest]['median']
     lines.append(

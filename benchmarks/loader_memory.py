@@ -53,7 +53,7 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
   # A smooth picture makes a small JPEG.
   picture = np.tile(np.linspace(0, 255, FRAME[1]).astype(np.uint8)[None, :, None], (FRAME[0], 1, 3))
   jpeg = simplejpeg.encode_jpeg(picture, colorspace='RGB')
-  record = records.frame_serializer()(jpeg, Video('train/class/video.mp4', 'class', 0), 0)
+  record = records.frame_record(jpeg, Video('train/class/video.mp4', 'class', 0), 0)
   for _ in range(RECORDS):
     writer.write(record)
   writer.close()

@@ -4,6 +4,7 @@ The speed of a shared machine changes all the time. So every way is measured onc
 two ways are compared by the ratios within rounds.
 """
 
+import argparse
 import contextlib
 import importlib.metadata
 import os
@@ -113,9 +114,13 @@ def machine(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
   }
 
 
-def command() -> str:
-  """Returns the command that this process was started with."""
-  return ' '.join(['python', *sys.orig_argv[1:]])
+def about(arguments: argparse.Namespace) -> dict[str, Any]:
+  """Describes a measurement: its command, the machine, and all arguments as text."""
+  return {
+    'command': ' '.join(['python', *sys.orig_argv[1:]]),
+    'machine': machine(),
+    'arguments': {name: str(value) for name, value in vars(arguments).items()},
+  }
 
 
 def check_output(path: pathlib.Path | None) -> None:

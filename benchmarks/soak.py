@@ -10,7 +10,6 @@ Then the next run starts, until the time is over.
 
 import collections
 import contextlib
-import json
 import os
 import pathlib
 import random
@@ -89,22 +88,20 @@ class Trainer:
     return self.process.wait(timeout=300)
 
 
-def kill_trainer(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
+def kill_trainer(trainer: Trainer, *_: object) -> bool:
   """Kills the trainer with -9 at any point: within a step, a save, a log line."""
-  del workdir, rng
   return trainer.end(signal.SIGKILL) == -signal.SIGKILL
 
 
-def stop_trainer(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
+def stop_trainer(trainer: Trainer, *_: object) -> bool:
   """Sends SIGTERM, after which the trainer must exit with the status of a saved run."""
-  del workdir, rng
   status = trainer.end(signal.SIGTERM)
   if status not in (ExitStatus.DONE, ExitStatus.STOPPED):
     raise AssertionError(f'status {status} after SIGTERM:\n{trainer.output()}')
   return status == ExitStatus.STOPPED
 
 
-def kill_loader(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
+def kill_loader(trainer: Trainer, *_: object) -> bool:
   """Kills the loader processes; the trainer must go on by itself, and is stopped afterwards."""
   for child in trainer.children():
     with contextlib.suppress(ProcessLookupError):
@@ -116,7 +113,7 @@ def kill_loader(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> 
     if time.monotonic() > deadline:
       raise AssertionError(f'the loader was not restarted in a minute:\n{trainer.output()}')
     time.sleep(0.2)
-  stop_trainer(trainer, workdir, rng)
+  stop_trainer(trainer)
   return True
 
 
@@ -253,7 +250,6 @@ def main() -> None:
   parser.add_argument('--minutes', type=float, default=10, help='(%(default)s)')
   parser.add_argument('--steps', type=int, default=1500, help='of every run (%(default)s)')
   parser.add_argument('--seed', type=int, default=0, help='of the faults (%(default)s)')
-  parser.add_argument('--json', type=pathlib.Path, help='file to write the counts to')
   arguments = parser.parse_args()
   if arguments.minutes <= 0 or arguments.steps < 1:
     raise UserError('--minutes and --steps must be positive; the defaults are 10 and 1500.')
@@ -266,8 +262,6 @@ def main() -> None:
     )
   for name, count in found.items():
     print(f'{name}: {count}')
-  if arguments.json:
-    arguments.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == '__main__':

@@ -46,7 +46,7 @@ def make_parts(config: Config, arguments: argparse.Namespace) -> dict[str, Part]
     made['step_torch'] = torch_step.make(config, np.array(bench.frames), device.platform)
   if not arguments.steps_only:
     made |= dict(_announced(bench.parts()))
-  size = arguments.product_size or PRODUCT_SIZE[device.platform]
+  size = PRODUCT_SIZE[device.platform]
   product = flops.matrix_product(size, config.dtype)
   return made | {'matrix_product': Part(product, times=0, flops=2 * size**3)}
 
@@ -165,13 +165,11 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--steps_only', action='store_true', help='leave out the parts of the step')
   parser.add_argument('--torch', action='store_true', help='a plain step of PyTorch too')
   parser.add_argument('--peak_tflops', type=float, help='of the device, for MFU')
-  parser.add_argument('--product_size', type=int, help='of the matrix product, for tests')
   parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
   arguments = parser.parse_args()
-  for name in ('batch_size', 'rounds', 'product_size'):
-    value = getattr(arguments, name)
-    if value is not None and value < 1:
-      raise UserError(f'--{name}={value} is too small; give at least 1.')
+  for name in ('batch_size', 'rounds'):
+    if getattr(arguments, name) < 1:
+      raise UserError(f'--{name}={getattr(arguments, name)} is too small; give at least 1.')
   if arguments.peak_tflops is not None and not arguments.peak_tflops > 0:
     raise UserError(f'--peak_tflops={arguments.peak_tflops} is not positive; leave it out.')
   rounds.check_output(arguments.json)
@@ -205,12 +203,8 @@ def main() -> None:
       f'--batch_size={arguments.batch_size} does not fit the memory of the device; use a smaller'
       ' one, or --remat=full.'
     ) from error
-  asked = {name: str(value) for name, value in vars(arguments).items()}
-  result = {
-    'command': rounds.command(),
-    'machine': rounds.machine(),
-    'arguments': asked | {'image_size': str(config.model.image_size)},
-  } | summarise(parts, seconds, calls, config, arguments.peak_tflops)
+  numbers = summarise(parts, seconds, calls, config, arguments.peak_tflops)
+  result = rounds.about(arguments) | numbers
   print(show(result))
   if arguments.json:
     arguments.json.write_text(json.dumps(result, indent=1))

@@ -15,7 +15,7 @@ from dropmae_jax.runtime.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags that describe the step."""
   parser.add_argument('--model', default='B', choices=sorted(vit.SIZES), help='(%(default)s)')
-  parser.add_argument('--image_size', type=int, default=0, help='pixels (224)')
+  parser.add_argument('--image_size', type=int, default=224, help='pixels (%(default)s)')
   parser.add_argument('--dtype', choices=DTYPES, help='of the products')
   parser.add_argument('--remat', default='none', choices=sorted(mae.REMATERIALISATIONS))
   parser.add_argument(
@@ -30,13 +30,12 @@ def make_config(arguments: argparse.Namespace, batch_size: int) -> Config:
   Raises:
     UserError: its numbers do not fit one another, or ASAD would drop nothing.
   """
-  size = {'image_size': arguments.image_size} if arguments.image_size else {}
   try:
     config = Config(
       data_dir='',
       num_steps=1000,
       batch_size=batch_size,
-      model=vit.architecture_of_size(arguments.model, **size),
+      model=vit.architecture_of_size(arguments.model, image_size=arguments.image_size),
       objective=Objective(attention_dropout=arguments.drop_rate),
       dtype=arguments.dtype,
       remat=arguments.remat,

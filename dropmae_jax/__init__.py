@@ -11,22 +11,6 @@ The pipeline, and the package or module of each stage:
     --checkpoints/-->              the state of a run, saved and restored
     --evaluation/, pytorch/-->     figures; weight files for PyTorch
 
-The code:
-
-  main.py         command line of pre-training
-  train.py        builds a run from its config, and loops
-  train_step.py   the update: a pure function
-  optimizer.py, sharding.py
-  config.py       every option, its type and its range
-  config_file.py  reads configs and their overrides
-  model/          the autoencoder: `asad.py` is the method, `mae.py` the model and its loss
-  kernels/        ASAD on TPUs and GPUs, and the choice of an implementation
-  data/           videos and datasets to batches
-  checkpoints/    saving and restoring runs; weights for readers
-  pytorch/        weight files in the layouts of PyTorch, both ways
-  evaluation/     what a model reconstructs
-  runtime/        command lines, errors, many hosts, watchdog, reports
-
 Axes in the shapes of signatures:
 
   b  batch                      f  frames of a sample: 2, the earlier one first

@@ -197,8 +197,6 @@ def _options(cls: type, values: dict[str, Any], prefix: str) -> Any:
     arguments.pop('size', None)
   try:
     return cls(**arguments)
-  except UserError:
-    raise
   except ValueError as error:
     raise UserError(f'config.{prefix}{error}') from error
 

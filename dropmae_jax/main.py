@@ -26,11 +26,7 @@ def _parser() -> cli.Parser:
   add('--allow_changes', action='store_true', help='resume with other data or another objective')
   processes = parser.add_argument_group('several processes')
   add = processes.add_argument
-  add(
-    '--distributed',
-    action='store_true',
-    help='join those that a pod or SLURM starts',
-  )
+  add('--distributed', action='store_true', help='join those that a pod or SLURM starts')
   add('--coordinator_address', metavar='HOST:PORT', help='of process 0')
   add('--num_processes', type=int, help='of the whole run')
   add('--process_id', type=int, help='of this one, from 0')

@@ -30,14 +30,7 @@ from dropmae_jax.runtime import multihost
 from dropmae_jax.runtime.errors import UserError
 from dropmae_jax.runtime.report import NonFiniteLoss, Report
 from dropmae_jax.runtime.watchdog import Watchdog
-from dropmae_jax.train_step import (
-  SEED_VERSION,
-  Metrics,
-  Model,
-  TrainState,
-  build,
-  derive_seeds,
-)
+from dropmae_jax.train_step import SEED_VERSION, Metrics, Model, TrainState, build, derive_seeds
 
 _log = logging.getLogger('dropmae_jax')
 

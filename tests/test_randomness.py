@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx, traverse_util
+from flax import traverse_util
+from models import init_params, initial_model
 
 from dropmae_jax import optimizer, train_step
 from dropmae_jax.config import Architecture, Objective, OptimizerOptions
@@ -73,8 +74,9 @@ def test_the_seeds_that_a_run_derives_differ():
 
 
 def test_initial_parameters_depend_on_the_key_and_no_two_are_equal():
-  init = jax.jit(mae.init_params, static_argnums=1)
-  one, other = (traverse_util.flatten_dict(init(jax.random.key(seed), TINY)) for seed in (0, 1))
+  one, other = (
+    traverse_util.flatten_dict(init_params(jax.random.key(seed), TINY)) for seed in (0, 1)
+  )
   drawn = {path: leaf for path, leaf in one.items() if (leaf != other[path]).any()}
   # All except position tables, norms and biases; but the bias of the patch embedding is drawn.
   fixed = {path for path in one if path[-1] in ('bias', 'scale', *optimizer.FIXED)}
@@ -103,7 +105,7 @@ def used(monkeypatch):
     return attention.dense_attention(query, key, value)
 
   monkeypatch.setitem(masking.MASKING_SCHEMES, 'random', scheme)
-  model = mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=0))
+  model = initial_model(TINY)
   frames = jax.random.normal(jax.random.key(1), (BATCH, 2, 16, 16, 3))
   masking_keys, asad_keys = jax.random.split(jax.random.key(2), (2, BATCH))
   mae.pretraining_loss(
@@ -136,7 +138,7 @@ def test_the_loss_drops_by_the_rule_of_its_objective(monkeypatch):
   monkeypatch.setitem(asad.ATTENTION_DROPOUTS, 'mine', rule)
   keys = jax.random.split(jax.random.key(2), BATCH)
   mae.pretraining_loss(
-    mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=0)), jnp.zeros((BATCH, 2, 16, 16, 3)),
+    initial_model(TINY), jnp.zeros((BATCH, 2, 16, 16, 3)),
     masking_keys=keys, asad_keys=keys,
     objective=Objective(attention_dropout=0.3, dropout_rule='mine'),
   )  # fmt: skip

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_python
+from models import init_params
 
 from dropmae_jax import optimizer, sharding, train, train_step
 from dropmae_jax.config import Config, DataOptions, MeshOptions, Objective, OptimizerOptions
@@ -142,7 +143,7 @@ def test_training_learns_and_is_repeatable(plain):
 
 def test_position_tables_stay_as_they_are(plain):
   trainer, _ = plain
-  fresh = mae.init_params(jax.random.key(0), TINY)
+  fresh = init_params(jax.random.key(0), TINY)
   for name in optimizer.FIXED:
     np.testing.assert_array_equal(trainer.state.params[name], fresh[name])
   moved = trainer.state.params['temporal_pos_embed_x'] - fresh['temporal_pos_embed_x']

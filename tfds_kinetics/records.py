@@ -4,13 +4,12 @@ import contextlib
 import os
 import pathlib
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.proto import tf_example_pb2
 
 from tfds_kinetics.tree import Video
@@ -32,27 +31,24 @@ def frame_features() -> tfds.features.FeaturesDict:
   )
 
 
-def frame_serializer() -> Callable[[bytes, Video, int], bytes]:
-  """Returns a function from (JPEG, video, number among the stored frames) to a record."""
-  features = frame_features()
-  serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+def frame_record(jpeg: bytes, video: Video, number: int) -> bytes:
+  """Returns a record of the features above, as TFDS encodes them, with equal bytes everywhere.
 
-  def serialize(jpeg: bytes, video: Video, number: int) -> bytes:
-    record = serializer.serialize_example(
-      features.encode_example(
-        {
-          'jpeg': jpeg,
-          'class_name': video.label,
-          'youtube_id': video.youtube_id,
-          'video': video.path,
-          'frame': number,
-        }
-      )
-    )
-    # The serializer orders the features differently in each process.
-    return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
+  TFDS's own serializer orders the features differently in each process.
 
-  return serialize
+  Args:
+    jpeg: the encoded frame.
+    video: that it is from.
+    number: of the frame among the stored ones of its video.
+  """
+  example = tf_example_pb2.Example()
+  feature = example.features.feature
+  feature['jpeg'].bytes_list.value.append(jpeg)
+  texts = {'class_name': video.label, 'youtube_id': video.youtube_id, 'video': video.path}
+  for name, text in texts.items():
+    feature[name].bytes_list.value.append(text.encode())
+  feature['frame'].int64_list.value.append(number)
+  return example.SerializeToString(deterministic=True)
 
 
 @contextlib.contextmanager
@@ -69,7 +65,6 @@ class FrameFiles:
 
   def __init__(self, folder: pathlib.Path, name: str) -> None:
     self.folder, self._name = folder, name
-    self._serialize = frame_serializer()
     self._temporary: list[pathlib.Path] = []
     self._records: list[int] = []
     self._writer = None
@@ -87,7 +82,7 @@ class FrameFiles:
         self._writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
       self._temporary.append(path)
       self._records.append(0)
-    record = self._serialize(jpeg, video, number)
+    record = frame_record(jpeg, video, number)
     with _writing():
       self._writer.write(record)
     self._records[-1] += 1

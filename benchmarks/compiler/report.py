@@ -96,7 +96,6 @@ def parse() -> argparse.Namespace:
   parser.add_argument(
     '--quick', action='store_true', help='TPU: a third of the time, but other bytes and kernels'
   )
-  parser.add_argument('--target_config', type=pathlib.Path, help="GPU: XLA's text proto of it")
   parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
   arguments = parser.parse_args()
   arguments.target = ALIASES.get(arguments.target, arguments.target)
@@ -112,7 +111,7 @@ def main() -> None:
   arguments = parse()
   # Devices of this machine are neither used nor waited for.
   jax.config.update('jax_platforms', 'cpu')
-  (device,) = targets.devices(arguments.target, 1, arguments.target_config)
+  (device,) = targets.devices(arguments.target, 1)
   target = TARGETS[arguments.target]
   print(
     f'{device.device_kind}, ViT-{arguments.model}, {arguments.batch_size} pairs,'
@@ -130,9 +129,7 @@ def main() -> None:
       + (f', cycles {tax["expected_cycles"]:.3f}' if 'expected_cycles' in tax else '')
     )
   if arguments.json:
-    asked = {name: str(value) for name, value in vars(arguments).items()}
-    about = {'command': rounds.command(), 'machine': rounds.machine(), 'arguments': asked}
-    arguments.json.write_text(json.dumps(about | result, indent=1))
+    arguments.json.write_text(json.dumps(rounds.about(arguments) | result, indent=1))
 
 
 if __name__ == '__main__':

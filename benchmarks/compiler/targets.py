@@ -1,7 +1,6 @@
 """Devices to compile for without having them, and the speeds that their data sheets give."""
 
 import os
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -103,30 +102,26 @@ TARGETS = {
 }  # fmt: skip
 
 
-def devices(name: str, number: int, target_config: pathlib.Path | None = None) -> list[jax.Device]:
+def devices(name: str, number: int) -> list[jax.Device]:
   """Returns devices that programs can be compiled for but, except for 'cpu', not run on.
 
   Args:
     name: a key of `TARGETS`.
     number: how many; TPUs: at most 4.
-    target_config: GPU: a file to use instead of `GPU_CONFIG`.
 
   Raises:
-    UserError: the file is not there or not understood, or the compiler is not installed.
+    UserError: the compiler is not installed.
   """
   target = TARGETS[name]
-  if target_config and not target_config.is_file():
-    raise UserError(f'--target_config={target_config} is no file; leave it out.')
   if name == 'cpu':
     return jax.devices('cpu')[:number]
   if target.gpu:
-    config = gpu_config(target) if target_config is None else target_config.read_text()
     remedy = GPU_COMPILER.format(jax.__version__)
     topology = {
       'platform': 'cuda',
       'topology_name': '',
       'topology': f'1x1x{number}',
-      'target_config': config,
+      'target_config': gpu_config(target),
     }
   else:
     for variable, value in COMPILE_ONLY.items():
@@ -136,10 +131,6 @@ def devices(name: str, number: int, target_config: pathlib.Path | None = None) -
   try:
     return topologies.get_topology_desc(**topology).devices[:number]
   except (RuntimeError, OSError, ValueError) as error:
-    if 'GpuTargetConfigProto' in str(error):
-      raise UserError(
-        f'--target_config={target_config} does not describe a GPU as XLA does; leave it out.'
-      ) from error
     reason = str(error).splitlines()[0][:150]
     raise UserError(f'--target={name} needs its compiler ({reason}); {remedy}.') from error
 

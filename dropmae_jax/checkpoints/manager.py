@@ -45,7 +45,6 @@ class Checkpoints:
       policies.append(checkpoint_managers.EveryNSteps(options.keep_every))
     self._options = ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-      enable_async_checkpointing=True,
       cleanup_tmp_directories=True,  # Left by a process that was killed while it saved.
     )
     self._folder = (workdir / saved_weights.FOLDER).absolute()
@@ -65,12 +64,7 @@ class Checkpoints:
     return step % self._every_steps == 0
 
   def save(self, step: int, state: TrainState) -> None:
-    """Copies the state off the devices and writes it in the background; once per step.
-
-    Args:
-      step: number of the state.
-      state: on the devices.
-    """
+    """Copies the state off the devices and writes it in the background; once per step."""
     self._settle()
     self._remove_given_up()
     if step == self.latest_step:

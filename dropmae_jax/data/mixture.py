@@ -7,12 +7,7 @@ import pathlib
 import re
 from fractions import Fraction
 
-from dropmae_jax.data.video_source import (
-  VideoSource,
-  fingerprint,
-  is_version_folder,
-  open_dataset,
-)
+from dropmae_jax.data.video_source import VideoSource, fingerprint, is_version_folder, open_dataset
 from dropmae_jax.runtime.errors import UserError
 
 

@@ -75,12 +75,7 @@ def first_pairs(
 
 
 def read_index(videos: VideoSource, split: str) -> Index:
-  """Collects what is known of a split.
-
-  Args:
-    videos: the dataset, opened.
-    split: that was opened.
-  """
+  """Collects what is known of an opened split."""
   if not isinstance(videos, TfdsVideos):
     dataset = f'{type(videos).__module__}:{type(videos).__qualname__}'
     frames = np.array([videos.num_frames(video) for video in range(len(videos))])
@@ -92,11 +87,6 @@ def read_index(videos: VideoSource, split: str) -> Index:
     columns = {name: index[name] for name in ('frames', 'label', 'path', 'classes')}
   dataset = '/'.join(folder.parts[-3:-1])
   return Index(dataset, **columns, num_bytes=sum(path.stat().st_size for path in shards))
-
-
-def path_of(index: Index, video: int) -> str:
-  """Returns the path of a clip; '-' if paths are not known."""
-  return '-' if index.path is None else str(index.path[video])
 
 
 def class_of(index: Index, video: int) -> str:
@@ -203,8 +193,9 @@ def contact_sheet(
     top = MARGIN + row * row_height
     earlier, later = pair.drawn.frame_numbers
     index, video = indices[pair.dataset], pair.drawn.video
+    path = '-' if index.path is None else index.path[video]
     caption = (
-      f'{index.dataset}   {path_of(index, video)}   class {class_of(index, video)}'
+      f'{index.dataset}   {path}   class {class_of(index, video)}'
       f'   frames {earlier} and {later} of {index.frames[video]}   gap {later - earlier}'
     )
     # PIL's built-in font has few letters.

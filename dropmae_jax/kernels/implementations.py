@@ -86,7 +86,9 @@ def choose(
   if kind == 'xla':
     return attention.plain(rule)
   device = mesh.devices.flat[0]
-  with_loops = _with_loops(mesh)
+  at_once = logits_at_once(device.platform, max(1, len(mesh.local_devices)))
+  loop = Loop(at_once, mesh if mesh.size > 1 else None)
+  dense = partial(dense_attention, loop=loop)
   if kind == 'fused':
     sizes = tokens_per_frame, num_heads, head_width
     if reason := unsupported(device, *sizes, dtype):
@@ -95,19 +97,10 @@ def choose(
       return Implementations(
         partial(flash_attention, mesh=mesh), partial(asad_gpu.asad_attention, mesh=mesh)
       )
-    return with_loops._replace(dropout=partial(asad_tpu.asad_attention, mesh=mesh))
+    return Implementations(dense, partial(asad_tpu.asad_attention, mesh=mesh))
   if rule != 'asad':
-    return with_loops._replace(dropout=attention.plain(rule).dropout)
-  return with_loops
-
-
-def _with_loops(mesh: Mesh) -> Implementations:
-  """Returns XLA's implementations, with a loop over chunks on platforms where that is faster."""
-  at_once = logits_at_once(mesh.devices.flat[0].platform, max(1, len(mesh.local_devices)))
-  loop = Loop(at_once, mesh if mesh.size > 1 else None)
-  return Implementations(
-    partial(dense_attention, loop=loop), partial(fast_asad.asad_attention, loop=loop)
-  )
+    return Implementations(dense, attention.plain(rule).dropout)
+  return Implementations(dense, partial(fast_asad.asad_attention, loop=loop))
 
 
 def logits_at_once(platform: str, devices: int = 1) -> int | None:

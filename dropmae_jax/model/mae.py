@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
@@ -210,4 +209,4 @@ def init_params(key: Key[Array, ''], architecture: Architecture) -> dict:
 
 def num_parameters(params: dict) -> int:
   """Returns the number of values in a parameter dict, with the two fixed position tables."""
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -12,19 +12,11 @@ def patchify(frames: Float[Array, 'b f h w c'], patch_size: int) -> Float[Array,
   )
 
 
-def unpatchify(
-  patches: Float[Array, 'b l p'], patch_size: int, *, num_frames: int = 2
-) -> Float[Array, 'b f h w c']:
-  """Returns square frames from their patch vectors; the inverse of `patchify`."""
-  grid = round((patches.shape[1] / num_frames) ** 0.5)
-  return rearrange(
-    patches,
-    'b (f gh gw) (ph pw c) -> b f (gh ph) (gw pw) c',
-    f=num_frames,
-    gh=grid,
-    ph=patch_size,
-    pw=patch_size,
-  )
+def unpatchify(patches: Float[Array, 'b l p'], patch_size: int) -> Float[Array, 'b f h w c']:
+  """Returns pairs of square frames from their patch vectors; the inverse of `patchify`."""
+  grid = round((patches.shape[1] / 2) ** 0.5)
+  pattern = 'b (f gh gw) (ph pw c) -> b f (gh ph) (gw pw) c'
+  return rearrange(patches, pattern, f=2, gh=grid, ph=patch_size, pw=patch_size)
 
 
 def patch_statistics(

@@ -4,13 +4,6 @@ import numpy as np
 from jaxtyping import Float32
 
 
-def sincos_axis(grid: int, width: int) -> np.ndarray:
-  """Returns the float64 embedding of positions 0..grid-1 on one axis: [grid, width / 2]."""
-  frequency = 10000.0 ** -(np.arange(width // 4) / (width / 4))
-  angle = np.arange(grid)[:, None] * frequency
-  return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-
-
 def sincos_table(grid: int, width: int) -> Float32[np.ndarray, '1 slots d']:
   """Returns the table of a grid x grid frame: a slot of zeros, then the tokens row by row.
 
@@ -23,13 +16,10 @@ def sincos_table(grid: int, width: int) -> Float32[np.ndarray, '1 slots d']:
 
   Returns:
     float32 [1, 1 + grid * grid, width], computed in float64.
-
-  Raises:
-    ValueError: `width` is not a multiple of 4.
   """
-  if width % 4:
-    raise ValueError(f'{width=} is not a multiple of 4, which a sine-cosine table needs.')
-  axis = sincos_axis(grid, width)
+  frequency = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+  angle = np.arange(grid)[:, None] * frequency
+  axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
   column = np.broadcast_to(axis[None, :, :], (grid, grid, width // 2))
   row = np.broadcast_to(axis[:, None, :], (grid, grid, width // 2))
   tokens = np.concatenate([column, row], axis=-1).reshape(grid * grid, width)

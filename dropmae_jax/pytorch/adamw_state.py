@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dropmae_jax.config import Architecture
+from dropmae_jax.config import Architecture, OptimizerOptions
 from dropmae_jax.optimizer import Moments
 from dropmae_jax.pytorch import file_metadata, layouts
 from dropmae_jax.runtime.errors import UserError
@@ -35,11 +35,12 @@ def parameter_groups(architecture: Architecture) -> tuple[list[str], list[str]]:
 
 
 def group_options(
-  *, learning_rate: float, beta1: float, beta2: float, weight_decay: float
+  learning_rate: float, options: OptimizerOptions
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the options of both groups; every PyTorch since 1.9 knows all of them."""
-  shared = {'lr': learning_rate, 'betas': (beta1, beta2), 'eps': 1e-8}
-  return tuple(shared | {'weight_decay': decay, 'amsgrad': False} for decay in (0.0, weight_decay))
+  shared = {'lr': learning_rate, 'betas': (options.beta1, options.beta2), 'eps': 1e-8}
+  decays = 0.0, options.weight_decay
+  return tuple(shared | {'weight_decay': decay, 'amsgrad': False} for decay in decays)
 
 
 def to_torch(adamw: TorchAdamW, architecture: Architecture) -> dict[str, Any]:

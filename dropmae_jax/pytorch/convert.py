@@ -12,13 +12,7 @@ from dropmae_jax import optimizer
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.checkpoints.saved_weights import Weights
 from dropmae_jax.config import Architecture, Objective, OptimizerOptions
-from dropmae_jax.pytorch import (
-  adamw_state,
-  file_metadata,
-  import_model,
-  layouts,
-  weight_files,
-)
+from dropmae_jax.pytorch import adamw_state, file_metadata, import_model, layouts, weight_files
 from dropmae_jax.pytorch.adamw_state import TorchAdamW
 from dropmae_jax.runtime import atomic_file
 from dropmae_jax.runtime.errors import UserError
@@ -216,12 +210,7 @@ def _optimizer_state(weights: Weights) -> dict[str, Any]:
       warmup_steps=options.warmup_steps,
       num_steps=config['num_steps'],
     )
-    groups = adamw_state.group_options(
-      learning_rate=float(schedule(weights.step)),
-      beta1=options.beta1,
-      beta2=options.beta2,
-      weight_decay=options.weight_decay,
-    )
+    groups = adamw_state.group_options(float(schedule(weights.step)), options)
   return adamw_state.to_torch(TorchAdamW(weights.moments, groups), weights.architecture)
 
 

@@ -119,7 +119,8 @@ def _architecture(tensors: Mapping[str, np.ndarray], size: str | None) -> Archit
   the decoder's is 16, as published.
   """
   if size is not None and size not in vit.SIZES:
-    raise UserError(f'--model={size} is not in the size table; choose one of {_names(vit.SIZES)}.')
+    known = ', '.join(vit.SIZES)
+    raise UserError(f'--model={size} is not in the size table; choose one of {known}.')
   try:
     width, _, patch_size, _ = tensors['patch_embed.proj.weight'].shape
     hidden = tensors['blocks.0.mlp.fc1.weight'].shape[0]
@@ -169,12 +170,8 @@ def _fresh_tensors(architecture: Architecture, names: list[str]) -> dict[str, np
 def check_finite(state: Mapping[str, np.ndarray], where: str) -> None:
   """Checks that all weights are finite.
 
-  Args:
-    state: the weights by name.
-    where: names their source in the error message.
-
   Raises:
-    UserError: some are not; names the tensors.
+    UserError: some are not; names the tensors, and `where` they are from.
   """
   bad = [name for name, array in state.items() if not np.isfinite(array).all()]
   if bad:
@@ -188,13 +185,9 @@ def grouped(names: Iterable[str]) -> str:
   """Returns the number and names of tensors as text; blocks and the like are counted."""
   names = list(names)
   groups = collections.Counter(name.split('.')[0] for name in names)
-  return f'{len(names)} tensors: ' + _names(
+  return f'{len(names)} tensors: ' + ', '.join(
     next(name for name in names if name.split('.')[0] == group)
     if count == 1
     else f'{group}.* ({count})'
     for group, count in groups.items()
   )
-
-
-def _names(names: Iterable[str]) -> str:
-  return ', '.join(names)

@@ -52,22 +52,16 @@ def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
     report.append(
       f'position tables: resampled from {source.image_size} to {architecture.image_size} pixels'
     )
-  expected = layouts.tensors(architecture)
-  encoder = {t.name: t.shape for t in expected if not layouts.is_of_decoder(t.name)}
+  encoder = layouts.tensor_shapes(architecture, 'encoder')
   try:
-    layouts.check_shapes(
-      {name: array for name, array in state.items() if not layouts.is_of_decoder(name)},
-      encoder,
-      architecture,
-    )
+    layouts.check_shapes(layouts.in_layout(state, 'encoder'), encoder, architecture)
   except UserError as error:
     raise UserError(f'init_from={path} has another encoder: {error}') from error
+  expected = layouts.tensors(architecture)
   # A decoder of another shape is left out as a whole.
-  has_decoder = all(
-    np.shape(state[t.name]) == t.shape
-    for t in expected
-    if t.name not in encoder and t.name in state and t.name not in fresh
-  ) and {t.name for t in expected} == set(state)
+  has_decoder = state.keys() == {t.name for t in expected} and all(
+    np.shape(state[t.name]) == t.shape for t in expected if t.name not in fresh
+  )
   loaded = [t for t in expected if t.name not in fresh and (has_decoder or t.name in encoder)]
   initialised = [t.name for t in expected if t not in loaded]
   report.append(f'loaded: {len(loaded)} of {len(expected)} tensors')
@@ -79,12 +73,7 @@ def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
 
 
 def replace(params: dict, loaded: dict[tuple[str | int, ...], np.ndarray]) -> dict:
-  """Replaces parameters by loaded ones, with the shardings of the former.
-
-  Args:
-    params: the pure parameter dict of a new state, on the devices of all processes.
-    loaded: see `InitialParams`.
-  """
+  """Replaces parameters by those of `InitialParams`, with the shardings of the former."""
   leaves = traverse_util.flatten_dict(params)
   for path, array in loaded.items():
     leaves[path] = jax.make_array_from_callback(

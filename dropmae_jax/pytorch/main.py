@@ -36,17 +36,11 @@ def parse() -> argparse.Namespace:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  job = parser.add_mutually_exclusive_group(required=True)
-  job.add_argument('--checkpoint', type=_path, metavar='DIR', help='a training workdir to export')
-  job.add_argument(
-    '--from_torch', type=_path, metavar='FILE', help='a .pth or .safetensors to read'
-  )
-  job.add_argument(
-    '--list', type=_path, metavar='PATH', help='list the tensors of a file or checkpoint'
-  )
-  job.add_argument(
-    '--compare', type=_path, nargs=2, metavar='PATH', help='compare two files or checkpoints'
-  )
+  add = parser.add_mutually_exclusive_group(required=True).add_argument
+  add('--checkpoint', type=_path, metavar='DIR', help='a training workdir to export')
+  add('--from_torch', type=_path, metavar='FILE', help='a .pth or .safetensors to read')
+  add('--list', type=_path, metavar='PATH', help='list the tensors of a file or checkpoint')
+  add('--compare', type=_path, nargs=2, metavar='PATH', help='compare two files or checkpoints')
   add = parser.add_argument
   add('--output', type=_path, metavar='PATH', help='the file or folder to write')
   add('--step', type=int, metavar='N', help='which checkpoint; default: the newest')

@@ -77,7 +77,8 @@ def measured(tmp_path_factory):
     patch.setattr(step_time, 'make_parts', lambda *given: parts.update(make(*given)) or parts)
     patch.setattr(step_time, 'show', lambda result: printed.append(show(result)) or printed[0])
     patch.setitem(step_time.LEAST_SECONDS, 'cpu', 0)
-    flags = f'--batch_size={BATCH} --drop_rate=0.2 --rounds=3 --torch --product_size=32'
+    patch.setitem(step_time.PRODUCT_SIZE, 'cpu', 32)
+    flags = f'--batch_size={BATCH} --drop_rate=0.2 --rounds=3 --torch'
     patch.setattr('sys.argv', ['step_time', *flags.split(), f'--json={output}'])
     step_time.main()
   return parts, json.loads(output.read_text()), printed[0]
@@ -134,7 +135,7 @@ from benchmarks import step_time, variants
 from dropmae_jax.config import Architecture
 smallest = Architecture(**eval(sys.argv[2]))
 variants.vit.architecture_of_size = lambda size, **_: smallest
-step_time.LEAST_SECONDS['cpu'] = 0
+step_time.LEAST_SECONDS['cpu'], step_time.PRODUCT_SIZE['cpu'] = 0, 32
 sys.argv[1:] = sys.argv[3:]
 step_time.cli.run(step_time.main)
 """
@@ -145,7 +146,7 @@ HIDDEN = (
 
 
 def test_it_starts_where_little_more_than_jax_is_installed(tmp_path):
-  flags = f'--batch_size={BATCH} --drop_rate=0.2 --rounds=1 --steps_only --product_size=32'
+  flags = f'--batch_size={BATCH} --drop_rate=0.2 --rounds=1 --steps_only'
   command = ['-c', BARE, ','.join(HIDDEN), dataclasses.asdict(SMALLEST), *flags.split()]
   done = run_python(*command, f'--json={tmp_path / "out.json"}')
   assert done.returncode == 0, done.stderr
@@ -354,7 +355,6 @@ def test_there_is_no_tax_where_a_step_does_not_fit():
     (asad_sampler, '--tokens=8', '--drop_rate=0.1 drops nothing'),
     (report, '--target=abacus', "invalid choice: 'abacus'"),
     (report, '--target=sm_90 --batch_size=0', '--batch_size=0 is too small'),
-    (report, '--target=sm_90 --target_config=none', 'is no file'),
     (report, '--target=cpu --drop_rate=0', 'drops none of 195 keys'),
   ],
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from models import initial_model
 from PIL import Image, ImageDraw
 
 from dropmae_jax.checkpoints import saved_weights
@@ -188,7 +189,7 @@ def test_an_earlier_figure_outlives_a_full_disk(trained, clips, tmp_path, monkey
 
 
 def test_a_scheme_that_is_not_known_here_masks_at_random():
-  model = MaskedAutoencoder(SMALL, rngs=nnx.Rngs(0))
+  model = initial_model(SMALL)
   frames = jax.random.normal(jax.random.key(0), (1, 2, 32, 32, 3))
   drawn = [
     reconstruction.reconstruct(model, frames, 3, Objective(masking=name))[0]

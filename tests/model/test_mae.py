@@ -10,6 +10,7 @@ import pytest
 from attention_cases import equations
 from conftest import GOLDEN
 from flax import nnx, traverse_util
+from models import init_params, initial_model
 
 from dropmae_jax.config import Objective
 from dropmae_jax.model import attention, fast_asad, mae, masking, patches
@@ -23,39 +24,57 @@ TINY = architecture_of_size(
 @pytest.fixture(scope='module')
 def setting():
   """A model, patch vectors and a masking of two samples."""
-  model = mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=0))
+  model = initial_model(TINY)
   vectors = jax.random.normal(jax.random.key(1), (2, TINY.num_tokens, TINY.patch_values))
   keys = jax.random.split(jax.random.key(2), 2)
   masked = masking.random_masking(keys, num_tokens=TINY.num_tokens, mask_ratio=0.75)
   return model, vectors, masked
 
 
+@nnx.jit
+def encode(model, vectors, masked):
+  return model.encode(vectors, masked)
+
+
 def dense(model):
   return [attention.dense_attention] * model.architecture.decoder_depth
+
+
+@nnx.jit
+def decode(model, latents, masked, wanted=None):
+  return model.decode(latents, masked, dense(model), wanted=wanted)
+
+
+@nnx.jit
+def predict(model, vectors, masked):
+  return model(vectors, masked, dense(model))
+
+
+pretraining_loss = nnx.jit(mae.pretraining_loss, static_argnames='objective')
 
 
 def test_latents_do_not_see_masked_pixels(setting):
   model, vectors, masked = setting
   is_masked = masking.is_masked(masked)[..., None]
   other = jnp.where(is_masked, 5.0, vectors)
-  np.testing.assert_array_equal(model.encode(vectors, masked), model.encode(other, masked))
-  assert not np.allclose(model.encode(vectors, masked), model.encode(vectors + 1, masked))
+  np.testing.assert_array_equal(encode(model, vectors, masked), encode(model, other, masked))
+  assert not np.allclose(encode(model, vectors, masked), encode(model, vectors + 1, masked))
 
 
 def test_latents_see_visible_pixels_of_the_other_frame(setting):
   model, vectors, masked = setting
   other = vectors.at[:, TINY.tokens_per_frame :].add(1.0)
   first_frame = masked.visible < TINY.tokens_per_frame
-  change = jnp.abs(model.encode(vectors, masked) - model.encode(other, masked)).max(-1)
+  change = jnp.abs(encode(model, vectors, masked) - encode(model, other, masked)).max(-1)
   assert (change[first_frame] > 1e-4).all()
 
 
 def test_wanted_tokens_are_reconstructed_as_among_all(setting):
   model, vectors, masked = setting
-  latents = model.encode(vectors, masked)
-  whole = model.decode(latents, masked, dense(model))
+  latents = encode(model, vectors, masked)
+  whole = decode(model, latents, masked)
   for wanted in (masked.masked, masked.visible[:, ::-1]):
-    part = model.decode(latents, masked, dense(model), wanted=wanted)
+    part = decode(model, latents, masked, wanted)
     np.testing.assert_allclose(part, masking.select(whole, wanted), atol=2e-6)
 
 
@@ -65,11 +84,11 @@ def test_the_loss_is_the_mean_error_of_the_masked_patches(setting, normalise):
   frames = jax.random.normal(jax.random.key(3), (2, 2, TINY.image_size, TINY.image_size, 3))
   keys = jax.random.split(jax.random.key(4), 2)
   objective = Objective(attention_dropout=0.0, normalise_targets=normalise)
-  loss = mae.pretraining_loss(model, frames, masking_keys=keys, asad_keys=keys, objective=objective)
+  loss = pretraining_loss(model, frames, masking_keys=keys, asad_keys=keys, objective=objective)
   vectors = patches.patchify(frames, TINY.patch_size)
   masked = masking.random_masking(keys, num_tokens=TINY.num_tokens, mask_ratio=0.75)
   targets = patches.normalise_patches(vectors) if normalise else vectors
-  errors = np.square(model(vectors, masked, dense(model)) - targets)
+  errors = np.square(predict(model, vectors, masked) - targets)
   expected = errors[np.asarray(masking.is_masked(masked))].mean()
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
@@ -81,7 +100,7 @@ def test_the_two_frames_are_told_apart(setting):
     visible=jnp.broadcast_to(jnp.arange(2 * n), (2, 2 * n)), masked=jnp.zeros((2, 0), jnp.int32)
   )
   swapped = jnp.concatenate([vectors[:, n:], vectors[:, :n]], axis=1)
-  plain, other = model.encode(vectors, everything), model.encode(swapped, everything)
+  plain, other = encode(model, vectors, everything), encode(model, swapped, everything)
   assert not np.allclose(plain[:, :n], other[:, n:], atol=1e-3)
 
 
@@ -92,7 +111,7 @@ def test_dropout_acts_in_training_and_not_at_rate_zero(setting):
 
   def loss(seed, rate):
     return float(
-      mae.pretraining_loss(
+      pretraining_loss(
         model,
         frames,
         masking_keys=key,
@@ -106,11 +125,10 @@ def test_dropout_acts_in_training_and_not_at_rate_zero(setting):
 
 
 def test_mixed_precision_keeps_parameters_loss_and_output_in_float32(setting):
-  _, vectors, masked = setting
-  model = mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=0), dtype=jnp.bfloat16)
-  full = mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=0))
+  full, vectors, masked = setting
+  model = nnx.merge(mae.abstract_model(TINY, dtype=jnp.bfloat16)[0], nnx.state(full))
   assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype('float32')}
-  low, high = model(vectors, masked, dense(model)), full(vectors, masked, dense(full))
+  low, high = predict(model, vectors, masked), predict(full, vectors, masked)
   assert low.dtype == jnp.float32
   error = float(jnp.linalg.norm(low - high) / jnp.linalg.norm(high))
   assert 1e-4 < error < 3e-2
@@ -137,7 +155,7 @@ def test_initial_parameters_have_the_published_distribution():
     row['name']: row for row in json.loads((GOLDEN / 'vit_b_state_dict.json').read_text())
   }
   architecture = architecture_of_size('B', depth=1, decoder_depth=1)
-  params = mae.init_params(jax.random.key(0), architecture)
+  params = init_params(jax.random.key(0), architecture)
   for path, leaf in traverse_util.flatten_dict(params).items():
     name = '.'.join(map(str, path)).replace('kernel', 'weight').replace('scale', 'weight')
     row = recorded[name]

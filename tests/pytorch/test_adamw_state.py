@@ -18,7 +18,7 @@ from dropmae_jax.pytorch import adamw_state, layouts
 from dropmae_jax.pytorch.adamw_state import TorchAdamW
 from dropmae_jax.runtime.errors import UserError
 
-GROUPS = adamw_state.group_options(learning_rate=1e-2, beta1=0.9, beta2=0.95, weight_decay=0.05)
+GROUPS = adamw_state.group_options(1e-2, OptimizerOptions())
 TRAINED = [name for group in adamw_state.parameter_groups(TINY) for name in group]
 
 
