@@ -1,5 +1,7 @@
 """What tests of attention share: inputs, an oracle, and comparisons of results and of programs."""
 
+import functools
+
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from dropmae_jax.model import fast_asad
 from dropmae_jax.model.asad import Logits
 
 
+@functools.partial(jax.jit, static_argnames=('seed', 'b', 'n', 'm', 'e'))
 def tokens(seed, *, b=2, n=16, m=2, e=16, scale=1.0):
   """Queries, keys and values."""
   keys = jax.random.split(jax.random.key(seed), 3)
@@ -26,6 +29,7 @@ def extreme_tokens(n, m, e):
   return [jnp.asarray(each) for each in (query, key, value)]
 
 
+@jax.jit
 def scaled_logits(query, key):
   logits = fast_asad.products(fast_asad.by_frame(query), fast_asad.by_frame(key))
   return Logits(*(each * query.shape[-1] ** -0.5 for each in logits))

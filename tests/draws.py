@@ -1,5 +1,7 @@
 """Draws of every implementation of ASAD from given logits, for tests of their distribution."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -34,6 +36,7 @@ def tokens_with(logits):
   return jnp.eye(length, width)[None, :, None], key[None, :, None]
 
 
+@functools.partial(jax.jit, static_argnames='drop_rate')
 def drops_of_xla(query, key, *, draw_keys, drop_rate):
   """Returns the pairs that `fast_asad.asad_attention` drops."""
   logits = fast_asad.products(fast_asad.by_frame(query), fast_asad.by_frame(key))

@@ -120,25 +120,30 @@ def test_intermediate_values(golden, state):
   case = jax.tree.map(jnp.asarray, case)
   params = jax.tree.map(jnp.asarray, layouts.from_torch(state, ARCHITECTURE))
   graphdef, _ = mae.abstract_model(ARCHITECTURE)
-  latents = []
 
-  class Recorder(mae.MaskedAutoencoder):
-    def encode(self, *args):
-      latents.append(super().encode(*args))
-      return latents[-1]
+  @jax.jit
+  def latents_and_loss(params):
+    latents = []
 
-  model = parity.nnx.merge(graphdef, params)
-  model.__class__ = Recorder
-  other = Objective(normalise_targets=False)
-  model_graph, model_params = parity.nnx.split(model)
-  loss, _ = parity.recorded_loss(model_params, case, graphdef=model_graph, objective=other)
-  np.testing.assert_allclose(latents[0], recorded['latent'], rtol=1e-5, atol=1e-5)
+    class Recorder(mae.MaskedAutoencoder):
+      def encode(self, *args):
+        latents.append(super().encode(*args))
+        return latents[-1]
+
+    model = parity.nnx.merge(graphdef, params)
+    model.__class__ = Recorder
+    other = Objective(normalise_targets=False)
+    model_graph, model_params = parity.nnx.split(model)
+    loss, _ = parity.recorded_loss(model_params, case, graphdef=model_graph, objective=other)
+    return latents[0], loss
+
+  latents, loss = latents_and_loss(params)
+  np.testing.assert_allclose(latents, recorded['latent'], rtol=1e-5, atol=1e-5)
   assert float(loss) == pytest.approx(float(recorded['loss_other_norm_pix']), rel=1e-6)
 
   none = [jnp.zeros_like(drops) for drops in case['drops']]
-  loss, _ = parity.recorded_loss(
-    params, case | {'drops': none}, graphdef=graphdef, objective=Objective()
-  )
+  loss_of = jax.jit(partial(parity.recorded_loss, graphdef=graphdef, objective=Objective()))
+  loss, _ = loss_of(params, case | {'drops': none})
   assert float(loss) == pytest.approx(float(recorded['loss_no_asad']), rel=1e-6)
 
 

@@ -1,5 +1,7 @@
 """Every random draw has its own key, which differs by seed, step, sample and purpose."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,11 +94,11 @@ def used(monkeypatch):
   found = {'masks': [], 'drops': [], 'rates': [], 'dense': 0}
 
   def scheme(keys, *, num_tokens, mask_ratio):
-    found['masks'] += words(keys)
+    found['masks'].append(keys)
     return masking.random_masking(keys, num_tokens=num_tokens, mask_ratio=mask_ratio)
 
   def asad_attention(query, key, value, *, draw_keys, drop_rate):
-    found['drops'].append(words(draw_keys))
+    found['drops'].append(draw_keys)
     found['rates'].append(drop_rate)
     return attention.dense_attention(query, key, value)
 
@@ -108,11 +110,18 @@ def used(monkeypatch):
   model = initial_model(TINY)
   frames = jax.random.normal(jax.random.key(1), (BATCH, 2, 16, 16, 3))
   masking_keys, asad_keys = jax.random.split(jax.random.key(2), (2, BATCH))
-  mae.pretraining_loss(
-    model, frames, masking_keys=masking_keys, asad_keys=asad_keys,
-    objective=Objective(attention_dropout=0.3),
-    implementations=attention.Implementations(dense_attention, asad_attention),
-  )  # fmt: skip
+
+  @jax.jit
+  def keys_used(frames, masking_keys, asad_keys):
+    mae.pretraining_loss(
+      model, frames, masking_keys=masking_keys, asad_keys=asad_keys,
+      objective=Objective(attention_dropout=0.3),
+      implementations=attention.Implementations(dense_attention, asad_attention),
+    )  # fmt: skip
+    return found['masks'], found['drops']
+
+  masks, drops = keys_used(frames, masking_keys, asad_keys)
+  found |= {'masks': words(jnp.concatenate(masks)), 'drops': [words(keys) for keys in drops]}
   return found, masking_keys, asad_keys
 
 
@@ -137,9 +146,9 @@ def test_the_loss_drops_by_the_rule_of_its_objective(monkeypatch):
 
   monkeypatch.setitem(asad.ATTENTION_DROPOUTS, 'mine', rule)
   keys = jax.random.split(jax.random.key(2), BATCH)
-  mae.pretraining_loss(
-    initial_model(TINY), jnp.zeros((BATCH, 2, 16, 16, 3)),
-    masking_keys=keys, asad_keys=keys,
+  loss = partial(
+    mae.pretraining_loss, initial_model(TINY), masking_keys=keys, asad_keys=keys,
     objective=Objective(attention_dropout=0.3, dropout_rule='mine'),
   )  # fmt: skip
+  jax.eval_shape(loss, jnp.zeros((BATCH, 2, 16, 16, 3)))
   assert rates == [0.3] * TINY.decoder_depth

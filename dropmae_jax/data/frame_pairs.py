@@ -137,16 +137,14 @@ class PairMaker:
     )
 
   def frame_numbers(self, key: PairKey) -> tuple[int, int]:
-    """Draws the numbers of two frames; reads nothing."""
-    return self._frame_numbers(key, iter(key.uniforms.tolist()).__next__)
-
-  def _frame_numbers(self, key: PairKey, uniform: Uniform) -> tuple[int, int]:
+    """Draws the numbers of two frames, from the first two numbers of a key; reads nothing."""
     num_frames = self._datasets[key.dataset].num_frames(key.video)
+    uniform = iter(key.uniforms[:2].tolist()).__next__
     return sample_pair(uniform, num_frames, self._options.frame_gap)
 
   def _draw(self, key: PairKey, damaged: tuple[str, ...]) -> DrawnPair:
-    videos, uniform = self._datasets[key.dataset], iter(key.uniforms.tolist()).__next__
-    numbers = self._frame_numbers(key, uniform)
+    videos, numbers = self._datasets[key.dataset], self.frame_numbers(key)
+    uniform = iter(key.uniforms[2:].tolist()).__next__
     images = [videos.frame(key.video, number) for number in numbers]
     sizes = [image.shape[:2] for image in images]
     boxes = [augment.random_resized_crop_box(uniform, *sizes[0])]

@@ -35,13 +35,8 @@ def flash_attention(
 ) -> Float[Array, 'b l m e']:
   """Attention without dropout by cuDNN, which stores no logits: NVIDIA GPUs, 16-bit floats.
 
-  Heads wider than 128, or not a multiple of 8, use `dense_attention`.
-
-  Args:
-    query: one vector per token and head.
-    key: likewise.
-    value: likewise.
-    mesh: the devices that the batch is split over, as in `on_each_device`.
+  Heads wider than 128, or not a multiple of 8, use `dense_attention`. The batch is split over the
+  mesh as in `on_each_device`.
   """
   if query.shape[-1] > 128 or query.shape[-1] % 8:
     return dense_attention(query, key, value)

@@ -28,11 +28,7 @@ def dense_attention(
 ) -> Float[Array, 'b l m e']:
   """Softmax attention without dropout; the softmax is in float32.
 
-  Args:
-    query: one vector per token and head.
-    key: likewise.
-    value: likewise.
-    loop: over chunks; the backward pass of more than one rematerialises the logits.
+  The backward pass of a loop of more than one chunk rematerialises the logits.
   """
 
   def attend(query: Array, key: Array, value: Array, nothing: None) -> Array:

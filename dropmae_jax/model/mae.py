@@ -5,6 +5,7 @@ functions are arguments, so tests can pass recorded ones. `pretraining_loss` dra
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -185,25 +186,44 @@ def pretraining_loss(
   return reconstruction_loss(reconstruction, targets, normalise_targets=objective.normalise_targets)
 
 
+class _ParamKeys(nnx.Rngs):
+  """The keys of `nnx.Rngs(params=key)`, counted in Python.
+
+  Flax (0.12.8) counts in an array. While a function is traced, each use of that searches the whole
+  trace so far, and a ViT-H takes seconds.
+  """
+
+  def __init__(self, key: Key[Array, '']) -> None:
+    super().__init__()
+    self._key, self._counts = key, itertools.count()
+
+  def params(self) -> Key[Array, '']:
+    """Returns the next key."""
+    return jax.random.fold_in(self._key, next(self._counts))
+
+
 @functools.lru_cache(maxsize=16)
 def abstract_model(
   architecture: Architecture, *, dtype: DTypeLike = jnp.float32, remat: str = 'none'
 ) -> tuple[nnx.GraphDef, dict]:
   """Returns the graph definition and the shapes of the parameters, without allocating any.
 
-  `nnx.merge(graphdef, params)` is a model; `params` is a pure dict of arrays. Tracing takes a
-  second for a ViT-B, so the result is cached: do not modify it.
+  `nnx.merge(graphdef, params)` is a model; `params` is a pure dict of arrays. The result is cached:
+  do not modify it.
   """
-  model = nnx.eval_shape(
-    lambda: MaskedAutoencoder(architecture, rngs=nnx.Rngs(params=0), dtype=dtype, remat=remat)
-  )
+
+  def make() -> MaskedAutoencoder:
+    keys = _ParamKeys(jax.random.key(0))
+    return MaskedAutoencoder(architecture, rngs=keys, dtype=dtype, remat=remat)
+
+  model = nnx.eval_shape(make)
   graphdef, state = nnx.split(model)
   return graphdef, nnx.to_pure_dict(state)
 
 
 def init_params(key: Key[Array, ''], architecture: Architecture) -> dict:
   """Draws initial parameters (always float32) as published, and returns them as a pure dict."""
-  model = MaskedAutoencoder(architecture, rngs=nnx.Rngs(params=key))
+  model = MaskedAutoencoder(architecture, rngs=_ParamKeys(key))
   return nnx.to_pure_dict(nnx.state(model))
 
 

@@ -44,12 +44,7 @@ def group_options(
 
 
 def to_torch(adamw: TorchAdamW, architecture: Architecture) -> dict[str, Any]:
-  """Returns the optimizer's state dict, with numpy arrays instead of tensors.
-
-  Args:
-    adamw: moments with the shapes of the parameters, and the options of both groups.
-    architecture: of the model.
-  """
+  """Returns the optimizer's state dict, with numpy arrays instead of tensors."""
   groups = parameter_groups(architecture)
   named = {
     key: layouts.to_torch(getattr(adamw.moments, field), architecture)

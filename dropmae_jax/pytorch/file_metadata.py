@@ -85,10 +85,7 @@ _DESCRIPTION = {
 
 
 def read(entries: Mapping[str, Any]) -> Metadata:
-  """Returns the metadata of a file.
-
-  Args:
-    entries: the file's top-level entries other than its tensors.
+  """Returns the metadata of a file, from its top-level entries other than tensors.
 
   Raises:
     UserError: a value is of the wrong type or out of its range; names the first.

@@ -137,10 +137,10 @@ def _architecture(tensors: Mapping[str, np.ndarray], size: str | None) -> Archit
   if size is None:
     rows = [name for name, row in vit.SIZES.items() if row.width == width]
     if not rows:
+      widths = ', '.join(f'{name}: {row.width}' for name, row in vit.SIZES.items())
       raise UserError(
-        f'no row of the size table has width {width} (widths are'
-        f' {_names(f"{name}: {row.width}" for name, row in vit.SIZES.items())}), so the number of'
-        ' heads is unknown; give --model if it is one of these with other shapes.'
+        f'no row of the size table has width {width} (widths are {widths}), so the number of heads'
+        ' is unknown; give --model if it is one of these with other shapes.'
       )
     row = vit.SIZES[rows[0]]._asdict() | {'depth': _depth(tensors, 'blocks.')}
     row |= {'width': width, 'patch_size': patch_size, 'mlp_ratio': hidden / width}

@@ -23,7 +23,8 @@ from dropmae_jax.model import fast_asad
 from dropmae_jax.model.asad import num_dropped
 
 fused = partial(asad_gpu.asad_attention, interpret=INTERPRET_GPU)
-dropped_pairs = partial(asad_gpu.dropped_pairs, interpret=INTERPRET_GPU)
+drop = jax.jit(asad_gpu.dropped_pairs, static_argnames=('drop_rate', 'interpret'))
+dropped_pairs = partial(drop, interpret=INTERPRET_GPU)
 
 
 def rounded(arrays):

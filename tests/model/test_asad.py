@@ -47,7 +47,8 @@ def test_number_dropped_is_the_published_truncation(length, rate, expected):
 def test_rules_drop_the_stated_number_and_never_the_diagonal(rule, scale, rate):
   query, key, _ = attention_cases.tokens(0, scale=scale)
   keys = jax.random.split(jax.random.key(1), 2)
-  drops = np.asarray(rule(keys, attention_cases.scaled_logits(query, key), drop_rate=rate))
+  drop = jax.jit(partial(rule, drop_rate=rate))
+  drops = np.asarray(drop(keys, attention_cases.scaled_logits(query, key)))
   np.testing.assert_array_equal(drops.sum(axis=(1, 3, 4)), num_dropped(16, rate))
   assert not np.einsum('bfmii->bfmi', drops).any()
 
@@ -57,10 +58,10 @@ def test_rules_draw_the_same_however_the_batch_is_split(rule):
   query, key, _ = attention_cases.tokens(4, b=4)
   keys = jax.random.split(jax.random.key(1), 4)
   logits = attention_cases.scaled_logits(query, key)
-  whole = rule(keys, logits, drop_rate=0.3)
+  drop = jax.jit(partial(rule, drop_rate=0.3))
+  whole = drop(keys, logits)
   parts = [
-    rule(keys[part], Logits(*(each[part] for each in logits)), drop_rate=0.3)
-    for part in (slice(1), slice(1, 4))
+    drop(keys[part], Logits(*(each[part] for each in logits))) for part in (slice(1), slice(1, 4))
   ]
   np.testing.assert_array_equal(whole, np.concatenate(parts))
   assert (whole[0] != whole[1]).any()
@@ -71,7 +72,8 @@ def test_rules_draw_the_same_however_the_batch_is_split(rule):
 def test_rules_are_a_masked_softmax_without_gradient_through_the_draw(rule, scale, rate, n):
   arguments = attention_cases.tokens(8, n=n, scale=scale)
   keys = jax.random.split(jax.random.key(2), 2)
-  drops = rule(keys, attention_cases.scaled_logits(*arguments[:2]), drop_rate=rate)
+  drop = jax.jit(partial(rule, drop_rate=rate))
+  drops = drop(keys, attention_cases.scaled_logits(*arguments[:2]))
   ours = partial(fast_asad.attention_with_rule, draw_keys=keys, drop_rate=rate, rule=rule)
   plain = partial(attention_cases.plain_attention, is_dropped=drops)
   attention_cases.assert_near(
@@ -158,7 +160,7 @@ def test_draws_of_heads_samples_and_blocks_differ():
     drop_rate=0.2,
     implementations=attention.Implementations(),
   )
-  first, second = (attend(query, key, value) for attend in blocks)
+  first, second = (jax.jit(attend)(query, key, value) for attend in blocks)
   assert not np.allclose(first, second)
 
 

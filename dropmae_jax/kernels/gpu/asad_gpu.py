@@ -210,15 +210,7 @@ def _unpadded(tokens: Float[Array, 'b f w d'], shape: tuple[int, ...]) -> Float[
 def _forward(
   query: Array, key: Array, value: Array, seeds: HeadSeeds, options: _Options
 ) -> tuple[Array, _Residuals]:
-  """Returns the output [b, l, m, e] and the residuals.
-
-  Args:
-    query: [b, l, m, e].
-    key: likewise.
-    value: likewise.
-    seeds: of the heads.
-    options: how to compile.
-  """
+  """Returns the output [b, l, m, e] and the residuals."""
 
   def run_on_device(query: Array, key: Array, value: Array, seeds: HeadSeeds) -> tuple:
     tokens = [_padded(each, options.rows) for each in (query, key, value)]
@@ -271,15 +263,9 @@ def asad_attention(
 ) -> Float[Array, 'b l m e']:
   """Attention with ASAD; no gradient flows through the draw.
 
-  Args:
-    query: bfloat16, one vector per token and head; the first half of the l tokens is the earlier
-      frame. For the possible sizes see `unsupported`.
-    key: likewise.
-    value: likewise.
-    draw_keys: random keys, one per sample.
-    drop_rate: P, the share of within-frame pairs to drop; `num_dropped` must not be 0.
-    mesh: the devices that the batch is split over, as in `on_each_device`.
-    interpret: parameters of Pallas' interpreter, to run without a GPU, slowly.
+  As `fast_asad.asad_attention`, for bfloat16 tokens of the sizes that `unsupported` allows. The
+  batch is split over a mesh as in `on_each_device`; with the parameters of Pallas' interpreter as
+  `interpret` it runs without a GPU, slowly.
   """
   seeds = weighted_sampling.head_seeds(draw_keys, query.shape[2])
   return _attend(query, key, value, seeds, _options(query, drop_rate, mesh, interpret))

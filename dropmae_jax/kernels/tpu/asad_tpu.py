@@ -117,15 +117,7 @@ def _run(
 def _forward(
   query: Array, key: Array, value: Array, words: Array, options: _Options
 ) -> tuple[Array, _Residuals]:
-  """Returns the output [b, l, m, e] and the residuals.
-
-  Args:
-    query: [b, l, m, e].
-    key: likewise.
-    value: likewise.
-    words: of `_words`.
-    options: how to compile.
-  """
+  """Returns the output [b, l, m, e] and the residuals."""
   _, length, num_heads, width = query.shape
   n, heads = length // 2, heads_at_once(num_heads, width)
   rows, columns = _padded(n)
@@ -196,15 +188,9 @@ def asad_attention(
 ) -> Float[Array, 'b l m e']:
   """Attention with ASAD; no gradient flows through the draw.
 
-  Args:
-    query: one vector per token and head; the first half of the l tokens is the earlier frame. For
-      the possible sizes see `unsupported`.
-    key: likewise.
-    value: likewise.
-    draw_keys: random keys, one per sample.
-    drop_rate: P, the share of within-frame pairs to drop; `num_dropped` must not be 0.
-    mesh: the devices that the batch is split over, as in `on_each_device`.
-    interpret: True, or parameters of Pallas' interpreter, to run without a TPU, slowly.
+  As `fast_asad.asad_attention`, for tokens of the sizes that `unsupported` allows. The batch is
+  split over a mesh as in `on_each_device`; with True or the parameters of Pallas' interpreter as
+  `interpret` it runs without a TPU, slowly.
   """
   options = _Options(num_dropped(query.shape[1] // 2, drop_rate), mesh, interpret)
   return _attend(query, key, value, _words(draw_keys, query.shape[2]), options)
