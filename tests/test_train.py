@@ -1,5 +1,7 @@
 """The training step: the same on any number of devices, micro-batches and restarts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,10 @@ def batches(count, seed=0):
   return [rng.integers(0, 256, shape, np.uint8) for _ in range(count)]
 
 
+# Programs are compiled once for all tests.
+build = functools.cache(train.build)
+
+
 class Trainer:
   """A jitted step on some devices, as train.py puts it together."""
 
@@ -43,7 +49,7 @@ class Trainer:
       objective=Objective(attention_dropout=0.2),
       optimizer=OptimizerOptions(base_learning_rate=0.032, warmup_steps=2),
     )
-    self.program = train.build(made, self.mesh)
+    self.program = build(made, self.mesh)
     self.state = self.program.init(jax.random.key(0))
     self.key = jax.device_put(jax.random.key(1), sharding.replicated(self.mesh))
 

@@ -46,16 +46,23 @@ def abstract_on(mesh):
   return sharding.abstract_on(mesh, shapes)
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope='module')
+def of_twelve_steps(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('saved')
   checkpoints = Checkpoints(
-    tmp_path, CheckpointOptions(every_steps=2, keep_last=2, keep_every=4), DESCRIPTION
+    workdir, CheckpointOptions(every_steps=2, keep_last=2, keep_every=4), DESCRIPTION
   )
   for step in range(2, 13, 2):
     assert checkpoints.is_due(step)
     checkpoints.save(step, state_at(step))
   checkpoints.close()
-  return tmp_path
+  return workdir
+
+
+@pytest.fixture
+def saved(of_twelve_steps, tmp_path):
+  """A copy for one test."""
+  return shutil.copytree(of_twelve_steps, tmp_path, dirs_exist_ok=True)
 
 
 def test_the_last_few_and_every_kth_are_kept(saved):
