@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from models import init_params, initial_model
+from models import initial_model
 
 from dropmae_jax import optimizer, train_step
 from dropmae_jax.config import Architecture, Objective, OptimizerOptions
@@ -77,7 +77,7 @@ def test_the_seeds_that_a_run_derives_differ():
 
 def test_initial_parameters_depend_on_the_key_and_no_two_are_equal():
   one, other = (
-    traverse_util.flatten_dict(init_params(jax.random.key(seed), TINY)) for seed in (0, 1)
+    traverse_util.flatten_dict(mae.init_params(jax.random.key(seed), TINY)) for seed in (0, 1)
   )
   drawn = {path: leaf for path, leaf in one.items() if (leaf != other[path]).any()}
   # All except position tables, norms and biases; but the bias of the patch embedding is drawn.

@@ -221,6 +221,7 @@ def abstract_model(
   return graphdef, nnx.to_pure_dict(state)
 
 
+@functools.partial(jax.jit, static_argnames='architecture')
 def init_params(key: Key[Array, ''], architecture: Architecture) -> dict:
   """Draws initial parameters (always float32) as published, and returns them as a pure dict."""
   model = MaskedAutoencoder(architecture, rngs=_ParamKeys(key))

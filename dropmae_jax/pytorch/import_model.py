@@ -162,7 +162,7 @@ def _fresh_tensors(architecture: Architecture, names: list[str]) -> dict[str, np
   if not names:
     return {}
   shallow = dataclasses.replace(architecture, depth=1)
-  params = jax.jit(mae.init_params, static_argnums=1)(jax.random.key(0), shallow)
+  params = mae.init_params(jax.random.key(0), shallow)
   state = layouts.to_torch(params, shallow)
   return {name: state[name] for name in names}
 

@@ -10,7 +10,7 @@ import pytest
 from attention_cases import equations
 from conftest import GOLDEN
 from flax import nnx, traverse_util
-from models import init_params, initial_model
+from models import initial_model
 
 from dropmae_jax.config import Objective
 from dropmae_jax.model import attention, fast_asad, mae, masking, patches
@@ -155,7 +155,7 @@ def test_initial_parameters_have_the_published_distribution():
     row['name']: row for row in json.loads((GOLDEN / 'vit_b_state_dict.json').read_text())
   }
   architecture = architecture_of_size('B', depth=1, decoder_depth=1)
-  params = init_params(jax.random.key(0), architecture)
+  params = mae.init_params(jax.random.key(0), architecture)
   for path, leaf in traverse_util.flatten_dict(params).items():
     name = '.'.join(map(str, path)).replace('kernel', 'weight').replace('scale', 'weight')
     row = recorded[name]

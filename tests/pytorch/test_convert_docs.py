@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, torch
-from models import init_params
 
+from dropmae_jax.model import mae
 from dropmae_jax.model.vit import architecture_of_size
 from dropmae_jax.pytorch import layouts, weight_files
 
@@ -18,7 +18,7 @@ BASE = architecture_of_size('B')
 
 @pytest.fixture(scope='module')
 def params():
-  drawn = init_params(jax.random.key(0), BASE)
+  drawn = mae.init_params(jax.random.key(0), BASE)
   return jax.tree.map(np.asarray, drawn)
 
 

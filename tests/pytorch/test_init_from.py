@@ -9,7 +9,6 @@ import pytest
 import safetensors.numpy
 from conftest import run_python, train_arguments
 from flax import traverse_util
-from models import init_params
 from test_commands import losses
 
 from dropmae_jax import sharding, train
@@ -28,7 +27,7 @@ TINY = architecture_of_size(
 
 
 def drawn(architecture, seed):
-  return jax.tree.map(np.asarray, init_params(jax.random.key(seed), architecture))
+  return jax.tree.map(np.asarray, mae.init_params(jax.random.key(seed), architecture))
 
 
 @pytest.fixture(scope='module')

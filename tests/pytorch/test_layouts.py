@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN, run_python
-from models import init_params
 
-from dropmae_jax.model import position_embedding
+from dropmae_jax.model import mae, position_embedding
 from dropmae_jax.model.vit import architecture_of_size
 from dropmae_jax.pytorch import layouts
 from dropmae_jax.runtime.errors import UserError
@@ -98,7 +97,7 @@ def test_layouts_hold_the_same_values():
 def test_another_resolution_is_written_with_the_published_tables():
   trained = architecture_of_size('S', image_size=256, depth=1, decoder_depth=1)
   published = architecture_of_size('S', depth=1, decoder_depth=1)
-  params = init_params(jax.random.key(0), trained)
+  params = mae.init_params(jax.random.key(0), trained)
   state = layouts.to_torch(params, trained)
   changed, architecture = layouts.at_published_resolution(state, trained)
   assert architecture == published

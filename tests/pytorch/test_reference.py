@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import init_params
 from test_layouts import TINY
 
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Objective
-from dropmae_jax.model import vit
+from dropmae_jax.model import mae, vit
 from dropmae_jax.pytorch import convert, layouts
 from dropmae_jax.runtime.errors import UserError
 
@@ -20,7 +19,7 @@ reference = pytest.importorskip('dropmae_jax.pytorch.reference', reason='PyTorch
 
 @pytest.fixture(scope='module')
 def params():
-  drawn = init_params(jax.random.key(0), TINY)
+  drawn = mae.init_params(jax.random.key(0), TINY)
   return jax.tree.map(np.asarray, drawn)
 
 
