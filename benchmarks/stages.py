@@ -42,7 +42,7 @@ class Laps:
 
 
 class TimedVideos(TfdsVideos):
-  """Times how a frame is read."""
+  """Reads frames as `TfdsVideos` does, without retries, and times the parts."""
 
   def __init__(self, clips: Clips, lap: Laps) -> None:
     super().__init__(clips.videos.folder, clips.split)
@@ -62,7 +62,7 @@ class TimedVideos(TfdsVideos):
 
 
 class TimedMaker(frame_pairs.PairMaker):
-  """Times how a chunk of pairs is made."""
+  """Makes chunks as `PairMaker` does, and times the parts."""
 
   def __init__(self, videos: TimedVideos, options: DataOptions, size: int, lap: Laps) -> None:
     super().__init__(videos, options, size)

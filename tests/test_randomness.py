@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+from flax import nnx, traverse_util
 from models import initial_model
 
 from dropmae_jax import optimizer, train_step
@@ -86,6 +86,15 @@ def test_initial_parameters_depend_on_the_key_and_no_two_are_equal():
   for shape in {leaf.shape for leaf in drawn.values()}:
     alike = [np.asarray(leaf).tobytes() for leaf in drawn.values() if leaf.shape == shape]
     assert len(set(alike)) == len(alike), shape
+
+
+def test_initial_parameters_have_the_keys_of_flax():
+  @jax.jit
+  def of_flax(key):
+    return nnx.to_pure_dict(nnx.state(mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=key))))
+
+  key = jax.random.key(3)
+  jax.tree.map(np.testing.assert_array_equal, mae.init_params(key, TINY), of_flax(key))
 
 
 @pytest.fixture

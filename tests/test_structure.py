@@ -124,7 +124,8 @@ def test_public_functions_are_documented_and_annotated(path):
   'module', [*(each for each in FILES if part_of(each) == 'model'), 'dropmae_jax.train_step']
 )
 def test_random_functions_do_not_make_keys_optional(module):
-  for _, function in inspect.getmembers(importlib.import_module(module), inspect.isfunction):
+  is_function = lambda each: inspect.isfunction(inspect.unwrap(each))  # Jitted ones too.
+  for _, function in inspect.getmembers(importlib.import_module(module), is_function):
     for name, parameter in inspect.signature(function).parameters.items():
       if 'key' in name:
         assert parameter.default is inspect.Parameter.empty

@@ -32,7 +32,7 @@ def frame_features() -> tfds.features.FeaturesDict:
 
 
 def frame_record(jpeg: bytes, video: Video, number: int) -> bytes:
-  """Returns a record of the features above, as TFDS encodes them, with equal bytes everywhere.
+  """Returns a record of `frame_features`, encoded as by TFDS, with the same bytes in every process.
 
   TFDS's own serializer orders the features differently in each process.
 

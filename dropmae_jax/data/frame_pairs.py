@@ -19,7 +19,7 @@ from dropmae_jax.data import augment, loader, loader_process
 from dropmae_jax.data.augment import Box, Uniform
 from dropmae_jax.data.loader import DAMAGED, FRAMES, Chunk
 from dropmae_jax.data.mixture import Mixture, mixture_of
-from dropmae_jax.data.pair_stream import PAIR_DRAWS, PairKey, pair_keys
+from dropmae_jax.data.pair_stream import FRAME_DRAWS, PAIR_DRAWS, PairKey, pair_keys
 from dropmae_jax.data.video_source import DamagedRecord, VideoSource
 
 # How many videos are tried for one pair.
@@ -36,7 +36,7 @@ def sample_pair(uniform: Uniform, num_frames: int, frame_gap: int) -> tuple[int,
   one frame returns this frame twice.
 
   Args:
-    uniform: called twice.
+    uniform: called FRAME_DRAWS times.
     num_frames: of the clip; at least 1.
     frame_gap: at least 2.
   """
@@ -137,14 +137,14 @@ class PairMaker:
     )
 
   def frame_numbers(self, key: PairKey) -> tuple[int, int]:
-    """Draws the numbers of two frames, from the first two numbers of a key; reads nothing."""
+    """Draws the numbers of two frames; reads nothing."""
     num_frames = self._datasets[key.dataset].num_frames(key.video)
-    uniform = iter(key.uniforms[:2].tolist()).__next__
+    uniform = iter(key.uniforms[:FRAME_DRAWS].tolist()).__next__
     return sample_pair(uniform, num_frames, self._options.frame_gap)
 
   def _draw(self, key: PairKey, damaged: tuple[str, ...]) -> DrawnPair:
     videos, numbers = self._datasets[key.dataset], self.frame_numbers(key)
-    uniform = iter(key.uniforms[2:].tolist()).__next__
+    uniform = iter(key.uniforms[FRAME_DRAWS:].tolist()).__next__
     images = [videos.frame(key.video, number) for number in numbers]
     sizes = [image.shape[:2] for image in images]
     boxes = [augment.random_resized_crop_box(uniform, *sizes[0])]

@@ -17,8 +17,9 @@ from dropmae_jax.data.video_source import VideoSource
 
 # More than any run needs.
 EPOCHS = 10**9
-# Random numbers of a pair: one per frame number, and those of two crops.
-PAIR_DRAWS = 2 + 2 * augment.CROP_DRAWS
+# Random numbers of a pair: those of the frame numbers, then those of two crops.
+FRAME_DRAWS = 2
+PAIR_DRAWS = FRAME_DRAWS + 2 * augment.CROP_DRAWS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

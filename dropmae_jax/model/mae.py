@@ -189,8 +189,8 @@ def pretraining_loss(
 class _ParamKeys(nnx.Rngs):
   """The keys of `nnx.Rngs(params=key)`, counted in Python.
 
-  Flax (0.12.8) counts in an array. While a function is traced, each use of that searches the whole
-  trace so far, and a ViT-H takes seconds.
+  Flax (0.12.8) keeps the count in an array. Under tracing, each access to it searches the trace
+  made so far, which takes seconds for a ViT-H.
   """
 
   def __init__(self, key: Key[Array, '']) -> None:

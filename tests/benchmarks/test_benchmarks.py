@@ -87,6 +87,7 @@ def test_stages_make_the_training_stream(data_dir):
     options = DataOptions(frame_gap=4, num_threads=0, resize=resize)
     taken, batches = stages.time_stages(found, options, image_size=32, seed=3, pairs=40)
     assert set(taken) == set(stages.STAGES)
+    assert min(taken.values()) > 0
     stream = frame_pairs.pair_batches(found.videos, options, image_size=32, batch_size=8, seed=3)
     for start in range(0, 40, 8):
       expected = next(stream)

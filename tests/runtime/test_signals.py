@@ -123,8 +123,9 @@ for first, second in itertools.product((signal.SIGINT, signal.SIGTERM), repeat=2
     child(first, second)
   children[pid] = second
 for pid, second in children.items():
-  is_ended = -os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == second
-  os.write(1, f'{is_ended}\\n'.encode())  # At once, as the others write too.
+  # Written at once, so that no line of a child comes in between.
+  by_second = -os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == second
+  os.write(1, f'{by_second}\\n'.encode())
 """
 
 
