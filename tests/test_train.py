@@ -75,7 +75,7 @@ def assert_same_state(first, second, *, rtol):
   [
     pytest.param(8, 4, 1, 'none', marks=pytest.mark.slow),
     pytest.param(1, 1, 2, 'none', marks=pytest.mark.slow),
-    (4, 2, 2, 'full'),
+    (2, 2, 4, 'full'),  # Not 2 micro-batches, as in the recorded trace.
     pytest.param(8, 1, 1, 'none', marks=pytest.mark.slow),
     pytest.param(8, 8, 1, 'none', marks=pytest.mark.slow),
     pytest.param(1, 1, 1, 'full', marks=pytest.mark.slow),
@@ -101,7 +101,7 @@ def test_batches_are_really_split_over_the_devices():
 
 
 def test_matrices_and_their_moments_are_really_split():
-  trainer = Trainer(devices=4, fsdp=2, accumulation_steps=2, remat='full')
+  trainer = Trainer(devices=2, fsdp=2, accumulation_steps=4, remat='full')
   trainer.run(batches(1))
   state = trainer.state
   adam = state.opt_state[0]
