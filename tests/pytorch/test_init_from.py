@@ -84,8 +84,9 @@ def test_files_of_every_layout(workdir, params, tmp_path, layout):
   assert any('initialised:' in line for line in start.report) == (layout != 'full')
 
 
-def test_another_decoder_is_drawn_afresh(workdir, params):
-  other = dataclasses.replace(TINY, decoder_depth=1)
+@pytest.mark.parametrize('changed', [{'decoder_depth': 1}, {'decoder_width': 64}])
+def test_another_decoder_is_drawn_afresh(workdir, params, changed):
+  other = dataclasses.replace(TINY, **changed)
   start = init_from.read(workdir, other)
   assert {path[0] for path in start.params} >= {'blocks', 'norm', 'temporal_pos_embed_x'}
   assert not any('decoder' in str(path[0]) or path[0] == 'mask_token' for path in start.params)
