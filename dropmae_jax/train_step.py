@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from dropmae_jax import optimizer, sharding
 from dropmae_jax.config import Architecture, Config, Objective
 from dropmae_jax.kernels import implementations
-from dropmae_jax.model import mae, masking, pixels
+from dropmae_jax.model import asad, mae, masking, pixels
 from dropmae_jax.model.attention import Implementations
 from dropmae_jax.optimizer import TrainState
 from dropmae_jax.runtime.errors import UserError
@@ -180,11 +180,21 @@ def build(config: Config, mesh: Mesh) -> Model:
   The old state is donated to the step. Nothing is compiled before the first call.
 
   Raises:
-    UserError: the devices do not divide the batch, or do not run the attention asked for.
+    UserError: the devices do not divide the batch, or do not run the attention asked for; or a
+      masking scheme or dropout rule of the user does not return what it must.
   """
   try:
     sharding.check_batch(config.batch_size, config.accumulation_steps, mesh)
-    masking.num_visible(config.model.num_tokens, config.objective.mask_ratio)
+    masking.check_scheme(
+      config.objective.masking,
+      num_tokens=config.model.num_tokens,
+      mask_ratio=config.objective.mask_ratio,
+    )
+    asad.check_rule(
+      config.objective.dropout_rule,
+      tokens_per_frame=config.model.tokens_per_frame,
+      drop_rate=config.objective.attention_dropout,
+    )
     attention = attention_implementations(config, mesh)
   except ValueError as error:
     raise UserError(f'config: {error}') from error

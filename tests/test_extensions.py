@@ -5,8 +5,15 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import pytest
 from conftest import COMPILE_ONCE, ROOT, TINY
+
+from dropmae_jax import sharding, train
+from dropmae_jax.config import Config, Objective
+from dropmae_jax.model import asad, masking, vit
+from dropmae_jax.runtime.errors import UserError
 
 BEGIN = """
 import jax, jax.numpy as jnp, numpy as np
@@ -72,3 +79,47 @@ def test_a_file_of_the_users_adds_to_the_product(tmp_path):
   described = json.loads((tmp_path / 'run/checkpoints/3/description/metadata').read_text())
   assert described['architecture']['width'] == 32
   assert ', 12 videos,' in done.stdout
+
+
+# What a scheme returns for two samples of eight tokens.
+BAD_MASKINGS = {
+  'no Masking': (np.arange(4), np.arange(4, 8)),
+  'no samples': masking.Masking(np.arange(4), np.arange(4, 8)),
+  'one sample': masking.Masking(np.arange(4)[None], np.arange(4, 8)[None]),
+  'none masked': masking.Masking(np.tile(np.arange(8), (2, 1)), np.zeros((2, 0), int)),
+  'one too few': masking.Masking(np.tile(np.arange(4), (2, 1)), np.tile(np.arange(4, 7), (2, 1))),
+  'one twice': masking.Masking(np.tile(np.arange(4), (2, 1)), np.tile(np.arange(3, 7), (2, 1))),
+}
+
+
+@pytest.mark.parametrize('returned', BAD_MASKINGS.values(), ids=BAD_MASKINGS)
+def test_a_scheme_that_does_not_part_the_tokens_is_refused(monkeypatch, returned):
+  monkeypatch.setitem(masking.MASKING_SCHEMES, 'mine', lambda *_, **__: returned)
+  with pytest.raises(ValueError, match=r"^masking='mine' must return .* each of the 8 tokens"):
+    masking.check_scheme('mine', num_tokens=8, mask_ratio=0.5)
+
+
+BAD_RULES = {
+  'nothing': lambda keys, logits, *, drop_rate: None,
+  'numbers': lambda keys, logits, *, drop_rate: logits.own,
+  'one sample': lambda keys, logits, *, drop_rate: logits.own[0] > 0,
+}
+
+
+@pytest.mark.parametrize('rule', BAD_RULES.values(), ids=BAD_RULES)
+def test_a_rule_that_does_not_mark_the_pairs_is_refused(monkeypatch, rule):
+  monkeypatch.setitem(asad.ATTENTION_DROPOUTS, 'mine', rule)
+  with pytest.raises(ValueError, match=r"^dropout_rule='mine' must return booleans .* it returns"):
+    asad.check_rule('mine', tokens_per_frame=4, drop_rate=0.5)
+
+
+@pytest.mark.parametrize(('field', 'table'), [
+  ('masking', masking.MASKING_SCHEMES), ('dropout_rule', asad.ATTENTION_DROPOUTS)
+])  # fmt: skip
+def test_they_are_checked_before_a_model_is_built(monkeypatch, field, table):
+  monkeypatch.setitem(table, 'mine', lambda *_, **__: None)
+  objective = Objective(**{field: 'mine'})
+  model = vit.architecture_of_size('XXS', image_size=32)
+  config = Config(data_dir='', num_steps=1, batch_size=1, model=model, objective=objective)
+  with pytest.raises(UserError, match=f"^config: {field}='mine' must return"):
+    train.build(config, sharding.make_mesh(jax.devices()[:1]))

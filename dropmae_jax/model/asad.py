@@ -10,6 +10,7 @@ The tests of counts and gradients run on every entry.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -82,3 +83,20 @@ def asad(keys: Key[Array, ' b'], logits: Logits, *, drop_rate: float) -> Bool[Ar
 DropoutRule = Callable[..., Bool[Array, 'b f m i n']]
 # The names are the values of `config.objective.dropout_rule`.
 ATTENTION_DROPOUTS: dict[str, DropoutRule] = {'asad': asad}
+
+
+def check_rule(name: str, *, tokens_per_frame: int, drop_rate: float) -> None:
+  """Traces an entry of `ATTENTION_DROPOUTS`, which may be a user's.
+
+  Raises:
+    ValueError: it does not return booleans of the shape of the logits.
+  """
+  shape = 2, 2, 3, tokens_per_frame, tokens_per_frame
+  logits = Logits(*[jax.ShapeDtypeStruct(shape, jnp.float32)] * 2)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+  drop = jax.eval_shape(partial(ATTENTION_DROPOUTS[name], drop_rate=drop_rate), keys, logits)
+  if getattr(drop, 'shape', None) != shape or drop.dtype != bool:
+    raise ValueError(
+      f'dropout_rule={name!r} must return booleans of the shape of logits.own, here {list(shape)};'
+      f' it returns {drop}.'
+    )

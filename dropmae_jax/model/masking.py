@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 
@@ -55,6 +56,26 @@ def random_masking(keys: Key[Array, ' b'], *, num_tokens: int, mask_ratio: float
 
 
 MASKING_SCHEMES = {'random': random_masking}
+
+
+def check_scheme(name: str, *, num_tokens: int, mask_ratio: float) -> None:
+  """Draws once from an entry of `MASKING_SCHEMES`, which may be a user's.
+
+  Raises:
+    ValueError: a token is neither visible nor masked, or both; or none is visible, or none masked.
+  """
+  keys = jax.random.split(jax.random.key(0), 2)
+  drawn = MASKING_SCHEMES[name](keys, num_tokens=num_tokens, mask_ratio=mask_ratio)
+  is_partition = (
+    isinstance(drawn, Masking)
+    and all(each.ndim == 2 and len(each) == 2 and each.size for each in drawn)
+    and np.array_equal(np.sort(np.concatenate(drawn, axis=1)), [range(num_tokens)] * 2)
+  )
+  if not is_partition:
+    raise ValueError(
+      f'masking={name!r} must return Masking(visible, masked) that names each of the {num_tokens}'
+      ' tokens of every sample once.'
+    )
 
 
 def is_masked(masking: Masking) -> Bool[Array, 'b l']:

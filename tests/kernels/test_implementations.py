@@ -132,6 +132,12 @@ def test_a_rule_of_the_users_is_used_wherever_nothing_else_is_chosen(monkeypatch
     np.testing.assert_allclose(output, expected, atol=1e-5)
 
 
+def test_a_rule_of_the_users_leaves_the_encoder_its_loop(monkeypatch):
+  monkeypatch.setitem(asad.ATTENTION_DROPOUTS, 'mine', lambda *_, **__: None)
+  choose = partial(implementations.choose, 'auto', sharding.make_mesh(jax.devices()[:1]), **SIZES)
+  assert choose(rule='mine').dense.keywords == choose().dense.keywords
+
+
 def test_kernels_are_refused_where_there_are_none():
   mesh = sharding.make_mesh(jax.devices()[:1])
   with pytest.raises(ValueError, match="attention='flash' is unknown; use one of auto, xla, fused"):
