@@ -1,15 +1,12 @@
-"""Measures the memory of a loader process with a dataset as large as Kinetics-400.
+"""Measures the memory of the loader with a dataset as large as Kinetics-400.
 
-    python -m benchmarks.loader_memory --json=FILE
+    python -m benchmarks.loader_memory
 
 The index has 240,000 videos of 300 frames in 9,000 shards, as the real dataset. All shards are
 links to one file of 8,000 small records, so they need no disk. Frames have 340x256 pixels, crops
 224. Every open shard keeps its index in memory, so memory grows with the shards that are open.
 """
 
-import argparse
-import json
-import multiprocessing
 import os
 import pathlib
 import tempfile
@@ -19,10 +16,8 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
-from absl import flags
 from array_record.python import array_record_module
 
-from benchmarks import rounds
 from dropmae_jax.config import DataOptions
 from dropmae_jax.data import frame_pairs, video_source
 from dropmae_jax.runtime import cli
@@ -34,8 +29,7 @@ DATASET = 'kinetics_frames/synthetic'
 RECORDS = 8000
 FRAME = (256, 340)
 IMAGE_SIZE = 224
-# Of several chunks, as in training.
-BATCH = 128
+BATCH = 32
 
 
 def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -> None:
@@ -84,88 +78,66 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
   )
 
 
-def memory_of(pid: int) -> dict[str, float]:
-  """Returns `rss_mb`, `pss_mb` (shared pages counted by share) and `open_files` of a process."""
-  lines = pathlib.Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()[1:]
-  sizes = {line.split(':')[0]: int(line.split()[1]) / 1024 for line in lines}
-  files = len(os.listdir(f'/proc/{pid}/fd'))
-  return {'rss_mb': sizes['Rss'], 'pss_mb': sizes['Pss'], 'open_files': files}
+def memory() -> dict[str, float]:
+  """Returns `rss_mb`, `threads` and `open_files` of this process."""
+  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  fields = dict(line.split(':', 1) for line in lines)
+  return {
+    'rss_mb': int(fields['VmRSS'].split()[0]) / 1024,
+    'threads': int(fields['Threads']),
+    'open_files': len(os.listdir('/proc/self/fd')),
+  }
 
 
-def measure(data_dir: pathlib.Path, *, num_pairs: int, num_workers: int) -> dict[str, Any]:
-  """Reads pairs; returns times, and memory after the first batch and at the end.
+def measure(data_dir: pathlib.Path, *, num_batches: int) -> dict[str, Any]:
+  """Reads batches; returns times, and memory before, after the first batch, at the end and after.
 
   Args:
     data_dir: of `write_dataset`.
-    num_pairs: to read after the first batch.
-    num_workers: processes of the loader.
+    num_batches: to read after the first.
   """
+  rows = {'before': memory()}
   began = time.perf_counter()
   dataset = video_source.open_dataset(str(data_dir), DATASET)
   opened = time.perf_counter()
-  options = DataOptions(num_workers=num_workers)
   stream = frame_pairs.pair_batches(
-    dataset, options, image_size=IMAGE_SIZE, batch_size=BATCH, seed=0
+    dataset, DataOptions(), image_size=IMAGE_SIZE, batch_size=BATCH, seed=0
   )
   next(stream)
   first = time.perf_counter()
-  rows = []
-  for count in sorted({0, num_pairs}):
-    for _ in range(-(-count // BATCH)):
-      next(stream)
-    for process in multiprocessing.active_children():
-      rows.append({'process': process.pid, 'pairs': count, **memory_of(process.pid)})
+  rows['first batch'] = memory()
+  for _ in range(num_batches):
+    next(stream)
   took = time.perf_counter() - first
+  rows[f'{num_batches} batches'] = memory()
   stream.close()
+  rows['closed'] = memory()
   return {
     'videos': len(dataset),
     'seconds_to_open': opened - began,
     'seconds_to_first_batch': first - began,
-    'pairs_per_second': num_pairs / took,
-    'processes': rows,
+    'pairs_per_second': num_batches * BATCH / took,
+    'memory': rows,
   }
-
-
-def parse() -> argparse.Namespace:
-  """Reads the command line.
-
-  Raises:
-    UserError: a flag is wrong.
-  """
-  parser = cli.Parser(description=__doc__.splitlines()[0])
-  parser.add_argument('--num_videos', type=int, default=240_000, help='of the index (%(default)s)')
-  parser.add_argument('--frames', type=int, default=300, help='of a video (%(default)s)')
-  parser.add_argument('--pairs', type=int, default=8_000, help='to read then (%(default)s)')
-  parser.add_argument('--workers', type=int, default=2, help='of the loader (%(default)s)')
-  parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
-  arguments = parser.parse_args()
-  for name, least in (('num_videos', 1), ('frames', 1), ('pairs', 0), ('workers', 1)):
-    if getattr(arguments, name) < least:
-      raise UserError(f'--{name}={getattr(arguments, name)} is too small; give at least {least}.')
-  rounds.check_output(arguments.json)
-  return arguments
 
 
 def main() -> None:
   """Builds the dataset in a temporary folder, measures, and prints."""
-  arguments = parse()
-  flags.FLAGS.mark_as_parsed()  # Grain's processes read absl flags.
+  parser = cli.Parser(description=__doc__.splitlines()[0])
+  parser.add_argument('--batches', type=int, default=10_000, help='to read (%(default)s)')
+  batches = parser.parse_args().batches
+  if batches < 1:
+    raise UserError(f'--batches={batches} is too small; give at least 1.')
   with tempfile.TemporaryDirectory() as folder:
-    data_dir = pathlib.Path(folder)
-    write_dataset(data_dir, num_videos=arguments.num_videos, num_frames=arguments.frames)
-    found = measure(data_dir, num_pairs=arguments.pairs, num_workers=arguments.workers)
+    write_dataset(pathlib.Path(folder), num_videos=240_000, num_frames=300)
+    found = measure(pathlib.Path(folder), num_batches=batches)
   print(
     f'{found["videos"]} videos: opened in {found["seconds_to_open"]:.1f} s, first batch after'
     f' {found["seconds_to_first_batch"]:.1f} s, {found["pairs_per_second"]:.0f} pairs/s'
   )
-  print(f'{"process":>10} {"pairs read":>10} {"RSS MB":>8} {"PSS MB":>8} {"open files":>10}')
-  for row in found['processes']:
-    print(
-      f'{row["process"]:>10} {row["pairs"]:>10} {row["rss_mb"]:>8.0f} {row["pss_mb"]:>8.0f}'
-      f' {row["open_files"]:>10}'
-    )
-  if arguments.json:
-    arguments.json.write_text(json.dumps(found, indent=1))
+  print(f'{"after":>15} {"RSS MB":>8} {"threads":>8} {"open files":>10}')
+  for name, row in found['memory'].items():
+    print(f'{name:>15} {row["rss_mb"]:>8.0f} {row["threads"]:>8} {row["open_files"]:>10}')
 
 
 if __name__ == '__main__':

@@ -53,7 +53,9 @@ def open_mixture(data_dir: str, text: str, split: str = 'train') -> Mixture:
     UserError: the text cannot be parsed, or a dataset is missing or cannot be read.
   """
   weights = _parse_weights(text)
-  datasets = tuple(open_dataset(data_dir, name, split) for name in weights)
+  datasets = tuple(
+    open_dataset(data_dir, name, split, num_datasets=len(weights)) for name in weights
+  )
   if len(weights) > 1 and is_version_folder(pathlib.Path(data_dir)):
     raise UserError(
       f'data_dir={data_dir!r} is the folder of one dataset, and dataset={text!r} names'

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
+from dropmae_jax.data.shards import Shards
 from dropmae_jax.runtime.errors import PROGRAM_ERRORS, UserError
 
 # Major versions of the dataset that can be read; other parts of the version do not matter here.
@@ -37,9 +38,9 @@ class DamagedRecord(UserError):
 class VideoSource(Protocol):
   """A dataset as the pipeline reads it: videos by number, frames by number.
 
-  It is pickled for loader processes. Two members are optional: an attribute `fingerprint`, a string
-  that differs if the frames differ (see `fingerprint` below), and a method `paths`, which returns a
-  name for every video.
+  Several threads read from it at a time. Two members are optional: an attribute `fingerprint`, a
+  string that differs if the frames differ (see `fingerprint` below), and a method `paths`, which
+  returns a name for every video.
   """
 
   def __len__(self) -> int:
@@ -63,12 +64,13 @@ class TfdsVideos:
     fingerprint: a hash of the stored frames of all splits, and of their videos.
   """
 
-  def __init__(self, folder: pathlib.Path, split: str) -> None:
+  def __init__(self, folder: pathlib.Path, split: str, *, num_datasets: int = 1) -> None:
     """Opens a split.
 
     Args:
       folder: of one version.
       split: of the dataset.
+      num_datasets: that this process reads together.
 
     Raises:
       UserError: there is no such split, or its files are missing, cut short or damaged.
@@ -90,8 +92,7 @@ class TfdsVideos:
         f' {", ".join(builder.info.splits)}.'
       )
     self._check_shards(names, int(info.num_bytes))
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    self._records = builder.as_data_source(split, deserialize_method=raw)
+    self._records = Shards(info.file_instructions, num_datasets=num_datasets)
     self._first, self._frames, self.fingerprint = self._read_index()
 
   def _check_shards(self, names: list[str], num_bytes: int) -> None:
@@ -162,25 +163,18 @@ class TfdsVideos:
     raise AssertionError('unreachable')
 
   def _unreadable(self, video: int, record: int, error: Exception) -> UserError:
-    instructions = self._records.dataset_info.splits[self._split].file_instructions
-    ends = np.cumsum([each.take for each in instructions])
-    if 'Too many open files' in str(error):
-      return UserError(
-        f'this process may not open the {len(instructions)} shards of {self.folder} at once; raise'
-        ' the hard limit of open files (ulimit -Hn, or LimitNOFILE and the like of a scheduler).'
-      )
     if isinstance(error, OSError) or SYSTEM_CALL_FAILED.search(str(error)):
       return UserError(
         f'{self.folder} cannot be read ({error}); check its storage, and give the same command'
         ' again.'
       )
-    file = instructions[int(np.searchsorted(ends, record, side='right'))].filename
     try:
       path = str(self.paths()[video])
     except Exception:  # The user has to see the error of the record.
       path = 'unknown path'
     return DamagedRecord(
-      f'video {video} ({path}) cannot be read: record {record} of split {self._split}, in {file},'
+      f'video {video} ({path}) cannot be read: record {record} of split {self._split}, in'
+      f' {self._records.file_of(record)},'
       f' is damaged ({_reason(error)}); {_remedy(self.folder)}.'
     )
 
@@ -207,7 +201,9 @@ def _other_version(folder: pathlib.Path, version: str) -> UserError:
   )
 
 
-def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> VideoSource:
+def open_dataset(
+  data_dir: str, dataset: str, split: str = 'train', *, num_datasets: int = 1
+) -> VideoSource:
   """Opens a dataset of tfds_kinetics, or one of a class of the user's own.
 
   Args:
@@ -215,6 +211,7 @@ def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> VideoSour
     dataset: TFDS name and config, such as 'kinetics_frames/folder'; or 'MODULE:CLASS', where
       CLASS(data_dir, split) returns a `VideoSource`.
     split: of the dataset.
+    num_datasets: that this process reads together.
 
   Raises:
     UserError: there is no such dataset, and the message names the command that builds it; or it
@@ -223,7 +220,7 @@ def open_dataset(data_dir: str, dataset: str, split: str = 'train') -> VideoSour
   try:
     if ':' in dataset:
       return _open_class(data_dir, dataset, split)
-    return _open_tfds(data_dir, dataset, split)
+    return _open_tfds(data_dir, dataset, split, num_datasets)
   except OSError as error:  # Names the file, which may be a link in data_dir.
     raise UserError(
       f'{error.filename or data_dir} cannot be opened ({error.strerror or error}); give another'
@@ -260,11 +257,11 @@ def fingerprint(videos: VideoSource) -> str:
   return digest.hexdigest()
 
 
-def _open_tfds(data_dir: str, dataset: str, split: str) -> TfdsVideos:
+def _open_tfds(data_dir: str, dataset: str, split: str, num_datasets: int) -> TfdsVideos:
   """Opens the newest version of a dataset of tfds_kinetics."""
   root = pathlib.Path(data_dir)
   if is_version_folder(root):
-    return TfdsVideos(root, split)
+    return TfdsVideos(root, split, num_datasets=num_datasets)
   versions = sorted(
     (
       info.parent
@@ -283,7 +280,7 @@ def _open_tfds(data_dir: str, dataset: str, split: str) -> TfdsVideos:
   # Checked before TFDS parses the metadata, which may fail on another format.
   if int(newest.name.partition('.')[0]) not in SUPPORTED_VERSIONS:
     raise _other_version(newest, newest.name)
-  return TfdsVideos(newest, split)
+  return TfdsVideos(newest, split, num_datasets=num_datasets)
 
 
 def is_version_folder(folder: pathlib.Path) -> bool:
