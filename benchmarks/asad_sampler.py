@@ -23,7 +23,7 @@ from einops import rearrange
 from benchmarks import rounds
 from benchmarks.parts import chunks_here, drops
 from benchmarks.rounds import Way
-from dropmae_jax.data import loader_process
+from dropmae_jax.data import loader
 from dropmae_jax.model.asad import EPSILON, Logits, num_dropped
 from dropmae_jax.model.chunks import ChunkCounts
 from dropmae_jax.runtime import cli
@@ -170,8 +170,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
   """The command line."""
-  # As in a training run without loader processes.
-  loader_process.keep_freed_memory()
+  # As in a training run.
+  loader.keep_freed_memory()
   arguments = parse()
   rows = measure(arguments)
   threads = rounds.import_torch().get_num_threads()

@@ -6,6 +6,7 @@ the last keyframe before the earlier frame.
 
 import importlib.util
 import pathlib
+import threading
 from collections.abc import Iterator
 
 import av
@@ -74,7 +75,7 @@ class FileVideos:
     self._paths = paths
     self._num_frames = num_frames
     self._reader = reader
-    self._opened: tuple[int, PyAvReader | DecordReader] | None = None
+    self._of_thread = threading.local()  # The open file, and its video.
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -85,9 +86,10 @@ class FileVideos:
 
   def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
     """Decodes a frame; the file stays open for the second frame of the pair only."""
-    if self._opened and self._opened[0] == video:
-      reader, self._opened = self._opened[1], None
+    opened, reader = getattr(self._of_thread, 'opened', (None, None))
+    if opened == video:
+      self._of_thread.opened = None, None
     else:
       reader = READERS[self._reader](self._paths[video])
-      self._opened = video, reader
+      self._of_thread.opened = video, reader
     return reader.read(number)

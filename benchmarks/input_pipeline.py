@@ -4,24 +4,21 @@
     python -m benchmarks.input_pipeline --videos=FOLDER --rescale
 
 The pairs are those of training. For comparison, the same pairs are also decoded from the video
-files, with PyAV, and with decord if it is installed. Every way is measured once in each repeat; the
-table gives the median and the range over the repeats. "Per core" is per second of CPU time,
-including that of the loader's processes (Linux only).
+files, with PyAV, and with decord if it is installed. "python" reads records but decodes and resizes
+nothing: what is left holds Python's lock (the GIL), so it bounds the pairs of a process. Every way
+is measured once in each repeat; the table gives the median and the range over the repeats. "Per
+core" is per second of CPU time.
 """
 
 import argparse
 import contextlib
 import json
-import multiprocessing
-import os
 import pathlib
 import re
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-from absl import flags
 
 from benchmarks import baselines, clips, rounds, stages
 from benchmarks.clips import Clips
@@ -37,17 +34,17 @@ LIBRARIES = (
 ).split()
 IMAGE_SIZE = 224
 # So that a batch of a baseline takes about as long as one of the dataset.
-BATCH = {'dataset': 32, 'pyav': 4, 'decord': 4}
-# Loader processes fill their buffers before the clock starts; this many batches empty them.
-WARM_UP_BATCHES = 4
+BATCH = {'dataset': 32, 'python': 32, 'pyav': 4, 'decord': 4}
+# Buffers are full before the clock starts; this many batches empty them.
+WARM_UP_BATCHES = 6
 
 
 class Way(NamedTuple):
-  """One way to make pairs: a source of frames, a resize, and a number of loader processes."""
+  """One way to make pairs: a source of frames, a resize, and a number of threads."""
 
   source: str
   resize: str
-  workers: int
+  threads: int
 
 
 class Rate(NamedTuple):
@@ -57,60 +54,56 @@ class Rate(NamedTuple):
   core: float
 
 
-def cpu_seconds() -> float:
-  """Returns the CPU time of this process and of its children that are alive."""
-  ticks = 0
-  for child in multiprocessing.active_children():
-    status = pathlib.Path(f'/proc/{child.pid}/stat').read_text()
-    # Fields 14 and 15 of proc(5), counted after the name, which may contain spaces.
-    ticks += sum(int(field) for field in status.rpartition(')')[2].split()[11:13])
-  return time.process_time() + ticks / os.sysconf('SC_CLK_TCK')
-
-
 def measure(found: Clips, way: Way, *, seed: int, pairs: int) -> Rate:
-  """Times the training stream over `pairs` pairs per worker, after a warm-up."""
-  videos, batch_size = found.videos, min(pairs, BATCH[way.source])
-  if way.source != 'dataset':
+  """Times the training stream over `pairs` pairs, after a warm-up."""
+  videos, batch_size, image_size = found.videos, min(pairs, BATCH[way.source]), IMAGE_SIZE
+  if way.source == 'python':
+    videos, image_size = stages.WithoutPixels(found), stages.WithoutPixels.SIZE
+  elif way.source != 'dataset':
     frames = [videos.num_frames(video) for video in range(len(videos))]
     videos = baselines.FileVideos(found.paths, frames, way.source)
-  options = DataOptions(resize=way.resize, num_workers=way.workers, num_threads=0)
+  options = DataOptions(resize=way.resize, num_threads=way.threads)
   stream = frame_pairs.pair_batches(
-    videos, options, image_size=IMAGE_SIZE, batch_size=batch_size, seed=seed
+    videos, options, image_size=image_size, batch_size=batch_size, seed=seed, move=_leave
   )
-  lanes = max(1, way.workers)
-  batches = -(-pairs // batch_size) * lanes
+  batches = -(-pairs // batch_size)
   with contextlib.closing(stream):
-    for _ in range(WARM_UP_BATCHES * lanes if way.workers else 1):
+    for _ in range(WARM_UP_BATCHES):
       next(stream)
-    wall, cpu = time.perf_counter(), cpu_seconds()
+    wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(batches):
       next(stream)
-    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
   return Rate(batches * batch_size / wall, batches * batch_size / max(cpu, 1e-9))
 
 
-def run(found: Clips, *, workers: Sequence[int], repeats: int, pairs: int) -> dict[str, Any]:
+def _leave(batch: frame_pairs.PairBatch) -> None:
+  """Moves nothing: batches are in the host's memory."""
+
+
+def run(found: Clips, *, threads: Sequence[int], repeats: int, pairs: int) -> dict[str, Any]:
   """Measures every way and every stage once per repeat; returns the numbers of the tables.
 
   Args:
     found: the clips.
-    workers: numbers of loader processes; 0: this process.
+    threads: numbers of threads.
     repeats: rounds over all ways.
-    pairs: per worker and round; an eighth of them for a baseline.
+    pairs: per round; an eighth of them for a baseline.
   """
-  ways = [Way('dataset', resize, number) for resize in augment.RESIZES for number in workers]
+  ways = [Way('dataset', resize, number) for resize in augment.RESIZES for number in threads]
+  few = sorted({min(threads), max(threads)})
+  ways += [Way('python', 'fast', number) for number in few]
   if found.paths:
     # The fast resize for all, as the sources of frames are compared.
-    few = sorted({min(workers), max(workers)})
     ways += [Way(reader, 'fast', number) for reader in baselines.installed() for number in few]
   rates: dict[Way, list[Rate]] = {way: [] for way in ways}
   times: dict[str, list[dict[str, float]]] = {resize: [] for resize in augment.RESIZES}
   for repeat in range(repeats):
     for way in ways:
-      count = pairs if way.source == 'dataset' else max(1, pairs // 8)
+      count = max(1, pairs // 8) if way.source in baselines.READERS else pairs
       rates[way].append(measure(found, way, seed=repeat, pairs=count))
     for resize, rows in times.items():
-      taken, _ = stages.time_stages(
+      taken = stages.time_stages(
         found,
         DataOptions(resize=resize),
         image_size=IMAGE_SIZE,
@@ -130,7 +123,7 @@ def run(found: Clips, *, workers: Sequence[int], repeats: int, pairs: int) -> di
       for resize, rows in times.items()
     },
     'speedups': [
-      {'resize': ours.resize, 'workers': ours.workers, 'over': way.source}
+      {'resize': ours.resize, 'threads': ours.threads, 'over': way.source}
       | {
         f'per_{unit}': spread(
           [getattr(a, unit) / getattr(b, unit) for a, b in zip(rates[ours], rows, strict=True)]
@@ -138,9 +131,9 @@ def run(found: Clips, *, workers: Sequence[int], repeats: int, pairs: int) -> di
         for unit in ('core', 'host')
       }
       for way, rows in rates.items()
-      if way.source != 'dataset'
+      if way.source in baselines.READERS
       for ours in ways
-      if ours.source == 'dataset' and ours.workers == way.workers
+      if ours.source == 'dataset' and ours.threads == way.threads
     ],
   }
 
@@ -167,22 +160,22 @@ def show(result: dict[str, Any]) -> str:
     f'{about["clips"]} clips, {about["frames"]} frames of {", ".join(about["sizes"])},'
     f' {about["bytes_per_frame"] / 1e3:.1f} kB each; {result["repeats"]} repeats: median (range)',
     '',
-    f'{"frames from":<12}{"resize":<8}{"workers":<9}{"pairs/s per core":<26}pairs/s per host',
+    f'{"frames from":<12}{"resize":<8}{"threads":<9}{"pairs/s per core":<26}pairs/s per host',
   ]
   for row in result['rates']:
     core, whole = (rounds.show_range(row[each]) for each in ('per_core', 'per_host'))
-    lines.append(f'{row["source"]:<12}{row["resize"]:<8}{row["workers"]:<9}{core:<26}{whole}')
+    lines.append(f'{row["source"]:<12}{row["resize"]:<8}{row["threads"]:<9}{core:<26}{whole}')
   if 'decord' not in {row['source'] for row in result['rates']}:
     lines.append('decord: not installed' if result['videos'] else 'no baselines without --videos')
   for row in result['speedups']:
     lines.append(
-      f'dataset over {row["over"]}, resize {row["resize"]}, workers {row["workers"]}:'
+      f'dataset over {row["over"]}, resize {row["resize"]}, threads {row["threads"]}:'
       f' {rounds.show_range(row["per_core"])} times per core,'
       f' {rounds.show_range(row["per_host"])} per host'
     )
   for resize, rows in result['stages'].items():
     total = sum(row['median'] for row in rows.values())
-    lines += ['', f'{f"resize {resize}, no workers":<28}{"us per pair":<26}share']
+    lines += ['', f'{f"resize {resize}, one thread":<28}{"us per pair":<26}share']
     for stage, row in rows.items():
       taken, share = rounds.show_range(row, digits=0), row['median'] / total
       lines.append(f'{stage:<28}{taken:<26}{share:>5.0%}')
@@ -202,9 +195,6 @@ def parse() -> argparse.Namespace:
     UserError: a flag is wrong, or some do not go together.
   """
   parser = cli.Parser(description=__doc__.splitlines()[0])
-  cores = len(os.sched_getaffinity(0))
-  powers = [str(2**n) for n in range(cores.bit_length()) if 2**n < cores]
-  workers = ','.join(['0', *powers, str(cores)])
   parser.add_argument('--videos', type=pathlib.Path, help='a tree of videos')
   parser.add_argument('--generated', type=int, help='make that many clips instead')
   parser.add_argument('--rescale', action='store_true', help='to h264 copies at short side 256')
@@ -213,16 +203,16 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--split', default='train', help='(%(default)s)')
   parser.add_argument('--scratch', type=pathlib.Path, help='keep what is made here, to use again')
   parser.add_argument('--repeats', type=int, default=5, help='(%(default)s)')
-  parser.add_argument('--pairs', type=int, default=2048, help='per worker, repeat (%(default)s)')
-  parser.add_argument('--workers', default=workers, help='of the loader (%(default)s)')
+  parser.add_argument('--pairs', type=int, default=4096, help='per repeat (%(default)s)')
+  parser.add_argument('--threads', default='1,2,4,8', help='of the loader (%(default)s)')
   parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
   arguments = parser.parse_args()
   for name, least in (('generated', 1), ('repeats', 1), ('pairs', 1)):
     value = getattr(arguments, name)
     if value is not None and value < least:
       raise UserError(f'--{name}={value} is too small; give at least {least}.')
-  if not re.fullmatch(r'\d+(,\d+)*', arguments.workers):
-    raise UserError(f'--workers={arguments.workers} is not a list of numbers such as {workers}.')
+  if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', arguments.threads):
+    raise UserError(f'--threads={arguments.threads} is not a list of numbers such as 1,2,4,8.')
   if arguments.videos and arguments.generated:
     raise UserError('--videos and --generated are two sources of clips; give one of them.')
   if not (arguments.videos or arguments.generated or arguments.data_dir):
@@ -236,8 +226,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
   """The command line."""
   arguments = parse()
-  # Grain's worker processes read absl flags, which other commands parse.
-  flags.FLAGS.mark_as_parsed()
   with tempfile.TemporaryDirectory(prefix='dropmae_benchmark') as temporary:
     found = clips.prepare(
       arguments.scratch or pathlib.Path(temporary),
@@ -248,13 +236,13 @@ def main() -> None:
       dataset=arguments.dataset,
       split=arguments.split,
     )
-    workers = sorted({int(number) for number in arguments.workers.split(',')})
+    threads = sorted({int(number) for number in arguments.threads.split(',')})
     result = {
       'machine': rounds.machine(LIBRARIES),
       'clips': describe(found),
       'repeats': arguments.repeats,
       'videos': bool(found.paths),
-    } | run(found, workers=workers, repeats=arguments.repeats, pairs=arguments.pairs)
+    } | run(found, threads=threads, repeats=arguments.repeats, pairs=arguments.pairs)
   print(show(result))
   if arguments.json:
     arguments.json.write_text(json.dumps(result, indent=1))

@@ -2,14 +2,13 @@ r"""Trains under random faults, and checks that they do not change the result.
 
     python -m benchmarks.soak --minutes=10
 
-A tiny model trains on generated clips. The faults are kill -9 of the trainer or of a loader
-process, SIGTERM, and a damaged newest checkpoint after a kill; after each, the same command resumes
-the run. The final parameters and moments must equal those of a run without faults, bit for bit.
-Then the next run starts, until the time is over.
+A tiny model trains on generated clips. The faults are kill -9 of the trainer, SIGTERM, and a
+damaged newest checkpoint after a kill; after each, the same command resumes the run. The final
+parameters and moments must equal those of a run without faults, bit for bit. Then the next run
+starts, until the time is over.
 """
 
 import collections
-import contextlib
 import os
 import pathlib
 import random
@@ -37,7 +36,6 @@ TINY = [
   '--config.model.decoder_depth=2',
   '--config.model.decoder_num_heads=2',
   '--config.objective.attention_dropout=0.2',
-  '--config.data.num_workers=1',
   '--config.checkpoint.every_steps=50',
   '--config.checkpoint.keep_last=3',
   '--config.log_every=10',
@@ -69,19 +67,6 @@ class Trainer:
     """Whether the first step is done."""
     return 'first step' in self.output()
 
-  def children(self) -> list[int]:
-    """Lists the processes of the loader: those that multiprocessing spawned."""
-    found = []
-    for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
-      try:
-        fields = path.read_text().rpartition(')')[2].split()
-        command = (path.parent / 'cmdline').read_bytes()
-      except OSError:
-        continue
-      if int(fields[1]) == self.process.pid and b'spawn_main' in command:
-        found.append(int(path.parent.name))
-    return found
-
   def end(self, number: signal.Signals) -> int:
     """Sends a signal; returns the exit status."""
     self.process.send_signal(number)
@@ -99,22 +84,6 @@ def stop_trainer(trainer: Trainer, *_: object) -> bool:
   if status not in (ExitStatus.DONE, ExitStatus.STOPPED):
     raise AssertionError(f'status {status} after SIGTERM:\n{trainer.output()}')
   return status == ExitStatus.STOPPED
-
-
-def kill_loader(trainer: Trainer, *_: object) -> bool:
-  """Kills the loader processes; the trainer must go on by itself, and is stopped afterwards."""
-  for child in trainer.children():
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(child, signal.SIGKILL)
-  deadline = time.monotonic() + 60
-  while 'process of the loader died' not in trainer.output():
-    if trainer.process.poll() is not None:
-      return False  # The run had ended already.
-    if time.monotonic() > deadline:
-      raise AssertionError(f'the loader was not restarted in a minute:\n{trainer.output()}')
-    time.sleep(0.2)
-  stop_trainer(trainer)
-  return True
 
 
 def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
@@ -141,7 +110,6 @@ def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Rando
 FAULTS: dict[str, Callable[[Trainer, pathlib.Path, random.Random], bool]] = {
   'kill -9 of the trainer': kill_trainer,
   'SIGTERM': stop_trainer,
-  'kill -9 of the loader': kill_loader,
   'damaged checkpoint': damage_checkpoint,
 }
 

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import flops, kernel_check, rounds, torch_step, variants
 from benchmarks.parts import Part, Workbench
 from dropmae_jax.config import Config
-from dropmae_jax.data import loader_process
+from dropmae_jax.data import loader
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 
@@ -178,8 +178,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
   """The command line."""
-  # As in a training run without loader processes.
-  loader_process.keep_freed_memory()
+  # As in a training run.
+  loader.keep_freed_memory()
   arguments = parse()
   if arguments.torch:
     # Two libraries share the device, so JAX must not reserve all of its memory.

@@ -53,8 +53,7 @@ def get_config() -> ConfigDict:
   config.data.frame_gap = 50
   config.data.resize = 'fast'
   config.data.shared_augmentation = False
-  config.data.num_workers = 12
-  config.data.num_threads = 2
+  config.data.num_threads = 0
   config.data.stall_seconds = 300.0
   config.data.max_damaged_records = 10
 

@@ -30,7 +30,6 @@ def get_config() -> ConfigDict:
   # In so few steps the model learns to look at the other frame only where that is easy.
   config.data.frame_gap = 6
   config.data.shared_augmentation = True
-  config.data.num_workers = 0
   config.optimizer.base_learning_rate = 0.064
   config.optimizer.warmup_steps = 150
   config.checkpoint.every_steps = 500

@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
   config.dataset = 'kinetics_frames/folder'
   config.num_steps = 20_000
   config.batch_size = 64
-  config.data.num_workers = 2
   config.optimizer.warmup_steps = 100
   config.checkpoint.every_steps = 500
   config.checkpoint.keep_every = 0

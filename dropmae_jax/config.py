@@ -148,11 +148,11 @@ class DataOptions(Options):
     'fast', help='fast (OpenCV bicubic) or exact (PIL bicubic, as published): data/augment.RESIZES'
   )
   shared_augmentation: bool = option(False, help='crop and flip both frames of a pair alike')
-  num_workers: int = option(
-    0, least=0, help='processes that decode and crop; 0 does it in threads of the trainer'
-  )
   num_threads: int = option(
-    2, least=0, help='threads where there are no processes; 0 loads only when a batch is asked for'
+    0,
+    least=0,
+    most=64,
+    help='threads that decode and crop; 0: one for each core of this process, at most 32',
   )
   stall_seconds: float = option(
     300.0, above=0, most=math.inf, help='the run ends with an error when no batch came for so long'
@@ -266,7 +266,6 @@ MAY_CHANGE = frozenset(
     'mesh',
     'log_every',
     'step_stall_seconds',
-    'data.num_workers',
     'data.num_threads',
     'data.stall_seconds',
     'data.max_damaged_records',

@@ -92,7 +92,11 @@ def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
 
 
 def to_devices(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-  """Makes one global array of the blocks that all processes hold, in the order of processes."""
+  """Makes one global array of the blocks that all processes hold, in the order of processes.
+
+  The array shares no memory with the batch, as it might on CPUs.
+  """
+  batch = batch.copy() if platform_of(mesh) == 'cpu' else batch
   return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
 
 

@@ -15,7 +15,6 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 from dropmae_jax.runtime import cli
@@ -48,8 +47,6 @@ FAST_COMPILE = '--xla_backend_optimization_level=0'
 if jax.__version_info__ < (0, 11):
   FAST_COMPILE += ' --xla_cpu_use_fusion_emitters=false'
 os.environ.setdefault('XLA_FLAGS', FAST_COMPILE)
-# Grain's worker processes read absl flags, which a command line would have parsed.
-flags.FLAGS.mark_as_parsed()
 
 # A process inherits that signals are ignored, and no handlers: where Ctrl-C is ignored here, as
 # under `nohup make test &` in a script, the commands that are tested are those of a terminal still.
@@ -69,7 +66,7 @@ TINY = [
   '--config.model.decoder_num_heads=2',
   '--config.objective.attention_dropout=0.2',
   '--config.data.frame_gap=5',
-  '--config.data.num_threads=0',
+  '--config.data.num_threads=1',
   '--config.batch_size=4',
   '--config.optimizer.warmup_steps=2',
   '--config.log_every=1',

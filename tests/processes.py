@@ -1,20 +1,13 @@
-"""Real training processes, and their loader's, for tests that stop and kill them."""
+"""Real training processes, for tests that stop and kill them."""
 
 import contextlib
 import os
-import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import portpicker
 from conftest import COMPILE_ONCE, ROOT, train_arguments
-
-from dropmae_jax.data import loader_process
-
-WORKERS = '--config.data.num_workers=2'
-SHM = loader_process.SHARED_MEMORY
 
 
 @contextlib.contextmanager
@@ -37,46 +30,7 @@ def running(*arguments):
 
 
 def training(data_dir, workdir, *more):
-  return running(*train_arguments(data_dir, workdir, WORKERS, *more))
-
-
-def processes_of(trainer, ready=b'spawn_main'):
-  """The process ids of both loader processes, once they run."""
-  deadline = time.monotonic() + 60
-  while time.monotonic() < deadline:
-    children = ' '.join(
-      task.read_text() for task in pathlib.Path(f'/proc/{trainer}/task').glob('*/children')
-    )
-    found = [
-      int(child)
-      for child in children.split()
-      if ready in pathlib.Path(f'/proc/{child}/cmdline').read_bytes()
-    ]
-    if len(found) == 2:
-      return found
-    time.sleep(0.02)
-  raise AssertionError('the loader has no processes')
-
-
-def shared_files(pids):
-  """Names in /dev/shm that processes have open: chunks, and the semaphores of queues."""
-  lines = [line for p in pids for line in pathlib.Path(f'/proc/{p}/maps').read_text().split('\n')]
-  return {line.split('/dev/shm/')[1].split()[0] for line in lines if '/dev/shm/' in line}
-
-
-def memory_of(trainer):
-  return {path.name for path in SHM.glob(f'{loader_process.run_prefix(trainer)}*')}
-
-
-def assert_gone(pids, names):
-  deadline = time.monotonic() + 20
-  while time.monotonic() < deadline:
-    alive = [pid for pid in pids if pathlib.Path(f'/proc/{pid}').exists()]
-    left = {name for name in names if (SHM / name).exists()}
-    if not alive and not left:
-      return
-    time.sleep(0.1)
-  raise AssertionError(f'{alive=}, {left=}')
+  return running(*train_arguments(data_dir, workdir, *more))
 
 
 def wait_for_line(process, text):

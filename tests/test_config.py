@@ -79,7 +79,6 @@ def test_defaults_are_the_published_ones_where_there_are_any():
   }
   assert differ == {
     'dataset': 'kinetics_frames/folder',
-    'data.num_workers': 0,
     'optimizer.warmup_steps': 0,
     'checkpoint.every_steps': 1000,
     'checkpoint.keep_every': 0,
@@ -172,7 +171,6 @@ OUT_OF_RANGE = {
   'objective.mask_ratio': [0.0, 1.0, math.nan],
   'objective.attention_dropout': [-0.1, 1.1, math.nan],
   'data.frame_gap': [1],
-  'data.num_workers': [-1],
   'data.num_threads': [-1],
   'data.stall_seconds': [0.0, math.nan],
   'data.max_damaged_records': [-1],

@@ -1,23 +1,24 @@
 """Draws pairs of frames from videos and makes batches of them, as a pure function of (seed, step).
 
 Each epoch visits every video once, in a new order. A pair depends only on the seed, the epoch and
-the position in the epoch. So workers, hosts and restarts never change which pairs are read, and a
+the position in the epoch. So threads, hosts and restarts never change which pairs are read, and a
 run that resumes at step s reads the same stream from s on. Each dataset of a mixture has its own
 epochs.
 """
 
+import itertools
 import logging
-from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from dropmae_jax.config import DataOptions
-from dropmae_jax.data import augment, loader, loader_process
+from dropmae_jax.data import augment
 from dropmae_jax.data.augment import Box, Uniform
-from dropmae_jax.data.loader import DAMAGED, FRAMES, Chunk
+from dropmae_jax.data.loader import Loader, keep_freed_memory
 from dropmae_jax.data.mixture import Mixture, mixture_of
 from dropmae_jax.data.pair_stream import FRAME_DRAWS, PAIR_DRAWS, PairKey, pair_keys
 from dropmae_jax.data.video_source import DamagedRecord, VideoSource
@@ -106,7 +107,7 @@ class DrawnPair(NamedTuple):
 
 
 class PairMaker:
-  """Makes pairs, and chunks of pairs, from their keys; reads only the two frames of each."""
+  """Makes pairs from their keys; reads only the two frames of each."""
 
   def __init__(self, videos: VideoSource | Mixture, options: DataOptions, image_size: int) -> None:
     self._datasets = mixture_of(videos).datasets
@@ -160,43 +161,33 @@ class PairMaker:
     video = int(rng.integers(len(self._datasets[key.dataset])))
     return PairKey(key.dataset, video, rng.random(PAIR_DRAWS))
 
-  def crop(
-    self, drawn: DrawnPair, out: UInt8[np.ndarray, 'f size size c'] | None = None
-  ) -> UInt8[np.ndarray, 'f size size c']:
-    """Crops and resizes both frames, into `out` if it is given."""
-    size = self._image_size
-    out = np.empty((2, size, size, 3), np.uint8) if out is None else out
+  def crop(self, drawn: DrawnPair, out: UInt8[np.ndarray, 'f size size c']) -> None:
+    """Crops and resizes both frames into `out`."""
     for image, box, frame in zip(drawn.images, drawn.boxes, out, strict=True):
-      augment.crop_and_resize(image, box, size, resize=self._options.resize, out=frame)
-    return out
+      augment.crop_and_resize(image, box, self._image_size, resize=self._options.resize, out=frame)
 
-  def __call__(
-    self, keys: Sequence[PairKey], out: UInt8[np.ndarray, 'b f size size c'] | None = None
-  ) -> Chunk:
-    """Makes a chunk of pairs.
 
-    Args:
-      keys: of the pairs.
-      out: array for the frames; by default a new one.
+class PairBatch(NamedTuple):
+  """Memory for a batch of pairs.
 
-    Returns:
-      `frames` [b, 2, h, w, 3] of uint8, `dataset` [b], `video` [b], `frame_numbers` [b, 2], and
-      `damaged`, a tuple of messages.
-    """
-    size = self._image_size
-    frames = np.empty((len(keys), 2, size, size, 3), np.uint8) if out is None else out
-    drawn = []
-    for key, pair_frames in zip(keys, frames, strict=True):
-      pair = self.draw(key)
-      self.crop(pair, pair_frames)
-      drawn.append(pair._replace(images=[]))
-    return {
-      FRAMES: frames,
-      'dataset': np.array([key.dataset for key in keys], np.int32),
-      'video': np.array([pair.video for pair in drawn], np.int32),
-      'frame_numbers': np.array([pair.frame_numbers for pair in drawn], np.int32),
-      DAMAGED: tuple(message for pair in drawn for message in pair.damaged),
-    }
+  Attributes:
+    frames: the crops, the earlier frame first.
+    dataset: numbers of the datasets in the mixture.
+    video: numbers of the videos in their datasets.
+    frame_numbers: in the videos.
+    damaged: of each pair, messages on the records that could not be read and were replaced.
+  """
+
+  frames: UInt8[np.ndarray, 'b f size size c']
+  dataset: Int32[np.ndarray, ' b']
+  video: Int32[np.ndarray, ' b']
+  frame_numbers: Int32[np.ndarray, 'b f']
+  damaged: list[tuple[str, ...]]
+
+
+def copied(batch: PairBatch) -> dict[str, np.ndarray]:
+  """Returns the arrays of a batch by name, with memory of their own."""
+  return {name: array.copy() for name, array in batch._asdict().items() if name != 'damaged'}
 
 
 def pair_batches(
@@ -210,37 +201,66 @@ def pair_batches(
   host: int = 0,
   num_hosts: int = 1,
   report_damaged: Callable[[str], None] | None = None,
-) -> loader.GatheredBatches:
+  move: Callable[[PairBatch], Any] = copied,
+  is_interrupted: Callable[[], bool] = lambda: False,
+) -> Loader:
   """Returns the endless stream of this host's batches, from `first_step` on.
 
   Args:
     videos: a dataset or a mixture.
     options: how pairs are drawn and loaded.
     image_size: side of a frame in pixels.
-    batch_size: in pairs, over all hosts; each host gets an equal share of every batch.
+    batch_size: in pairs, over all hosts; each host gets an equal, contiguous share of every batch.
     seed: of the order, the pairs and the crops.
     first_step: how many batches to skip.
     host: number of this process.
     num_hosts: number of processes.
-    report_damaged: called with a message for every damaged record that is met; may raise.
+    report_damaged: called with a message for every damaged record that is met, in the order of the
+      stream; may raise.
+    move: what the stream returns of a filled batch; see `Loader`.
+    is_interrupted: see `Loader`.
 
   Raises:
     ValueError: the batch size is not divisible by the number of hosts.
-    UserError: the shared memory is too small for the loader processes.
   """
+  if batch_size % num_hosts:
+    fitting = -(-batch_size // num_hosts) * num_hosts
+    raise ValueError(
+      f'{batch_size=} is not divisible by {num_hosts=}; use for example batch_size={fitting}.'
+    )
   cv2.setNumThreads(0)
-  loader_process.allow_many_files()
-  if not options.num_workers:
-    loader_process.keep_freed_memory()
-  return loader.batches_of(
-    pair_keys(videos, seed),
-    PairMaker(videos, options, image_size),
-    pair_shape=(2, image_size, image_size, 3),
-    batch_size=batch_size,
+  keep_freed_memory()
+  keys, maker = pair_keys(videos, seed), PairMaker(videos, options, image_size)
+  share = batch_size // num_hosts
+
+  def make_buffer() -> PairBatch:
+    return PairBatch(
+      np.empty((share, 2, image_size, image_size, 3), np.uint8),
+      np.empty(share, np.int32),
+      np.empty(share, np.int32),
+      np.empty((share, 2), np.int32),
+      [()] * share,
+    )
+
+  def fill(step: int, row: int, batch: PairBatch) -> None:
+    key = keys[(step * num_hosts + host) * share + row]
+    drawn = maker.draw(key)
+    maker.crop(drawn, batch.frames[row])
+    batch.dataset[row], batch.video[row] = key.dataset, drawn.video
+    batch.frame_numbers[row], batch.damaged[row] = drawn.frame_numbers, drawn.damaged
+
+  def report_and_move(batch: PairBatch) -> Any:
+    for message in itertools.chain.from_iterable(batch.damaged):
+      report_damaged(message)
+    return move(batch)
+
+  return Loader(
+    fill,
+    make_buffer,
+    report_and_move if report_damaged else move,
+    rows=share,
     first_step=first_step,
-    host=host,
-    num_hosts=num_hosts,
-    num_workers=options.num_workers,
     num_threads=options.num_threads,
-    report_damaged=report_damaged or (lambda message: None),
+    stall_seconds=options.stall_seconds,
+    is_interrupted=is_interrupted,
   )

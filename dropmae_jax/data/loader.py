@@ -1,199 +1,220 @@
-"""Turns the keys of pairs into batches, by threads of the trainer or by loader processes.
+"""Batches that threads fill and that wait on the devices: a pure function of the step.
 
-A loader process makes chunks of a few pairs in shared memory, and the trainer copies them into
-batches. So the shared memory needed grows with the number of processes, not with the batch size.
+A ring of batch buffers is used again and again. Threads fill its rows in the order of the stream,
+each row in place; one more thread moves whole batches to the devices, while these compute.
 """
 
-import functools
-import math
+import collections
+import ctypes
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
-import grain
-import numpy as np
+import jax
 
-from dropmae_jax.data import loader_process
+from dropmae_jax.runtime import watchdog
+from dropmae_jax.runtime.errors import ExitStatus, RunFailed
 
-# Largest chunk of a loader process, in pairs: handing one over costs about the same whatever its
-# size. Smaller ones where shared memory is short, as in a container, which has 64 MB by default.
-CHUNK_PAIRS = (32, 16, 8)
-# For each process: one chunk being made, one in grain's queue, one in the trainer's thread that
-# reads this queue, one on the way between them, and one being copied.
-CHUNKS_PER_WORKER = 5
-# Largest chunk of a thread of the trainer, in pairs. A batch of one such chunk is not copied.
-THREAD_CHUNK_PAIRS = 128
-# For each thread: one chunk being made, and one that is ready.
-CHUNKS_PER_THREAD = 2
+# Batches that are ready, on the devices, and buffers that are being filled or moved.
+AHEAD, BUFFERS = 2, 3
+# Options of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# More threads than this only wait for Python's lock (python -m benchmarks.input_pipeline).
+MOST_THREADS = 32
+# How often a thread that waits looks whether it still should.
+POLL_SECONDS = 0.5
+# How long the threads may take to finish their rows at the end.
+END_SECONDS = 30.0
 
-# Arrays by name, with one entry per pair; under DAMAGED, messages on records that were not read.
-Chunk = dict[str, Any]
-FRAMES, DAMAGED = 'frames', 'damaged'
-# Makes the chunk of some keys, with its frames in the given array, or in a new one.
-MakeChunk = Callable[..., Chunk]
+Buffer, Moved = TypeVar('Buffer'), TypeVar('Moved')
+
+_log = logging.getLogger('dropmae_jax')
 
 
-class HostChunks:
-  """The chunks of one host, as a source for grain: an equal, contiguous share of every batch."""
+class LoaderStalled(RunFailed):
+  """No batch comes, for example from a storage that hangs; some threads may never end."""
+
+  exit_status = ExitStatus.UNAVAILABLE
+
+
+class Interrupted(Exception):
+  """The run was asked to stop while it waited for a batch."""
+
+
+class Loader(Generic[Buffer, Moved]):
+  """The batches of a stream from a step on, in order and without a gap."""
 
   def __init__(
     self,
-    keys: grain.MapDataset,
-    make: MakeChunk,
+    fill: Callable[[int, int, Buffer], None],
+    make_buffer: Callable[[], Buffer],
+    move: Callable[[Buffer], Moved],
     *,
-    chunk: int,
-    share: int,
-    host: int,
-    num_hosts: int,
+    rows: int,
+    first_step: int = 0,
+    num_threads: int = 0,
+    stall_seconds: float = float('inf'),
+    is_interrupted: Callable[[], bool] = lambda: False,
   ) -> None:
-    self._keys, self._make, self._chunk = keys, make, chunk
-    self._share, self._host, self._num_hosts = share, host, num_hosts
+    """Starts to fill batches.
 
-  def __len__(self) -> int:
-    return len(self._keys) // self._num_hosts // self._chunk
+    Args:
+      fill: fills a row of a buffer, given the step, the row and the buffer; called in many threads,
+        at most once for each row of a step.
+      make_buffer: returns memory for a batch.
+      move: returns what `next` returns of a filled buffer; called in one thread, in the order of
+        the steps. The buffer is filled again afterwards, so the result must not share its memory.
+      rows: of a batch.
+      first_step: of the first batch.
+      num_threads: that fill; 0: one for each core that this process may use, but at most
+        MOST_THREADS.
+      stall_seconds: how long `next` may wait for a batch; time in which this process is suspended
+        does not count.
+      is_interrupted: whether `next` must stop waiting.
+    """
+    self._fill, self._move, self._rows = fill, move, rows
+    self._stall_seconds, self._is_interrupted = stall_seconds, is_interrupted
+    self._buffers = [make_buffer() for _ in range(BUFFERS)]
+    # All below is changed under this condition alone.
+    self._changed = threading.Condition()
+    self._next = first_step * rows  # The row that is to be filled next, counted over all batches.
+    self._unfilled = [rows] * BUFFERS
+    self._errors: dict[int, dict[int, Exception]] = collections.defaultdict(dict)
+    self._num_moved = first_step
+    self._ready: collections.deque[Moved | _Failure] = collections.deque()
+    self._closed = False
+    self._has_given_up = False  # So `close` must not wait for threads that may hang.
+    filling = num_threads or min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    targets = [('fill', self._fill_rows)] * filling + [('move', self._move_batches)]
+    self._threads = [
+      threading.Thread(target=target, name=f'loader {name} {number}', daemon=True)
+      for number, (name, target) in enumerate(targets)
+    ]
+    for thread in self._threads:
+      thread.start()
 
-  def __getitem__(self, number: int) -> Chunk:
-    step, offset = divmod(number * self._chunk, self._share)
-    first = (step * self._num_hosts + self._host) * self._share + offset
-    return self._make([self._keys[first + each] for each in range(self._chunk)])
+  def _wait_for(self, condition: Callable[[], bool]) -> bool:
+    """Waits for a condition, under `_changed`; returns False if the loader is closed."""
+    self._changed.wait_for(lambda: self._closed or condition())
+    return not self._closed
 
+  def _fill_rows(self) -> None:
+    while True:
+      with self._changed:
+        if not self._wait_for(lambda: self._next < (self._num_moved + BUFFERS) * self._rows):
+          return
+        step, row = divmod(self._next, self._rows)
+        self._next += 1
+      error = None
+      try:
+        self._fill(step, row, self._buffers[step % BUFFERS])
+      except Exception as raised:
+        error = raised
+      with self._changed:
+        if error:
+          self._errors[step][row] = error
+        self._unfilled[step % BUFFERS] -= 1
+        if not self._unfilled[step % BUFFERS]:
+          self._changed.notify_all()
 
-class SharedChunks:
-  """Makes chunks in a loader process, with their frames in slots of shared memory."""
+  def _may_move(self) -> bool:
+    return not self._unfilled[self._num_moved % BUFFERS] and len(self._ready) < AHEAD
 
-  def __init__(self, make: MakeChunk, shape: tuple[int, ...]) -> None:
-    self._make, self._shape = make, shape
-    self._ring: loader_process.RingWriter | None = None
+  def _move_batches(self) -> None:
+    while True:
+      buffer = self._num_moved % BUFFERS
+      with self._changed:
+        if not self._wait_for(self._may_move):
+          return
+        errors = self._errors.pop(self._num_moved, None)
+      try:
+        if errors:
+          raise errors[min(errors)]
+        ready = jax.block_until_ready(self._move(self._buffers[buffer]))
+      except Exception as error:
+        ready = _Failure(error)
+      with self._changed:
+        self._ready.append(ready)
+        self._unfilled[buffer] = self._rows
+        self._num_moved += 1
+        self._changed.notify_all()
+      if isinstance(ready, _Failure):
+        return
 
-  def __call__(self, keys: Sequence[Any]) -> Chunk:
-    """Returns the chunk, with a slot under FRAMES instead of an array."""
-    if self._ring is None:  # Not in __init__, which runs in the trainer.
-      self._ring = loader_process.RingWriter(CHUNKS_PER_WORKER, self._shape)
-    slot, out = self._ring.next_slot()
-    return self._make(keys, out) | {FRAMES: slot}
+  def __iter__(self) -> 'Loader[Buffer, Moved]':
+    return self
 
+  def __next__(self) -> Moved:
+    """Returns the next batch.
 
-class GatheredBatches(Iterator[dict[str, np.ndarray]]):
-  """Batches put together from chunks; each batch has memory of its own.
+    Raises:
+      LoaderStalled: no batch came for `stall_seconds`.
+      Interrupted: the run is to stop, and no batch is ready.
+      Exception: what `fill` or `move` raised for this batch; of several rows, for the first.
+    """
+    polls = 0
+    with self._changed:
+      while not self._changed.wait_for(lambda: self._ready, POLL_SECONDS):
+        polls += 1
+        if self._is_interrupted():
+          self._has_given_up = True
+          raise Interrupted
+        if polls * POLL_SECONDS > self._stall_seconds:
+          self._has_given_up = True
+          self._fail_stalled()
+      ready = self._ready[0]
+      if isinstance(ready, _Failure):
+        raise ready.error
+      self._ready.popleft()
+      self._changed.notify_all()
+    return ready
 
-  So a device may read a batch for any length of time, even one that makes no copy of it. Each chunk
-  is released as soon as it is copied.
-  """
-
-  def __init__(
-    self,
-    chunks: grain.DatasetIterator,
-    chunks_per_batch: int,
-    report_damaged: Callable[[str], None],
-  ) -> None:
-    self._chunks, self._chunks_per_batch = chunks, chunks_per_batch
-    self._report_damaged = report_damaged
-    self._rings = loader_process.RingReader()
-
-  def __next__(self) -> dict[str, np.ndarray]:
-    chunks, frames = [], None
-    for number in range(self._chunks_per_batch):
-      chunk = next(self._chunks)
-      for message in chunk.pop(DAMAGED):
-        self._report_damaged(message)
-      part = chunk.pop(FRAMES)
-      if self._chunks_per_batch == 1 and isinstance(part, np.ndarray):
-        frames = part[None]
-      else:
-        if frames is None:
-          frames = np.empty((self._chunks_per_batch, *part.shape), np.uint8)
-        if isinstance(part, np.ndarray):
-          np.copyto(frames[number], part)
-        else:
-          self._rings.copy(part, frames[number])
-      chunks.append(chunk)
-    batch = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    return batch | {FRAMES: frames.reshape(-1, *frames.shape[2:])}
+  def _fail_stalled(self) -> None:
+    _log.error(f'the loader hangs; all threads of this process:\n{watchdog.stacks()}')
+    raise LoaderStalled(
+      f'no batch came within data.stall_seconds={self._stall_seconds:g}; log.txt shows where this'
+      ' process waits. Check the storage of config.data_dir, or raise config.data.stall_seconds if'
+      ' it is that slow.'
+    )
 
   def close(self) -> None:
-    """Ends the loader that makes the chunks."""
-    self._rings.stop()
-    try:
-      self._chunks.close()
-    finally:
-      self._rings.close()
+    """Ends the threads, each after the row that it fills.
+
+    Raises:
+      LoaderStalled: one hangs, and would keep this process from ending.
+    """
+    with self._changed:
+      self._closed = True
+      self._ready.clear()
+      self._changed.notify_all()
+    if self._has_given_up:
+      return
+    deadline = time.monotonic() + END_SECONDS
+    for thread in self._threads:
+      thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in self._threads):
+      raise LoaderStalled(
+        f'a thread of the loader did not end within {END_SECONDS:g} s; what was saved is whole.'
+        ' Check the storage of config.data_dir.'
+      )
 
 
-def batches_of(
-  keys: grain.MapDataset,
-  make: MakeChunk,
-  *,
-  pair_shape: tuple[int, ...],
-  batch_size: int,
-  first_step: int,
-  host: int,
-  num_hosts: int,
-  num_workers: int,
-  num_threads: int,
-  report_damaged: Callable[[str], None],
-) -> GatheredBatches:
-  """Returns this host's share of the batches of a stream of pairs; see `frame_pairs.pair_batches`.
+class _Failure:
+  """Stands in `_ready` for a batch that could not be made."""
 
-  Args:
-    keys: of the pairs of all hosts.
-    make: makes the chunk of some keys.
-    pair_shape: of the frames of a pair.
-    batch_size: in pairs, over all hosts.
-    first_step: how many batches to skip.
-    host: number of this process.
-    num_hosts: number of processes.
-    num_workers: loader processes that make chunks; with 0, threads of this process make them.
-    num_threads: how many threads.
-    report_damaged: called with a message for every damaged record of a chunk; may raise.
+  def __init__(self, error: Exception) -> None:
+    self.error = error
 
-  Raises:
-    ValueError: the batch size is not divisible by the number of hosts.
-    UserError: the shared memory is too small for the loader processes.
+
+def keep_freed_memory() -> None:
+  """Makes the C library reuse the memory of freed frames, where it has an option for that.
+
+  By default it returns such memory to the system, and each new frame costs a page fault per 4 kB.
   """
-  if batch_size % num_hosts:
-    fitting = -(-batch_size // num_hosts) * num_hosts
-    raise ValueError(
-      f'{batch_size=} is not divisible by {num_hosts=}; use for example batch_size={fitting}.'
-    )
-  share = batch_size // num_hosts
-  if num_workers:
-    loader_process.unlink_memory_of_dead_runs()
-    chunk = _chunk_that_fits(share, math.prod(pair_shape), num_workers)
-    make = SharedChunks(make, (chunk, *pair_shape))
-  else:
-    chunk = _largest_divisor(share, THREAD_CHUNK_PAIRS)
-  source = HostChunks(keys, make, chunk=chunk, share=share, host=host, num_hosts=num_hosts)
-  chunks_per_batch = share // chunk
-  chunks = grain.MapDataset.source(source)[first_step * chunks_per_batch :]
-  if num_workers:
-    read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    # Grain itself only has to send a few numbers, which are not worth shared memory of their own.
-    options = grain.experimental.DatasetOptions(min_shm_size=2**62)
-    stream = grain.experimental.WithOptionsIterDataset(chunks.to_iter_dataset(read), options)
-    stream = stream.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
-      worker_init_fn=functools.partial(loader_process.start_worker, trainer=os.getpid()),
-    )
-  else:
-    buffer_size = CHUNKS_PER_THREAD * num_threads
-    read = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer_size)
-    stream = chunks.to_iter_dataset(read)
-  return GatheredBatches(iter(stream), chunks_per_batch, report_damaged)
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-  return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
-
-
-def _chunk_that_fits(share: int, pair_bytes: int, num_workers: int) -> int:
-  """Returns the chunk size, in pairs, at which all chunks fit into the free shared memory.
-
-  Raises:
-    UserError: not even the smallest chunks fit.
-  """
-  sizes = [_largest_divisor(share, limit) for limit in CHUNK_PAIRS]
-  bytes_per_size = CHUNKS_PER_WORKER * num_workers * pair_bytes
-  for size in sizes:
-    if size * bytes_per_size <= loader_process.free_memory():
-      return size
-  raise loader_process.no_room(sizes[-1] * bytes_per_size, num_workers)
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  if mallopt is not None:  # Not every C library has it.
+    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+      mallopt(option, 2**30)

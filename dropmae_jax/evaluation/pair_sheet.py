@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
 from dropmae_jax.config import DataOptions
-from dropmae_jax.data import augment, frame_pairs, loader_process, pair_stream
+from dropmae_jax.data import augment, frame_pairs, pair_stream
 from dropmae_jax.data.frame_pairs import DrawnPair
 from dropmae_jax.data.mixture import Mixture, open_mixture
 from dropmae_jax.data.video_source import TfdsVideos, VideoSource
@@ -69,8 +69,9 @@ def first_pairs(
   maker = frame_pairs.PairMaker(videos, options, image_size)
   pairs = []
   for number in range(count):
-    drawn = maker.draw(keys[number])
-    pairs.append(ShownPair(keys[number].dataset, drawn, maker.crop(drawn)))
+    drawn, crops = maker.draw(keys[number]), np.empty((2, image_size, image_size, 3), np.uint8)
+    maker.crop(drawn, crops)
+    pairs.append(ShownPair(keys[number].dataset, drawn, crops))
   return pairs
 
 
@@ -256,7 +257,6 @@ def main() -> None:
   """The command line."""
   arguments, options = parse()
   atomic_file.check_file(arguments.output, has_card=False)
-  loader_process.allow_many_files()
   mixture = open_mixture(arguments.data_dir, arguments.dataset, arguments.split)
   indices = [read_index(each, arguments.split) for each in mixture.datasets]
   counts = []

@@ -54,7 +54,7 @@ def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, monkeypatch, ca
   dataset = open_dataset(str(data_dir), 'kinetics_frames/folder', chosen.split)
   how = chosen._asdict()
   options = DataOptions(
-    num_threads=0, **{name: how[name] for name in ('frame_gap', 'resize', 'shared_augmentation')}
+    num_threads=1, **{name: how[name] for name in ('frame_gap', 'resize', 'shared_augmentation')}
   )
   stream = frame_pairs.pair_batches(
     dataset, options, image_size=SIZE, batch_size=chosen.pairs, seed=derive_seeds(chosen.seed).data
@@ -182,7 +182,7 @@ def test_a_mixture_is_shown_as_training_reads_it(data_dir, tmp_path, monkeypatch
   sheet, printed = sheet_of(monkeypatch, capsys, tmp_path / 'o.png', *flags.split())
   ((pairs, indices, counts),) = drawn
   stream = frame_pairs.pair_batches(
-    open_mixture(str(tmp_path), text), DataOptions(num_threads=0), image_size=SIZE, batch_size=6,
+    open_mixture(str(tmp_path), text), DataOptions(num_threads=1), image_size=SIZE, batch_size=6,
     seed=derive_seeds(5).data,
   )  # fmt: skip
   batch = next(stream)
@@ -214,7 +214,7 @@ def test_damaged_records_are_reported_once_each(data_dir, tmp_path, monkeypatch,
   _, printed = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
   met = []
   stream = frame_pairs.pair_batches(
-    open_dataset(f'{tmp_path}/data', 'kinetics_frames/folder'), DataOptions(num_threads=0),
+    open_dataset(f'{tmp_path}/data', 'kinetics_frames/folder'), DataOptions(num_threads=1),
     image_size=SIZE, batch_size=30, seed=derive_seeds(5).data, report_damaged=met.append,
   )  # fmt: skip
   next(stream)
