@@ -7,20 +7,27 @@ import contextlib
 import difflib
 import enum
 import os
+import signal
 from collections.abc import Iterable, Iterator
 
 
 class ExitStatus(enum.IntEnum):
-  """How a command ends. After a signal that it does not handle it is 128 + the signal's number."""
+  """How a command ends; above BAD_INPUT, the same command of training may get further."""
 
   DONE = 0
-  # Training diverged, the last state was not saved, the loader failed, or an unexpected error.
+  # Training diverged, the last state was not saved, or an unexpected error.
   FAILED = 1
   BAD_INPUT = 2
-  # A step or the loader hung; the same command may succeed when it is started again.
-  HUNG = os.EX_UNAVAILABLE
-  # A signal stopped the run after a checkpoint: the same command resumes.
+  # The loader brought no batch in time, or another process of the run is gone.
+  UNAVAILABLE = os.EX_UNAVAILABLE
+  # A signal stopped the run after a checkpoint.
   STOPPED = os.EX_TEMPFAIL
+  # The watchdog ended a run that hung, or JAX one whose other processes are gone (SIGABRT).
+  ABORTED = 128 + signal.SIGABRT
+  # From outside: no memory is left, or an operator (SIGKILL).
+  KILLED = 128 + signal.SIGKILL
+  # Native code crashed (SIGSEGV); the next start leaves out the record that was read then.
+  CRASHED = 128 + signal.SIGSEGV
 
 
 class UserError(ValueError):

@@ -1,49 +1,62 @@
-"""Ends a run whose loop hangs: on a device, on another host or on a disk.
+"""Ends a run that hangs: on a device, on another host, on a disk, or in native code.
 
-Nothing can interrupt a thread that waits inside a call to a device or a network. So another thread
-logs the stacks of all threads, and ends the process; the next start resumes.
+Nothing can interrupt a thread that waits inside a call to a device or a network, and no thread of
+this process runs while native code holds Python's lock (the GIL). So a process of its own, which
+needs the standard library only, watches a heartbeat in shared memory. It sends SIGABRT, on which
+`faulthandler` writes the stacks of all threads; the next start resumes.
 """
 
+import contextlib
 import faulthandler
-import logging
+import mmap
 import os
+import pathlib
+import signal
+import struct
+import subprocess
 import sys
 import tempfile
 import threading
-from typing import NamedTuple
-
-from dropmae_jax.runtime.errors import ExitStatus
+import time
 
 # Least limit for what compiles or writes to storage.
 SLOW_SECONDS = 1800.0
 POLL_SECONDS = 0.5
-# How long the report may take, as the disk of log.txt may be what hangs.
-REPORT_SECONDS = 10.0
-
-_log = logging.getLogger('dropmae_jax')
-
-
-class _Watched(NamedTuple):
-  what: str
-  seconds: float
+# How long the message and the stacks may take, as what they are written to may hang too.
+SAY_SECONDS, ABORT_SECONDS = 2.0, 5.0
+# How many activities began, the limit of the last one in seconds (0: none), its name, and the path
+# of the file that has the stacks after a crash (none: they are on the standard error).
+HEARTBEAT = struct.Struct('<Qd240s4096s')
 
 
 class Watchdog:
   """Ends this process if an activity takes too long; the loop calls `watch` for each new one.
 
-  It counts its own polls, so no time passes while the process is suspended.
+  The watchdog counts its own polls, and none while this process is stopped; so no time passes while
+  either is suspended.
   """
 
   def __init__(self, seconds: float) -> None:
-    """Starts its thread; watches nothing so far.
+    """Starts the process; watches nothing so far.
 
     Args:
       seconds: how long an activity may take.
     """
-    self._seconds = seconds
-    self._watched: _Watched | None = None
-    self._closed = threading.Event()
-    threading.Thread(target=self._poll, name='watchdog', daemon=True).start()
+    self._seconds, self._num_begun = seconds, 0
+    self._limit, self._what, self._crash_file = 0.0, '', b''
+    handle = os.memfd_create('watchdog')
+    os.ftruncate(handle, HEARTBEAT.size)
+    self._memory = mmap.mmap(handle, HEARTBEAT.size)
+    faulthandler.enable(sys.__stderr__)
+    # Isolated, and in a session of its own: it ends with this process, and not with Ctrl-C.
+    arguments = [str(os.getpid()), str(handle), str(POLL_SECONDS)]
+    self._process = subprocess.Popen(
+      [sys.executable, '-I', '-S', __file__, *arguments],
+      stdin=subprocess.DEVNULL,
+      pass_fds=[handle],
+      start_new_session=True,
+    )
+    os.close(handle)
 
   def watch(self, what: str, *, is_slow: bool = False) -> None:
     """Starts to count from zero.
@@ -52,41 +65,34 @@ class Watchdog:
       what: name of the activity, for the message.
       is_slow: it compiles or writes to storage, so its limit is at least SLOW_SECONDS.
     """
-    self._watched = _Watched(what, max(self._seconds, SLOW_SECONDS) if is_slow else self._seconds)
+    self._begin(max(self._seconds, SLOW_SECONDS) if is_slow else self._seconds, what)
 
   def pause(self) -> None:
     """Watches nothing until the next `watch`."""
-    self._watched = None
+    self._begin(0.0, '')
+
+  def _begin(self, limit: float, what: str) -> None:
+    self._num_begun += 1
+    self._limit, self._what = limit, what
+    self._write()
+
+  def _write(self) -> None:
+    text = self._what.encode()[:240], self._crash_file
+    self._memory[:] = HEARTBEAT.pack(self._num_begun, self._limit, *text)
+
+  def write_crashes_to(self, path: pathlib.Path | str) -> None:
+    """Says where `faulthandler` writes, so that the watchdog shows it when this process has ended.
+
+    Args:
+      path: of the file; '': it writes to the standard error itself.
+    """
+    self._crash_file = os.fsencode(path and pathlib.Path(path).absolute())
+    self._write()
 
   def close(self) -> None:
-    """Ends its thread."""
-    self._closed.set()
-
-  def _poll(self) -> None:
-    previous, polls = None, 0
-    while not self._closed.wait(POLL_SECONDS):
-      watched = self._watched
-      polls = polls + 1 if watched is previous else 0
-      previous = watched
-      if watched is not None and polls * POLL_SECONDS >= watched.seconds:
-        report = threading.Thread(target=_report, args=(watched,), daemon=True)
-        report.start()
-        report.join(REPORT_SECONDS)
-        os._exit(ExitStatus.HUNG)
-
-
-def _report(watched: _Watched) -> None:
-  found = stacks()
-  # First to the terminal: log.txt may be on the disk that hangs.
-  print(
-    f'error: {watched.what} took more than {watched.seconds:g} s; log.txt, or the terminal of a'
-    ' process other than the first, shows where it waits. Check devices, storage and the'
-    ' other hosts; the same command resumes from the last checkpoint. If nothing hangs, raise'
-    ' config.step_stall_seconds.',
-    file=sys.stderr,
-    flush=True,
-  )
-  _log.error(f'{watched.what} hangs; all threads of this process:\n{found}')
+    """Ends the watchdog."""
+    self._process.kill()
+    self._process.wait()
 
 
 def stacks() -> str:
@@ -95,3 +101,73 @@ def stacks() -> str:
     faulthandler.dump_traceback(file, all_threads=True)
     file.seek(0)
     return file.read()
+
+
+def _watch_over(trainer: int, memory: mmap.mmap, poll_seconds: float) -> None:
+  """The watchdog's own process: ends `trainer`, its parent, if that hangs."""
+  previous, polls = b'', 0
+  while os.getppid() == trainer:
+    time.sleep(poll_seconds)
+    heartbeat = memory[:]
+    if heartbeat != previous:
+      previous, polls = heartbeat, 0
+    elif not _is_stopped(trainer):
+      polls += 1
+    _, limit, what, crash_file = HEARTBEAT.unpack(heartbeat)
+    if limit and polls * poll_seconds >= limit:
+      _abort(trainer, limit, what.rstrip(b'\0').decode(errors='replace'), crash_file.rstrip(b'\0'))
+  crash_file = HEARTBEAT.unpack(memory[:])[-1].rstrip(b'\0')
+  with contextlib.suppress(OSError):
+    if crash_file:
+      sys.stderr.write(pathlib.Path(os.fsdecode(crash_file)).read_text(errors='replace'))
+      sys.stderr.flush()
+
+
+def _is_stopped(pid: int) -> bool:
+  """Whether a process is suspended, as by Ctrl-Z or a debugger (proc(5), field 3)."""
+  try:
+    status = pathlib.Path(f'/proc/{pid}/stat').read_text()
+  except OSError:
+    return False
+  return status.rpartition(')')[2].split()[0] in 'Tt'
+
+
+def _abort(trainer: int, limit: float, what: str, crash_file: bytes) -> None:
+  text = (
+    f'error: {what} took more than {limit:g} s; the stacks of all threads below show where this'
+    ' process waits. Check devices, storage and the other hosts; the same command resumes from the'
+    ' last checkpoint. If nothing hangs, raise config.step_stall_seconds.\n'
+  )
+
+  # In a file, the stacks follow, which are not those of a crash then.
+  texts = {
+    sys.stderr.fileno(): text,
+    crash_file: f'The watchdog ended this process: {what} hung.\n',
+  }
+  saying = [
+    threading.Thread(target=_append, args=each, daemon=True) for each in texts.items() if each[0]
+  ]
+  for each in saying:
+    each.start()
+  for each in saying:
+    each.join(SAY_SECONDS)
+  for number in (signal.SIGABRT, signal.SIGKILL):
+    if os.getppid() == trainer:
+      os.kill(trainer, number)
+    deadline = time.monotonic() + ABORT_SECONDS
+    while os.getppid() == trainer and time.monotonic() < deadline:
+      time.sleep(0.1)
+
+
+def _append(file: int | bytes, text: str) -> None:
+  """Writes to a file descriptor or a path, either of which may hang or be gone."""
+  with contextlib.suppress(OSError), open(file, 'a', closefd=isinstance(file, bytes)) as opened:
+    opened.write(text)
+
+
+if __name__ == '__main__':
+  # Schedulers send them to all processes of a job, and the end is to be watched too.
+  for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(_number, signal.SIG_IGN)
+  _, _trainer, _handle, _poll_seconds = sys.argv
+  _watch_over(int(_trainer), mmap.mmap(int(_handle), HEARTBEAT.size), float(_poll_seconds))

@@ -1,31 +1,20 @@
-"""A step that hangs ends the run, and one that takes its time does not."""
+"""A run that hangs is ended, wherever it hangs; one that takes its time or is suspended is not."""
 
-import logging
+import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 
 import pytest
-from conftest import ROOT, run_python, train_arguments
-from processes import (
-  WORKERS,
-  Processes,
-  assert_gone,
-  memory_of,
-  processes_of,
-  running,
-  shared_files,
-  wait_for_line,
-)
+from conftest import run_python, train_arguments
+from processes import Processes, running
 
 from dropmae_jax.runtime import watchdog
 from dropmae_jax.runtime.errors import ExitStatus
-from dropmae_jax.runtime.watchdog import Watchdog
+
+ABORTED = -signal.SIGABRT
 
 # The loss of step 6 never becomes ready on the device.
-HANGING = """
+HANGING_STEP = """
 import threading
 import jax, jax.numpy as jnp
 from dropmae_jax import main, train
@@ -49,56 +38,55 @@ cli.run(main.main)
 
 def test_a_step_that_hangs_ends_the_run_with_stacks(data_dir, tmp_path):
   arguments = train_arguments(
-    data_dir, tmp_path, WORKERS, '--config.num_steps=8', '--config.checkpoint.every_steps=3',
+    data_dir, tmp_path, '--config.num_steps=8', '--config.checkpoint.every_steps=3',
     '--config.step_stall_seconds=2',
   )  # fmt: skip
-  with running('-c', HANGING, *arguments[2:]) as process:
-    pids = processes_of(process.pid)
-    wait_for_line(process, 'step 1/')
-    names = shared_files([process.pid, *pids])
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == ExitStatus.HUNG == 69
-    assert_gone(pids, names | memory_of(process.pid))
-  (error,) = [line for line in errors.splitlines() if line.startswith('error: ')]
-  assert error.startswith('error: step 6 took more than 2 s; log.txt, or the terminal of a process')
+  done = run_python('-c', HANGING_STEP, *arguments[2:], timeout=120)
+  assert done.returncode == ABORTED == 128 - ExitStatus.ABORTED, done.stderr
+  (error,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  assert error.startswith('error: step 6 took more than 2 s; the stacks of all threads below')
   assert 'the same command resumes from the last checkpoint.' in error
-  assert 'Traceback' not in errors
-  log = (tmp_path / 'log.txt').read_text()
-  assert 'step 6 hangs; all threads of this process:' in log
-  assert ' in wait' in log
-  assert ' in train' in log
+  assert 'Traceback' not in done.stderr
+  # On the terminal, and for the log of the next start.
+  for stacks in (done.stderr, (tmp_path / 'crash-0.txt').read_text()):
+    assert 'Fatal Python error: Aborted' in stacks
+    assert ' in wait' in stacks
+    assert ' in loop' in stacks
+    assert 'The watchdog ended this process: step 6 hung.\n' in stacks
   assert (tmp_path / 'checkpoints' / '3').exists()  # What the next start resumes from.
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('fault', [signal.SIGSTOP, signal.SIGKILL])
-def test_a_host_that_hangs_or_dies_ends_the_others_too(data_dir, tmp_path, fault):
-  """Before JAX's heartbeat notices, if the limit is shorter."""
-  arguments = train_arguments(
-    data_dir, tmp_path, '--config.num_steps=100000', '--config.step_stall_seconds=5'
-  )
-  both = Processes(arguments)
-  both.wait_for('step 3/')
-  both.running[1].send_signal(fault)
-  _, errors = both.running[0].communicate(timeout=60)
-  both.running[1].send_signal(signal.SIGCONT)
-  assert both.running[0].returncode == ExitStatus.HUNG, errors
-  assert ' took more than 5 s; ' in errors
-  assert ' in train' in (tmp_path / 'log.txt').read_text()
-  both.running[1].communicate(timeout=60)
-  assert both.running[1].returncode != 0
+# The process says when it begins, and hangs in a way of its own.
+BEGIN = """
+import ctypes, os, sys, threading, time
+from dropmae_jax.runtime import watchdog
+watchdog.POLL_SECONDS = 0.1
+watchdog = watchdog.Watchdog(1.0)
+watchdog.watch('work')
+"""
+HANGS = {
+  'a thread that sleeps': 'time.sleep(60)',
+  # `PyDLL` keeps Python's lock, so that no other thread of the process runs.
+  'native code that holds the GIL': 'ctypes.PyDLL(None).sleep(60)',
+  'a read': 'os.read(os.pipe()[0], 1)',
+  'the end of the process': 'threading.Thread(target=time.sleep, args=(60,)).start()',
+}
+
+
+@pytest.mark.parametrize('hang', HANGS.values(), ids=HANGS)
+def test_whatever_hangs_is_ended_with_stacks(hang):
+  began = time.monotonic()
+  done = run_python('-c', BEGIN + hang, timeout=30)
+  assert done.returncode == ABORTED, done.stderr
+  assert time.monotonic() - began < 20
+  assert done.stderr.startswith('error: work took more than 1 s; ')
+  assert 'Fatal Python error: Aborted' in done.stderr
 
 
 # Works for a second of its own time, and then hangs.
 SUSPENDED = """
-import time
-from dropmae_jax.runtime import watchdog
-watchdog.POLL_SECONDS = 0.1
-watchdog = watchdog.Watchdog(2.0)
-watchdog.watch('work')
-time.sleep(0.3)  # The watchdog has started to count.
 print('ready', flush=True)
-for _ in range(10):
+for _ in range(7):
   time.sleep(0.1)
 watchdog.watch('the last')
 print('on', flush=True)
@@ -107,81 +95,163 @@ time.sleep(60)
 
 
 def test_no_time_passes_while_the_process_is_suspended():
-  process = subprocess.Popen(
-    [sys.executable, '-c', SUSPENDED], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    text=True,
-  )  # fmt: skip
-  assert process.stdout.readline() == 'ready\n'
-  process.send_signal(signal.SIGSTOP)
-  time.sleep(3)
-  process.send_signal(signal.SIGCONT)
-  assert process.stdout.readline() == 'on\n', process.stderr.read()
-  _, errors = process.communicate(timeout=30)
-  assert process.returncode == ExitStatus.HUNG
-  assert errors.startswith('error: the last took more than 2 s')
-  # Also before a report is open.
-  assert '\nthe last hangs; all threads of this process:\n' in errors
+  with running('-c', BEGIN + SUSPENDED) as process:
+    assert process.stdout.readline() == 'ready\n'
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    assert process.stdout.readline() == 'on\n', process.stderr.read()
+    _, errors = process.communicate(timeout=30)
+  assert process.returncode == ABORTED
+  assert errors.startswith('error: the last took more than 1 s')
 
 
-# Both a device and the disk of log.txt hang.
-HANGING_LOG = """
-import logging, time
-from dropmae_jax.runtime import watchdog
-class Disk(logging.Handler):
-  def emit(self, record):
-    time.sleep(60)
-logging.getLogger('dropmae_jax').addHandler(Disk())
-watchdog.REPORT_SECONDS = 1.0
-watchdog.Watchdog(0.5).watch('step 7')
+ONE_ACTIVITY = """
+print(watchdog._process.pid, flush=True)
+watchdog.watch('the last')
 time.sleep(60)
 """
 
 
-def test_a_log_that_cannot_be_written_does_not_delay_the_end():
-  done = run_python('-c', HANGING_LOG, timeout=30)
-  assert done.returncode == ExitStatus.HUNG
-  assert done.stderr.startswith('error: step 7 took more than 0.5 s')
+def test_no_time_passes_while_the_watchdog_is_suspended():
+  with running('-c', BEGIN + ONE_ACTIVITY) as process:
+    pid = int(process.stdout.readline())
+    time.sleep(0.5)  # It has begun to count.
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(pid, signal.SIGCONT)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+  assert time.monotonic() - began > 0.2
+  assert process.returncode == ABORTED
+  assert errors.startswith('error: the last took more than 1 s')
 
 
-class Ended(BaseException):
-  """Raised in place of the end of this process."""
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_to_all_processes_of_a_job_do_not_end_the_watchdog(number):
+  program = BEGIN + f'time.sleep(0.3); os.kill(watchdog._process.pid, {number:d}); time.sleep(60)'
+  done = run_python('-c', program, timeout=30)
+  assert done.returncode == ABORTED, done.stderr
 
 
-def test_only_an_activity_that_takes_too_long_ends_the_process(monkeypatch, caplog):
-  ended = []
+# Nobody reads what the process says; or a pipe is full.
+SILENT = """
+import fcntl
+end, out = os.pipe()
+if sys.argv[1] == 'closed':
+  os.close(end)
+else:
+  os.write(out, b' ' * fcntl.fcntl(out, fcntl.F_GETPIPE_SZ))
+os.dup2(out, 2)
+"""
 
-  def end(status):
-    ended.append(status)
-    raise Ended
 
-  monkeypatch.setattr(watchdog.os, '_exit', end)
-  monkeypatch.setattr(watchdog, 'POLL_SECONDS', 0.02)
-  monkeypatch.setattr(threading, 'excepthook', lambda _: None)
-  watching, closed = Watchdog(0.5), Watchdog(0.5)
-  closed.watch('after the end')
-  closed.close()
-  for _ in range(10):
-    watching.watch('a step')
-    time.sleep(0.1)
-  watching.watch('a save', is_slow=True)
-  time.sleep(0.8)
-  watching.watch('a batch')
-  watching.pause()
-  time.sleep(0.8)
-  assert (ended, caplog.records) == ([], [])
-  watching.watch('the last')
-  time.sleep(1.5)
-  assert ended == [ExitStatus.HUNG]
-  (record,) = caplog.records
-  assert (record.name, record.levelno) == ('dropmae_jax', logging.ERROR)
-  assert record.message.startswith('the last hangs; all threads of this process:\n')
+@pytest.mark.parametrize(('pipe', 'status'), [('closed', signal.SIGABRT), ('full', signal.SIGKILL)])
+def test_an_error_output_that_nobody_reads_does_not_keep_the_process(pipe, status):
+  program = SILENT + BEGIN + 'time.sleep(60)'
+  assert run_python('-c', 'import os, sys' + program, pipe, timeout=40).returncode == -status
+
+
+# Longer than the limit in all: activities, a slow one, a pause.
+WORKS = """
+for _ in range(6):
+  watchdog.watch('a step')
+  time.sleep(0.3)
+watchdog.watch('a save', is_slow=True)
+time.sleep(1.5)
+watchdog.watch('a batch')
+watchdog.pause()
+watchdog.write_crashes_to('')
+time.sleep(1.5)
+watchdog.watch('the end')
+watchdog.close()
+time.sleep(1.5)
+"""
+
+
+def test_what_does_not_take_too_long_is_not_ended():
+  done = run_python('-c', BEGIN + WORKS, timeout=30)
+  assert (done.returncode, done.stderr) == (0, '')
+
+
+def test_the_watchdog_ends_with_its_process():
+  with running('-c', BEGIN + 'print(watchdog._process.pid, flush=True); time.sleep(60)') as process:
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f'/proc/{pid}/cmdline') and time.monotonic() < deadline:
+      time.sleep(0.1)
+    assert not os.path.exists(f'/proc/{pid}/cmdline')
+
+
+# The stacks cannot be written, as the disk of their file hangs: a pipe that is full.
+NO_STACKS = """
+import faulthandler, fcntl
+out = os.pipe()[1]
+os.write(out, b' ' * fcntl.fcntl(out, fcntl.F_GETPIPE_SZ))
+faulthandler.enable(out)
+time.sleep(60)
+"""
+
+
+def test_stacks_that_cannot_be_written_do_not_delay_the_end():
+  program = BEGIN + NO_STACKS
+  done = run_python('-c', program, timeout=40)
+  assert done.returncode == -signal.SIGKILL
+  assert done.stderr.startswith('error: work took more than 1 s')
+
+
+# A thread of a library does not end.
+HANGING_END = """
+import sys, threading, time
+from dropmae_jax import main
+from dropmae_jax.runtime.errors import UserError
+main.END_SECONDS = 1.0
+def end():
+  threading.Thread(target=time.sleep, args=(60,)).start()
+  if sys.argv[1] == 'error':
+    raise UserError('why')
+main.main = end
+main.command()
+"""
+
+
+@pytest.mark.parametrize('end', ['status', 'error'])
+def test_a_process_that_does_not_end_is_ended(end):
+  done = run_python('-c', HANGING_END, end, timeout=40)
+  assert done.returncode == ABORTED, done.stderr
+  assert '\nerror: the end of the process took more than 1 s; ' in '\n' + done.stderr
+  assert '_shutdown' in done.stderr
 
 
 @pytest.mark.parametrize(
   ('seconds', 'is_slow', 'limit'), [(20, False, 20), (20, True, 1800), (4000, True, 4000)]
 )
 def test_the_longer_limit_applies_to_slow_activities(seconds, is_slow, limit):
-  watching = Watchdog(seconds)
+  watching = watchdog.Watchdog(seconds)
   watching.watch('a save', is_slow=is_slow)
-  assert watching._watched == ('a save', limit)
+  for path in ('', '/a/crash.txt', ''):
+    watching.write_crashes_to(path)  # Changes nothing else.
+    found = watchdog.HEARTBEAT.unpack(watching._memory[:])[1:]
+    assert [found[0], *(each.rstrip(b'\0').decode() for each in found[1:])] == [
+      limit, 'a save', path
+    ]  # fmt: skip
   watching.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize('faulty', [0, 1])
+def test_a_host_that_hangs_or_dies_ends_the_others_too(data_dir, tmp_path, fault, faulty):
+  arguments = train_arguments(
+    data_dir, tmp_path, '--config.num_steps=100000', '--config.step_stall_seconds=5'
+  )
+  both = Processes(arguments)
+  both.wait_for('step 3/')
+  both.running[faulty].send_signal(fault)
+  _, errors = both.running[1 - faulty].communicate(timeout=60)
+  assert both.running[1 - faulty].returncode == ABORTED, errors
+  both.running[faulty].send_signal(signal.SIGCONT)
+  both.running[faulty].communicate(timeout=60)
+  assert both.running[faulty].returncode != 0
