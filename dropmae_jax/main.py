@@ -1,18 +1,24 @@
 """Trains: python -m dropmae_jax.main --config=NAME|FILE --workdir=DIR [--config.FIELD=VALUE ...].
 
-The exit status is one of `runtime/errors.ExitStatus`; after 69 and 75, the same command resumes
-from the last checkpoint.
+The exit status is one of `runtime/errors.ExitStatus`; above 2, the same command resumes from the
+last checkpoint.
 """
 
+import argparse
 import os
 import pathlib
 import sys
 
-from absl import flags, logging
+from absl import logging
 
 from dropmae_jax import config_file
-from dropmae_jax.runtime import cli
-from dropmae_jax.runtime.errors import ExitStatus, RunFailed
+from dropmae_jax.config import Config
+from dropmae_jax.runtime import cli, local_processes
+from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError
+from dropmae_jax.runtime.watchdog import Watchdog
+
+# How long a process may take to end: libraries wait for threads, and JAX for the other processes.
+END_SECONDS = 120.0
 
 
 def _parser() -> cli.Parser:
@@ -26,10 +32,14 @@ def _parser() -> cli.Parser:
   add('--allow_changes', action='store_true', help='resume with other data or another objective')
   processes = parser.add_argument_group('several processes')
   add = processes.add_argument
+  add(
+    '--local_processes', type=int, default=1, metavar='N', help='start N, one per GPU of this box'
+  )
   add('--distributed', action='store_true', help='join those that a pod or SLURM starts')
   add('--coordinator_address', metavar='HOST:PORT', help='of process 0')
   add('--num_processes', type=int, help='of the whole run')
   add('--process_id', type=int, help='of this one, from 0')
+  add('--local_device_ids', metavar='I[,J...]', help='devices of its host that it uses (all)')
   config_file.add_arguments(parser)
   return parser
 
@@ -38,8 +48,8 @@ def main() -> int:
   """Reads the config, trains, and returns the exit status."""
   arguments = _parser().parse_args()
   config = config_file.from_arguments(arguments)
-  # The worker processes of grain read absl's flags, which nothing else here has.
-  flags.FLAGS.mark_as_parsed()
+  if arguments.local_processes != 1:
+    return _run_local_processes(arguments, config)
   logging.set_verbosity(logging.WARNING)
   # What goes wrong in orbax comes as exceptions too, which become a sentence.
   logging.get_absl_logger().addFilter(lambda record: '/orbax/' not in record.pathname)
@@ -54,6 +64,7 @@ def main() -> int:
     coordinator_address=arguments.coordinator_address,
     num_processes=arguments.num_processes,
     process_id=arguments.process_id,
+    local_device_ids=arguments.local_device_ids,
   )
   try:
     finished = train.train(config, arguments.workdir, allow_changes=arguments.allow_changes)
@@ -68,9 +79,36 @@ def main() -> int:
   return status
 
 
+def _run_local_processes(arguments: argparse.Namespace, config: Config) -> int:
+  count = arguments.local_processes
+  if count < 1:
+    raise UserError(f'--local_processes={count} is not a number of processes; give 1 or more.')
+  connected = 'coordinator_address', 'num_processes', 'process_id', 'local_device_ids'
+  if arguments.distributed or any(getattr(arguments, name) is not None for name in connected):
+    raise UserError(
+      f'--local_processes={count} starts all processes of a run itself; give it alone, or a'
+      ' launcher of your own with --distributed or --coordinator_address.'
+    )
+  multihost.check_not_launched()
+  # They share the cores.
+  cores = len(os.sched_getaffinity(0))
+  num_threads = config.data.num_threads or max(1, cores // count)
+  more = ['--local_processes=1', f'--config.data.num_threads={num_threads}']
+  return local_processes.run(
+    [sys.executable, '-m', 'dropmae_jax.main', *sys.argv[1:], *more], count
+  )
+
+
+def _main_and_end() -> int:
+  try:
+    return main()
+  finally:
+    Watchdog(END_SECONDS).watch('the end of the process')
+
+
 def command() -> None:
   """The entry point dropmae-train."""
-  cli.run(main)
+  cli.run(_main_and_end)
 
 
 if __name__ == '__main__':

@@ -10,20 +10,19 @@ import functools
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from dropmae_jax import sharding
 from dropmae_jax.checkpoints.manager import Checkpoints
 from dropmae_jax.checkpoints.saved_weights import describe
 from dropmae_jax.config import Config, may_change
-from dropmae_jax.data import frame_pairs, non_finite_batch
+from dropmae_jax.data import crashes, frame_pairs, non_finite_batch
+from dropmae_jax.data.loader import Interrupted, Loader, LoaderStalled
 from dropmae_jax.data.mixture import Mixture, open_mixture
-from dropmae_jax.data.prefetch import Interrupted, LoaderStalled, Prefetcher
 from dropmae_jax.model import mae
 from dropmae_jax.pytorch import init_from
 from dropmae_jax.runtime import multihost
@@ -38,7 +37,7 @@ _log = logging.getLogger('dropmae_jax')
 def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False) -> bool:
   """Trains to `config.num_steps`; resumes from the newest checkpoint of `workdir`, if there is one.
 
-  A step that hangs ends the process with status 69 (`errors.ExitStatus.HUNG`).
+  A step that hangs ends the process by SIGABRT (`errors.ExitStatus.ABORTED`).
 
   Args:
     config: of the run.
@@ -52,15 +51,15 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
     UserError: the data are not there or cannot be read, the batch does not fit the devices, or the
       workdir holds another model or run.
     NonFiniteLoss: training diverged; the pairs of the batch are listed in the workdir.
-    LoaderFailed: the loader hangs or dies again and again; end the process by os._exit.
+    LoaderStalled: the loader hangs; end the process by os._exit.
     NotSaved: the last state could not be written.
   """
   interruption = multihost.Interruption()
   watchdog = Watchdog(config.step_stall_seconds)
   with interruption.watched(), contextlib.ExitStack() as stack:
     stack.callback(watchdog.close)
-    with multihost.ending_together():
-      watchdog.watch('opening the dataset', is_slow=True)
+    watchdog.watch('opening the dataset', is_slow=True)
+    with multihost.ending_together() as failures:
       dataset = open_dataset(config, workdir, allow_changes=allow_changes)
       seeds = derive_seeds(config.seed)
       try:
@@ -70,6 +69,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
       model = build(config, mesh)
 
       make_workdir(workdir)
+      failures.share(workdir)
       enable_compilation_cache(workdir)
       checkpoints = open_checkpoints(config, workdir, dataset)
       stack.callback(checkpoints.close)
@@ -95,6 +95,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
       for note in notes:
         _log.info(note)
 
+      dataset = stack.enter_context(crashes.left_out(dataset, workdir, watchdog))
       batches = start_loader(
         config,
         dataset,
@@ -123,7 +124,7 @@ class Run(NamedTuple):
 
   step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
   step_key: jax.Array
-  batches: Prefetcher
+  batches: Loader
   checkpoints: Checkpoints
   report: Report
   watchdog: Watchdog
@@ -280,33 +281,26 @@ def start_loader(
   seed: int,
   first_step: int,
   is_interrupted: Callable[[], bool],
-) -> Prefetcher:
+) -> Loader:
   """Starts the loader of this process's share of every batch."""
   damaged = frame_pairs.DamagedRecords(config.data.max_damaged_records)
 
-  def make_batches(step: int) -> Iterator[dict[str, np.ndarray]]:
-    return frame_pairs.pair_batches(
-      dataset,
-      config.data,
-      image_size=config.model.image_size,
-      batch_size=config.batch_size,
-      seed=seed,
-      first_step=step,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
-      report_damaged=damaged.add,
-    )
-
-  return Prefetcher(
-    make_batches,
+  return frame_pairs.pair_batches(
+    dataset,
+    config.data,
+    image_size=config.model.image_size,
+    batch_size=config.batch_size,
+    seed=seed,
     first_step=first_step,
-    to_device=lambda batch: sharding.to_devices(batch['frames'], mesh),
-    stall_seconds=config.data.stall_seconds,
+    host=jax.process_index(),
+    num_hosts=jax.process_count(),
+    report_damaged=damaged.add,
+    move=lambda batch: sharding.to_devices(batch.frames, mesh),
     is_interrupted=is_interrupted,
   )
 
 
-def _close_loader(batches: Prefetcher, _: Any, error: BaseException | None, __: Any) -> None:
+def _close_loader(batches: Loader, _: Any, error: BaseException | None, __: Any) -> None:
   try:
     batches.close()
   except LoaderStalled:

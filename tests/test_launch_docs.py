@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT
 
 from dropmae_jax import config_file
+from dropmae_jax.runtime.errors import ExitStatus
 
 TEXT = (ROOT / 'docs' / 'launch.md').read_text()
 SHELL = re.findall(r'```bash\n(.*?)```', TEXT, re.DOTALL)
@@ -41,6 +42,25 @@ def test_fields_and_configs_that_are_named_exist():
   assert fields <= set(config_file.field_types())
   configs = set(re.findall(r'--config=(\w+)', TEXT))
   assert configs and configs <= set(config_file.presets())
+
+
+def test_the_exit_statuses_are_those_of_the_code():
+  text = (ROOT / 'README.md').read_text()
+  (table,) = re.findall(r'^\| exit status .*\n\|[-|]+\n((?:\|.*\n)+)', text, re.MULTILINE)
+  remedies = {}
+  for row in table.splitlines():
+    _, statuses, _, remedy, _ = (cell.strip() for cell in row.split('|'))
+    remedies |= {int(number): remedy for number in re.findall(r'\d+', statuses)}
+  for status in ExitStatus:
+    helps = status > ExitStatus.BAD_INPUT
+    assert (remedies.pop(status) == 'run the same command again') == helps, status
+  assert set(remedies) == {130, 143, 141}  # Of the other commands.
+  # The recipes restart by the same rule.
+  (found,) = map(yaml.safe_load, YAML)
+  (rule,) = found['spec']['replicatedJobs'][0]['template']['spec']['podFailurePolicy']['rules']
+  assert rule['action'] == 'FailJob'
+  assert rule['onExitCodes']['values'] == [1, 2]
+  assert sum('$status -gt 2' in script or '$status -le 2' in script for script in SHELL) == 2
 
 
 def test_every_fault_has_the_test_that_is_named():

@@ -13,6 +13,7 @@ import shutil
 import signal
 import threading
 import time
+import types
 from fractions import Fraction
 
 import jax
@@ -26,9 +27,9 @@ from dropmae_jax.checkpoints import manager as run_checkpoints
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.checkpoints.manager import Checkpoints, NotSaved
 from dropmae_jax.config import CheckpointOptions, Config, DataOptions
-from dropmae_jax.data import frame_pairs, non_finite_batch, prefetch
+from dropmae_jax.data import frame_pairs, loader, non_finite_batch
+from dropmae_jax.data.loader import Loader, LoaderStalled
 from dropmae_jax.data.mixture import Mixture, mixture_of
-from dropmae_jax.data.prefetch import LoaderFailed, LoaderStalled, Prefetcher
 from dropmae_jax.model.vit import architecture_of_size
 from dropmae_jax.runtime import cli, multihost, report, watchdog
 from dropmae_jax.runtime.errors import UserError
@@ -138,19 +139,22 @@ def fakes(monkeypatch):
     def pause(self):
       fakes.events.append('pause')
 
+    def write_crashes_to(self, path):
+      pass
+
     def close(self):
       fakes.events.append('closed: Watchdog')
 
-  class SpiedPrefetcher(Prefetcher):
-    def __init__(self, make_batches, **options):
+  class SpiedLoader(Loader):
+    def __init__(self, *functions, **options):
       fakes.feeds.append(options)
-      super().__init__(make_batches, **options)
+      super().__init__(*functions, **options)
 
     def __next__(self):
       fakes.asked = time.perf_counter()
       return super().__next__()
 
-  for kind in (Prefetcher, Report, Checkpoints):
+  for kind in (Loader, Report, Checkpoints):
     real = kind.close
     monkeypatch.setattr(
       kind,
@@ -173,14 +177,14 @@ def fakes(monkeypatch):
   @contextlib.contextmanager
   def ending_together():
     fakes.events.append('ending together')
-    yield
+    yield types.SimpleNamespace(share=lambda workdir: fakes.events.append('failures are shared'))
     fakes.events.append('ending alone')
 
   monkeypatch.setattr(multihost, 'ending_together', ending_together)
   monkeypatch.setattr(Report, 'batch_arrived', batch_arrived)
   monkeypatch.setattr(Report, 'compiled', compiled)
   monkeypatch.setattr(train, 'Watchdog', Watchdog)
-  monkeypatch.setattr(train, 'Prefetcher', SpiedPrefetcher)
+  monkeypatch.setattr(frame_pairs, 'Loader', SpiedLoader)
   monkeypatch.setattr(train, 'open_mixture', fakes.open_mixture)
   monkeypatch.setattr(train, 'build', fakes.build_program)
   return fakes
@@ -188,13 +192,15 @@ def fakes(monkeypatch):
 
 def batches(steps):
   """The batches of the first steps, from the stream itself."""
-  stream = frame_pairs.pair_batches(
-    NumberedVideos([10] * 25),
-    RECIPE.data,
-    image_size=16,
-    batch_size=8,
-    seed=derive_seeds(RECIPE.seed).data,
-  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(frame_pairs, 'Loader', Loader)  # Not the one that is observed.
+    stream = frame_pairs.pair_batches(
+      NumberedVideos([10] * 25),
+      RECIPE.data,
+      image_size=16,
+      batch_size=8,
+      seed=derive_seeds(RECIPE.seed).data,
+    )
   with contextlib.closing(stream):
     return [batch['frames'] for batch in itertools.islice(stream, steps)]
 
@@ -233,6 +239,7 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
   fakes.at[6] = lambda: logging.getLogger('dropmae_jax').warning('a warning of any module')
   workdir = tmp_path / 'new' / 'run'
   assert train.train(RECIPE, workdir) is True
+  seen = list(fakes.events)
   assert_fed(fakes, range(1, 12))
   told = assert_saved(workdir, [4, 8, 11])
   expected = saved_weights.describe(
@@ -252,8 +259,8 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
     assert text in log
   (options,) = fakes.feeds
   assert (options['first_step'], options['stall_seconds']) == (0, 55)
-  events = ['ending together']
-  events += [('watch', 'opening the dataset', True), ('watch', 'restoring the state', True)]
+  events = [('watch', 'opening the dataset', True), 'ending together', 'failures are shared']
+  events.append(('watch', 'restoring the state', True))
   for step in range(1, 12):
     # At most two steps are under way: the one before the last is waited for.
     events += ['pause', ('watch', f'step {step}', step == 1), 'batch arrived', f'step {step}']
@@ -263,8 +270,8 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
     if step in (4, 8, 11):
       events.append(('watch', f'the checkpoint of step {step}', True))
   events += [('watch', 'closing the run', True), 'ending alone']
-  events += [f'closed: {name}' for name in ('Prefetcher', 'Report', 'Checkpoints', 'Watchdog')]
-  assert fakes.events == events
+  events += [f'closed: {name}' for name in ('Loader', 'Report', 'Checkpoints', 'Watchdog')]
+  assert seen == events
 
 
 def stop_by(number):
@@ -312,7 +319,7 @@ def test_a_signal_between_two_checkpoints_costs_nothing(fakes, tmp_path, monkeyp
 def test_a_signal_while_a_batch_is_waited_for_saves_what_there_is(
   fakes, tmp_path, monkeypatch, steps
 ):
-  monkeypatch.setattr(prefetch, 'POLL_SECONDS', 0.05)
+  monkeypatch.setattr(loader, 'POLL_SECONDS', 0.05)
   reads, released = itertools.count(), threading.Event()
 
   def before_frame():
@@ -376,20 +383,18 @@ def test_the_pairs_of_a_mixture_are_listed_by_their_dataset():
 
 @pytest.mark.parametrize('bad', [None, 2])
 def test_a_loader_that_does_not_end_hides_no_error(fakes, tmp_path, monkeypatch, bad):
-  real = Prefetcher.close
+  real = Loader.close
 
   def close(self):
     real(self)
     raise LoaderStalled('a thread of the loader did not end')
 
-  monkeypatch.setattr(Prefetcher, 'close', close)
+  monkeypatch.setattr(Loader, 'close', close)
   fakes.bad = bad
   with pytest.raises(NonFiniteLoss if bad else LoaderStalled):
     train.train(changed(RECIPE, {'num_steps': 2}), tmp_path)
   closed = [event for event in fakes.events if 'closed' in event]
-  assert closed == [
-    f'closed: {name}' for name in ('Prefetcher', 'Report', 'Checkpoints', 'Watchdog')
-  ]
+  assert closed == [f'closed: {name}' for name in ('Loader', 'Report', 'Checkpoints', 'Watchdog')]
 
 
 @pytest.mark.parametrize('full_at', [4, 11])
@@ -536,26 +541,21 @@ def test_a_process_reads_its_share_of_every_batch(monkeypatch, caplog):
 
   def pair_batches(*arguments, **options):
     asked.append((arguments, options))
-    return iter(())
-
-  class Unread(Prefetcher):
-    def __init__(self, make_batches, **options):
-      make_batches(7)
-      self.options = options
+    return Loader.__new__(Loader)
 
   monkeypatch.setattr(frame_pairs, 'pair_batches', pair_batches)
-  monkeypatch.setattr(train, 'Prefetcher', Unread)
   videos, mesh = mixture_of(Videos()), sharding.make_mesh()
   is_asked = lambda: False
   recipe = changed(RECIPE, {'data.max_damaged_records': 1})
-  fed = train.start_loader(recipe, videos, mesh, seed=13, first_step=6, is_interrupted=is_asked)
+  train.start_loader(recipe, videos, mesh, seed=13, first_step=6, is_interrupted=is_asked)
   ((arguments, options),) = asked
-  damaged = options.pop('report_damaged')
+  damaged, move = options.pop('report_damaged'), options.pop('move')
   assert arguments == (videos, recipe.data)
   assert options == {
-    'image_size': 16, 'batch_size': 8, 'seed': 13, 'first_step': 7, 'host': 2, 'num_hosts': 4,
+    'image_size': 16, 'batch_size': 8, 'seed': 13, 'first_step': 6, 'host': 2, 'num_hosts': 4,
+    'is_interrupted': is_asked,
   }  # fmt: skip
-  assert (fed.options['first_step'], fed.options['is_interrupted']) == (6, is_asked)
+  assert callable(move)
   damaged('first')
   assert 'first' in caplog.messages[0]
   with pytest.raises(UserError, match='max_damaged_records=1'):
@@ -574,7 +574,6 @@ class Exited(BaseException):
     (False, os.EX_TEMPFAIL),
     (NonFiniteLoss('why', 3), 1),
     (NotSaved('why'), 1),
-    (LoaderFailed('why'), 1),
     (LoaderStalled('why'), os.EX_UNAVAILABLE),
     (UserError('why'), 2),
   ],
@@ -613,6 +612,6 @@ def test_the_exit_status_says_how_a_run_ended(
   assert capsys.readouterr().err == ('error: why\n' if isinstance(outcome, Exception) else '')
   joined = {
     'distributed': True, 'coordinator_address': 'a:1', 'num_processes': 4,
-    'process_id': 3,
+    'process_id': 3, 'local_device_ids': None,
   }  # fmt: skip
   assert given == [joined, (2800, tmp_path, True)]

@@ -167,7 +167,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       shutil.rmtree(self._folder / name, ignore_errors=True)
       (self._folder / str(step)).rename(self._folder / name)
-    multihost.any_of(False)  # All processes wait until the first one has renamed it.
+    multihost.wait_for_all('a damaged checkpoint is set aside')
     self._manager.reload()
     return f'the checkpoint of step {step} is damaged ({reason}); it is set aside as {name}'
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -16,13 +17,16 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import ExitStatus, UserError
 
-# The key under which a process stores why it ends, and how often the others check it.
-FAILURE_KEY, POLL_SECONDS = 'dropmae_jax/failure', 1.0
+# The file of the workdir in which a process says why it ends, and how often the others look for it.
+FAILURE_FILE, POLL_SECONDS = 'failure.json', 1.0
+# How errors of JAX say that a process, or the connection to it, is gone.
+LOST = re.compile('UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Gloo|NCCL')
+# A process that is silent for so long is gone: JAX then ends the others.
+HEARTBEAT_SECONDS = 100
 # Where launchers put the number of processes that they started for a job.
 LAUNCHED = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 
@@ -33,6 +37,7 @@ def join(
   coordinator_address: str | None,
   num_processes: int | None,
   process_id: int | None,
+  local_device_ids: str | None = None,
 ) -> None:
   """Connects this process to the others of the run; to be called before any other use of JAX.
 
@@ -41,6 +46,8 @@ def join(
     coordinator_address: 'HOST:PORT' of process 0, where the environment does not say it.
     num_processes: likewise.
     process_id: likewise, from 0.
+    local_device_ids: numbers of the devices of this host to use, as 'I' or 'I,J'; None: all, or
+      those that the launcher says.
 
   Raises:
     UserError: the options contradict one another, or the other processes were not found.
@@ -51,8 +58,10 @@ def join(
       '--coordinator_address, --num_processes and --process_id go together; give all three, or'
       ' --distributed where the environment tells them.'
     )
+  if local_device_ids and not re.fullmatch(r'\d+(,\d+)*', local_device_ids):
+    raise UserError(f'--local_device_ids={local_device_ids} is not a list of numbers such as 0,1.')
   if coordinator_address is None and not distributed:
-    _check_not_launched()
+    check_not_launched()
     return
   if coordinator_address is not None and not 0 <= process_id < num_processes:
     raise UserError(f'--process_id={process_id} is not in 0..{num_processes - 1}.')
@@ -61,8 +70,10 @@ def join(
       coordinator_address,
       num_processes,
       process_id,
+      [int(each) for each in local_device_ids.split(',')] if local_device_ids else None,
       # Explicit options take precedence over a launcher, which would limit the devices.
       cluster_detection_method='deactivate' if coordinator_address else None,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]
@@ -72,7 +83,7 @@ def join(
     ) from error
 
 
-def _check_not_launched() -> None:
+def check_not_launched() -> None:
   """Raises if this is one of several processes that are not connected but share a workdir."""
   for name in LAUNCHED:
     if int(os.environ.get(name, '1')) > 1:
@@ -125,63 +136,115 @@ def any_of(value: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
+def wait_for_all(what: str) -> None:
+  """Waits for all processes.
+
+  Args:
+    what: name of the place, the same on all.
+  """
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def text_of_first(text: str) -> str:
+  """Returns the text of the first process on all; waits for all processes."""
+  if jax.process_count() == 1:
+    return text
+  content = np.frombuffer(text.encode(), np.uint8)
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+  padded = np.resize(content, length) if len(content) else np.zeros(length, np.uint8)
+  return multihost_utils.broadcast_one_to_all(padded).tobytes().decode()
+
+
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
+def ending_together() -> Iterator['Failures']:
   """Ends all processes if one of them fails, with the same error message and exit status.
 
   Otherwise they would wait for it in the next step. A failed process exits inside this context,
   without unwinding, because JAX would then wait for the others. An error with an attribute
   `is_everywhere` is raised on all processes at the same step, so it propagates as usual.
+
+  Yields:
+    An object that has to be told of the workdir, which has to be shared by all processes; before,
+    they do not hear of a failure unless `agree` tells them.
   """
+  failures = Failures()
   if jax.process_count() == 1:
-    yield
+    yield failures
     return
-  is_over = threading.Event()
-
-  def poll() -> None:
-    while not is_over.wait(POLL_SECONDS):
-      _end_if_another_failed()
-
-  threading.Thread(target=poll, name='multihost', daemon=True).start()
   try:
-    yield
+    yield failures
   except Exception as error:
     if hasattr(error, 'is_everywhere'):
       raise
-    status = getattr(error, 'exit_status', None)
+    message, status = str(error), getattr(error, 'exit_status', None)
     if status is None:
       # An error in JAX may be the consequence of another process's end.
       time.sleep(2 * POLL_SECONDS)
-      _end_if_another_failed()
+      failures.end_if_another_failed()
       traceback.print_exc()
-    with contextlib.suppress(Exception):  # Another process may have stored its failure first.
-      failure = json.dumps([jax.process_index(), status or 1, str(error)])
-      _client().key_value_set(FAILURE_KEY, failure)
-    _end(str(error), status or 1)
+      status = ExitStatus.FAILED
+      if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(message):
+        status = ExitStatus.UNAVAILABLE
+        message = (
+          f'another process of this run is gone ({message.splitlines()[0]}); the same command,'
+          ' given to all, resumes from the last checkpoint.'
+        )
+    failures.store(message, status)
+    _end(message, status)
   finally:
-    is_over.set()
+    failures.close()
 
 
-def _end_if_another_failed() -> None:
-  try:
-    number, status, message = json.loads(_client().key_value_try_get(FAILURE_KEY))
-  except Exception:  # None has failed yet, or the first process, which holds the key, is gone.
-    return
-  if number != jax.process_index():
-    _end(f'process {number} has ended: {message}', status)
+class Failures:
+  """How a process tells the others why it ends: by a file, which outlives it."""
 
+  def __init__(self) -> None:
+    self._path: pathlib.Path | None = None
+    self._is_over = threading.Event()
 
-def _client() -> Any:
-  # JAX (0.10.2) has no public interface to the key-value store of its coordinator. What is public,
-  # multihost_utils, waits for all processes, of which one has failed here.
-  return distributed.global_state.client
+  def share(self, workdir: pathlib.Path) -> None:
+    """Tells the others by a file in a folder from now on; all processes call this together."""
+    if jax.process_count() == 1:
+      return
+    path = workdir / FAILURE_FILE
+    if jax.process_index() == 0:
+      # On network file systems, a change of a file is seen sooner than a new file.
+      path.write_text('')
+    wait_for_all('failures are shared')
+    self._path = path
+    threading.Thread(target=self._poll, name='multihost', daemon=True).start()
+
+  def _poll(self) -> None:
+    while not self._is_over.wait(POLL_SECONDS):
+      self.end_if_another_failed()
+
+  def close(self) -> None:
+    """Does not look for failures any more."""
+    self._is_over.set()
+
+  def store(self, message: str, status: int) -> None:
+    """Says why this process ends, unless another one has said so before."""
+    with contextlib.suppress(OSError):
+      if self._path and not self._path.read_text():
+        failure = {'process': jax.process_index(), 'status': status, 'message': message}
+        self._path.write_text(json.dumps(failure))
+
+  def end_if_another_failed(self) -> None:
+    """Ends this process if another one has said why it ends."""
+    try:
+      failure = json.loads(self._path.read_text()) if self._path else None
+    except (OSError, ValueError):  # None has failed yet, or it is still writing.
+      return
+    if failure and failure['process'] != jax.process_index():
+      _end(f'process {failure["process"]} has ended: {failure["message"]}', failure['status'])
 
 
 def _end(message: str, status: int) -> NoReturn:
   print(f'error: {message}', file=sys.stderr, flush=True)
   sys.stdout.flush()
-  # All others must poll before this process is gone. The first process ends last: it holds the key,
-  # and JAX aborts processes that outlive it.
+  # All others must poll before this process is gone, and the first one ends last, as JAX aborts
+  # processes that outlive it.
   time.sleep((3 if jax.process_index() == 0 else 2) * POLL_SECONDS)
   os._exit(status)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import run_python, train_arguments
 from processes import Processes
-from test_commands import losses
+from test_commands import assert_same_weights, losses
 
 from dropmae_jax.runtime import multihost
 from dropmae_jax.runtime.errors import UserError
@@ -54,6 +54,27 @@ def test_two_processes_are_one_run(trained, data_dir, tmp_path):
   assert all(len(videos) >= 16 for videos in read)
   together = [video for i in range(3) for videos in read for video in videos[2 * i : 2 * i + 2]]
   assert sorted(together[:6]) == sorted(together[6:]) == list(range(6))
+
+
+@pytest.mark.slow
+def test_a_killed_process_does_not_change_the_result(data_dir, tmp_path):
+  """Both are started again, and end with the same bits as a run without a fault."""
+  arguments = [
+    train_arguments(
+      data_dir, tmp_path / name, '--config.num_steps=40', '--config.checkpoint.every_steps=3',
+      '--config.step_stall_seconds=5',
+    )
+    for name in ('calm', 'killed')
+  ]  # fmt: skip
+  assert [status for status, _, _ in Processes(arguments[0]).ends()] == [0, 0]
+  both = Processes(arguments[1])
+  both.wait_for('step 7/')
+  both.running[1].kill()
+  assert [status for status, _, _ in both.ends()] == [-signal.SIGABRT, -signal.SIGKILL]
+  ends = Processes(arguments[1]).ends()
+  assert [status for status, _, _ in ends] == [0, 0], ends
+  assert 'resuming after step' in ends[0][1]
+  assert_same_weights(tmp_path / 'killed', tmp_path / 'calm')
 
 
 @pytest.mark.slow

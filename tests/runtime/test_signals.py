@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import run_python
@@ -168,92 +169,147 @@ class Ended(BaseException):
   """Raised in place of the end of this process."""
 
 
-class Service:
-  """The key-value store of the processes."""
-
-  def __init__(self):
-    self.stored = {}
-
-  def key_value_set(self, key, value):
-    assert key not in self.stored
-    self.stored[key] = value
-
-  def key_value_try_get(self, key):
-    return self.stored[key]
-
-
 @pytest.fixture
-def service(processes):
-  service, service.ended = Service(), []
+def ended(processes):
+  """The statuses with which this process has ended."""
+  statuses = []
 
   def end(status):
-    service.ended.append(status)
+    statuses.append(status)
     raise Ended
 
   processes.setattr(multihost, 'POLL_SECONDS', 0.01)
-  processes.setattr(multihost, '_client', lambda: service)
+  processes.setattr(multihost.multihost_utils, 'sync_global_devices', lambda _: None)
   processes.setattr(multihost.os, '_exit', end)
-  return service
+  return statuses
 
 
 class Slow(RuntimeError):
-  exit_status = ExitStatus.HUNG
+  exit_status = ExitStatus.UNAVAILABLE
+
+
+def failure(workdir):
+  return json.loads((workdir / 'failure.json').read_text())
 
 
 @pytest.mark.parametrize(
-  ('error', 'status'), [(UserError('why'), 2), (Slow('why'), ExitStatus.HUNG), (KeyError('why'), 1)]
-)
-def test_a_failed_process_stores_its_failure_for_the_others(service, capsys, error, status):
-  with pytest.raises(Ended), multihost.ending_together():
+  ('error', 'status', 'message'),
+  [
+    (UserError('why'), 2, 'why'),
+    (Slow('why'), ExitStatus.UNAVAILABLE, 'why'),
+    (KeyError('why'), 1, "'why'"),
+    (
+      jax.errors.JaxRuntimeError('UNAVAILABLE: closed\nand more'), ExitStatus.UNAVAILABLE,
+      'another process of this run is gone (UNAVAILABLE: closed); the same command, given to all,'
+      ' resumes from the last checkpoint.',
+    ),
+    # Another start would end in the same way.
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: memory'), 1, 'RESOURCE_EXHAUSTED: memory'),
+  ],
+)  # fmt: skip
+def test_a_failed_process_says_why_to_the_others(tmp_path, ended, capsys, error, status, message):
+  (tmp_path / 'failure.json').write_text('')  # By process 0.
+  with pytest.raises(Ended), multihost.ending_together() as failures:
+    failures.share(tmp_path)
     raise error
-  assert service.ended == [status]
-  assert json.loads(service.stored[multihost.FAILURE_KEY]) == [1, status, str(error)]
+  assert ended == [status]
+  expected = {'process': 1, 'status': status, 'message': message}
+  assert failure(tmp_path) == expected
   err = capsys.readouterr().err
-  assert err.endswith(f'error: {error}\n')
-  assert ('Traceback' in err) == isinstance(error, KeyError)
+  assert err.endswith(f'error: {message}\n')
+  assert ('Traceback' in err) == (not hasattr(error, 'exit_status'))
+  # What was said first stays.
+  with pytest.raises(Ended), multihost.ending_together() as failures:
+    failures.share(tmp_path)
+    raise UserError('a consequence')
+  assert failure(tmp_path) == expected
 
 
-def test_an_error_of_all_processes_propagates(service):
-  with pytest.raises(NonFiniteLoss), multihost.ending_together():
+def test_before_there_is_a_workdir_nothing_is_written(ended):
+  with pytest.raises(Ended), multihost.ending_together():
+    raise UserError('why')
+  assert ended == [2]
+
+
+def test_what_an_earlier_start_said_is_gone(tmp_path, ended, monkeypatch):
+  (tmp_path / 'failure.json').write_text('{"process": 1, "status": 7, "message": "why"}')
+  monkeypatch.setattr(multihost.jax, 'process_index', lambda: 0)
+  with multihost.ending_together() as failures:
+    failures.share(tmp_path)
+    time.sleep(0.1)
+  assert ended == []
+  assert (tmp_path / 'failure.json').read_text() == ''
+
+
+def test_an_error_of_all_processes_propagates(tmp_path, ended):
+  (tmp_path / 'failure.json').write_text('')
+  with pytest.raises(NonFiniteLoss), multihost.ending_together() as failures:
+    failures.share(tmp_path)
     raise NonFiniteLoss('why', 3)
-  assert (service.ended, service.stored) == ([], {})
+  assert ended == []
+  assert (tmp_path / 'failure.json').read_text() == ''
 
 
-def test_a_process_ends_with_the_failure_of_another(service, capsys, monkeypatch):
+def test_a_process_ends_with_the_failure_of_another(tmp_path, ended, capsys, monkeypatch):
   """Also if its own error is a consequence of the other's end."""
   monkeypatch.setattr(multihost.threading, 'excepthook', lambda _: None)
-  with multihost.ending_together():
-    service.stored[multihost.FAILURE_KEY] = json.dumps([1, 7, 'its own'])
+
+  def store(**changes):
+    values = {'process': 2, 'status': 7, 'message': 'why', **changes}
+    (tmp_path / 'failure.json').write_text(json.dumps(values))
+
+  with multihost.ending_together() as failures:
+    failures.share(tmp_path)
+    store(process=1)  # Its own.
     time.sleep(0.1)
-    assert service.ended == []
-    service.stored[multihost.FAILURE_KEY] = json.dumps([2, 7, 'why'])
+    assert ended == []
+    store()
     deadline = time.monotonic() + 10
-    while not service.ended and time.monotonic() < deadline:
+    while not ended and time.monotonic() < deadline:
       time.sleep(0.01)
-  assert service.ended == [7]
-  with pytest.raises(Ended), multihost.ending_together():
+  assert ended == [7]
+  with pytest.raises(Ended), multihost.ending_together() as failures:
+    failures.share(tmp_path)
     raise RuntimeError('the other is gone')
-  assert set(service.ended) == {7}
+  assert set(ended) == {7}
   assert 'error: process 2 has ended: why\n' in capsys.readouterr().err
   time.sleep(0.1)
-  count = len(service.ended)
+  count = len(ended)
   time.sleep(0.1)
-  assert len(service.ended) == count  # The thread has ended.
+  assert len(ended) == count  # The thread has ended.
+
+
+@pytest.mark.parametrize('first', ['', 'of the first', 'a longer text of the first'])
+def test_all_get_the_text_of_the_first(processes, first):
+  lengths = iter([len(first), first.encode()])
+
+  def broadcast(mine):
+    value = next(lengths)
+    if isinstance(value, int):
+      return np.int32(value)
+    assert len(mine) == len(value)
+    return np.frombuffer(value, np.uint8)
+
+  processes.setattr(multihost.multihost_utils, 'broadcast_one_to_all', broadcast)
+  assert multihost.text_of_first('of another') == first
 
 
 @pytest.mark.parametrize(
   ('options', 'method'),
   [(('a:1', 3, 2), 'deactivate'), ((None, None, None), None)],
 )
-def test_processes_join_with_the_given_options(monkeypatch, options, method):
+@pytest.mark.parametrize(('ids', 'devices'), [(None, None), ('0', [0]), ('1,2', [1, 2])])
+def test_processes_join_with_the_given_options(monkeypatch, options, method, ids, devices):
   joined = []
   monkeypatch.setattr(
     multihost.jax.distributed, 'initialize', lambda *given, **more: joined.append((given, more))
   )
   names = ('coordinator_address', 'num_processes', 'process_id')
   monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '3')
-  multihost.join(distributed=options[0] is None, **dict(zip(names, options, strict=True)))
-  assert joined == [(options, {'cluster_detection_method': method})]
+  given = dict(zip(names, options, strict=True))
+  multihost.join(distributed=options[0] is None, local_device_ids=ids, **given)
+  more = {'cluster_detection_method': method, 'heartbeat_timeout_seconds': 100}
+  assert joined == [((*options, devices), more)]
 
   def fail(*_, **__):
     raise RuntimeError('DEADLINE\nand more')

@@ -1,0 +1,117 @@
+"""One command starts a process per device of this machine, and these are one run."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from conftest import assert_one_sentence, run_python, train_arguments
+from processes import running
+
+# Runs a command of Python three times; each gets its number as the last option.
+START = """
+import signal, sys
+from dropmae_jax.runtime import local_processes
+local_processes.END_SECONDS = 1.0
+CHILD = '''
+import os, signal, sys, time
+number = int(sys.argv[-2].removeprefix('--process_id='))
+print(*sys.argv[-4:-2], number, sys.argv[-1], flush=True)
+%s
+'''
+sys.exit(local_processes.run([sys.executable, '-c', CHILD], 3))
+"""
+
+
+def test_every_process_is_told_its_place():
+  done = run_python('-c', START.replace('%s', ''))
+  assert (done.returncode, done.stderr) == (0, '')
+  lines = sorted(line.split() for line in done.stdout.splitlines())
+  assert [line[1:] for line in lines] == [
+    ['--num_processes=3', n, f'--local_device_ids={n}'] for n in '012'
+  ]
+  (address,) = {line[0] for line in lines}
+  assert address.startswith('--coordinator_address=localhost:')
+
+
+@pytest.mark.parametrize(
+  ('program', 'status'),
+  [
+    ('time.sleep(number); sys.exit([0, 2, 69][number])', 2),
+    ('time.sleep(2 - number); sys.exit([75, 75, 0][number])', 75),
+    ('os.kill(os.getpid(), signal.SIGKILL) if number == 2 else time.sleep(1); sys.exit(69)', 137),
+    # Those that do not end are killed.
+    ('sys.exit(1) if number == 1 else time.sleep(60)', 1),
+  ],
+)
+def test_the_status_is_that_of_the_first_that_failed(program, status):
+  began = time.monotonic()
+  assert run_python('-c', START.replace('%s', program)).returncode == status
+  assert time.monotonic() - began < 30
+
+
+WAITING = """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+def save(*_):
+  os.write(1, b'saved %d' % number + bytes([10]))
+  os._exit(75)
+signal.signal(signal.SIGTERM, save)
+print('ready', number, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals_reach_all_of_them(number):
+  """And if this process is killed, they stop too."""
+  with running('-c', START.replace('%s', WAITING)) as process:
+    lines = iter(process.stdout.readline, '')
+    while sum(line.startswith('ready') for line in [next(lines) for _ in range(6)]) < 3:
+      pass
+    process.send_signal(number)
+    assert sorted(lines) == ['saved 0\n', 'saved 1\n', 'saved 2\n']
+    assert process.wait(timeout=30) == (-number if number == signal.SIGKILL else 75)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (['--local_processes=0'], '--local_processes=0 is not a number of processes; give 1 or more.'),
+    (['--local_processes=2', '--distributed'], 'starts all processes of a run itself; give it alo'),
+    (['--local_processes=2', '--process_id=0'], 'starts all processes of a run itself; give it al'),
+    (['--distributed', '--local_device_ids=a'], '--local_device_ids=a is not a list of numbers su'),
+  ],
+)
+def test_options_that_contradict_one_another(data_dir, tmp_path, options, message):
+  done = run_python(*train_arguments(data_dir, tmp_path, '--config.num_steps=1', *options))
+  assert_one_sentence(done, message)
+
+
+def test_a_launcher_around_it_is_refused(data_dir, tmp_path, monkeypatch):
+  monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
+  arguments = train_arguments(data_dir, tmp_path, '--config.num_steps=1', '--local_processes=2')
+  assert_one_sentence(run_python(*arguments), 'SLURM_STEP_NUM_TASKS=2: a launcher has started sev')
+
+
+@pytest.mark.slow
+def test_eight_processes_of_one_device_are_one_of_eight(data_dir, tmp_path, monkeypatch):
+  """The same losses; each loader reads its share of every batch and nothing else."""
+  more = ('--config.num_steps=4', '--config.batch_size=8')
+  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '8')
+  done = run_python(*train_arguments(data_dir, tmp_path / 'one', *more))
+  assert done.returncode == 0, done.stderr
+  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '1')
+  arguments = train_arguments(data_dir, tmp_path / 'eight', *more, '--local_processes=8')
+  done = run_python(*arguments, timeout=400)
+  assert done.returncode == 0, done.stderr
+  assert '8 x cpu' in done.stdout
+  losses = [
+    [
+      json.loads(line)['loss']
+      for line in (tmp_path / name / 'metrics.jsonl').read_text().split('\n')[:-1]
+    ]
+    for name in ('one', 'eight')
+  ]
+  assert len(losses[0]) == 4
+  np.testing.assert_allclose(*losses, rtol=1e-6)
