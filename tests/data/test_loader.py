@@ -57,6 +57,24 @@ def test_every_row_is_filled_once_and_no_buffer_before_it_was_moved():
   assert set(filled) >= {(step, row) for step in range(20) for row in range(ROWS)}
 
 
+class Late:
+  """A batch on a device that is copied from its buffer only when somebody waits for it."""
+
+  def __init__(self, buffer):
+    self.buffer, self.copy = buffer, None
+
+  def block_until_ready(self):
+    self.copy = self.buffer.copy()
+    return self
+
+
+def test_a_buffer_is_not_filled_again_before_it_has_arrived():
+  batches = Loader(numbered, lambda: np.zeros(ROWS, int), Late, rows=ROWS, num_threads=3)
+  for step in range(8):
+    np.testing.assert_array_equal(next(batches).copy, step * ROWS + np.arange(ROWS))
+  batches.close()
+
+
 def test_two_batches_are_ready_and_no_more():
   moved = []
 
