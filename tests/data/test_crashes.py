@@ -85,6 +85,17 @@ def leave(workdir, process, stacks, readings):
   np.array(readings, crashes.READING).tofile(workdir / f'reading-{process}.bin')
 
 
+def test_all_processes_leave_out_what_the_first_one_found(tmp_path, watchdog, monkeypatch):
+  """Only the first reads and writes the list, as others may see an older file."""
+  monkeypatch.setattr(crashes.jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(crashes.multihost, 'text_of_first', lambda text: '[[0, 3, "Bus error"]]')
+  (tmp_path / 'left_out.json').write_text('older')
+  with crashes.left_out(mixture_of(Videos()), tmp_path, watchdog) as mixture:
+    assert {'crash-1.txt', 'reading-1.bin'} < set(os.listdir(tmp_path))
+    with pytest.raises(DamagedRecord, match='video 3 '):
+      mixture.datasets[0].frame(3, 0)
+
+
 STACKS = """Fatal Python error: Bus error
 
 Thread 0x00007f0000000001 (most recent call first):
