@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -151,6 +152,13 @@ def test_what_is_read_is_noted_for_every_thread(tmp_path, watchdog):
     assert rows['thread'].astype(bool).sum() == 1
     assert rows[0]['video'] == 2
     assert mixture.fingerprint == 'four'
+
+
+def test_afterwards_stacks_go_to_the_terminal_again(tmp_path, watchdog, monkeypatch):
+  files = []
+  monkeypatch.setattr(crashes.faulthandler, 'enable', files.append)
+  left_out_of(tmp_path, watchdog)
+  assert [each.name for each in files] == [str(tmp_path / 'crash-0.txt'), sys.__stderr__.name]
 
 
 def test_where_files_cannot_be_mapped_all_is_read(tmp_path, watchdog, monkeypatch, caplog):
