@@ -151,7 +151,7 @@ class DataOptions(Options):
   num_threads: int = option(
     0,
     least=0,
-    most=64,
+    most=64,  # The stacks of a crash show up to 100.
     help='threads that decode and crop; 0: one for each core of this process, at most 32',
   )
   stall_seconds: float = option(

@@ -13,10 +13,12 @@ from absl import logging
 
 from dropmae_jax import config_file
 from dropmae_jax.config import Config
-from dropmae_jax.runtime import cli, local_processes
+from dropmae_jax.data.loader import MOST_THREADS
+from dropmae_jax.runtime import cli, local_processes, multihost
 from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError
 from dropmae_jax.runtime.watchdog import Watchdog
 
+COMMAND = [sys.executable, '-m', 'dropmae_jax.main']
 # How long a process may take to end: libraries wait for threads, and JAX for the other processes.
 END_SECONDS = 120.0
 
@@ -50,6 +52,9 @@ def main() -> int:
   config = config_file.from_arguments(arguments)
   if arguments.local_processes != 1:
     return _run_local_processes(arguments, config)
+  if os.getpid() == 1:
+    # The kernel lets no signal end the first process of a container, so it only starts another.
+    return local_processes.run([COMMAND + sys.argv[1:]])
   logging.set_verbosity(logging.WARNING)
   # What goes wrong in orbax comes as exceptions too, which become a sentence.
   logging.get_absl_logger().addFilter(lambda record: '/orbax/' not in record.pathname)
@@ -57,7 +62,6 @@ def main() -> int:
   import jax
 
   from dropmae_jax import train
-  from dropmae_jax.runtime import multihost
 
   multihost.join(
     distributed=arguments.distributed,
@@ -92,18 +96,16 @@ def _run_local_processes(arguments: argparse.Namespace, config: Config) -> int:
   multihost.check_not_launched()
   # They share the cores.
   cores = len(os.sched_getaffinity(0))
-  num_threads = config.data.num_threads or max(1, cores // count)
+  num_threads = config.data.num_threads or max(1, min(MOST_THREADS, cores // count))
   more = ['--local_processes=1', f'--config.data.num_threads={num_threads}']
-  return local_processes.run(
-    [sys.executable, '-m', 'dropmae_jax.main', *sys.argv[1:], *more], count
-  )
+  return local_processes.run(local_processes.connected(COMMAND + sys.argv[1:] + more, count))
 
 
 def _main_and_end() -> int:
   try:
     return main()
   finally:
-    Watchdog(END_SECONDS).watch('the end of the process')
+    Watchdog(END_SECONDS, remedy='').watch('the end of the process')
 
 
 def command() -> None:

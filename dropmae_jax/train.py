@@ -31,6 +31,9 @@ from dropmae_jax.runtime.report import NonFiniteLoss, Report
 from dropmae_jax.runtime.watchdog import Watchdog
 from dropmae_jax.train_step import SEED_VERSION, Metrics, Model, TrainState, build, derive_seeds
 
+# How long the loader may take to end by its own limit.
+LOADER_SECONDS = 60.0
+
 _log = logging.getLogger('dropmae_jax')
 
 
@@ -136,7 +139,8 @@ def loop(config: Config, run: Run, state: TrainState, first_step: int) -> bool:
   previous = None
   for step in range(first_step + 1, config.num_steps + 1):
     asked = time.perf_counter()
-    run.watchdog.pause()  # The loader has a limit of its own.
+    # The loader has a limit of its own, which only native code that holds the GIL can pass.
+    run.watchdog.watch('loading a batch', least=config.data.stall_seconds + LOADER_SECONDS)
     try:
       frames = next(run.batches)
     except Interrupted:

@@ -133,11 +133,8 @@ def fakes(monkeypatch):
     def __init__(self, seconds):
       assert seconds == RECIPE.step_stall_seconds
 
-    def watch(self, what, *, is_slow=False):
-      fakes.events.append(('watch', what, is_slow))
-
-    def pause(self):
-      fakes.events.append('pause')
+    def watch(self, what, *, is_slow=False, least=0):
+      fakes.events.append(('watch', what, is_slow or least))
 
     def write_crashes_to(self, path):
       pass
@@ -263,7 +260,8 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
   events.append(('watch', 'restoring the state', True))
   for step in range(1, 12):
     # At most two steps are under way: the one before the last is waited for.
-    events += ['pause', ('watch', f'step {step}', step == 1), 'batch arrived', f'step {step}']
+    events += [('watch', 'loading a batch', 55 + 60), ('watch', f'step {step}', step == 1 or 0)]
+    events += ['batch arrived', f'step {step}']
     events.append(f'waited for {max(step - 1, 1)}')
     if step == 1:
       events.append('compiled: 1')

@@ -71,7 +71,8 @@ class _Readings:
 
   def __init__(self, path: pathlib.Path) -> None:
     try:
-      self._rows = np.memmap(path, READING, 'w+', shape=MAX_THREADS)
+      path.write_bytes(bytes(MAX_THREADS * READING.itemsize))  # Whole, where a disk is nearly full.
+      self._rows = np.memmap(path, READING, 'r+')
     except OSError as error:  # Not every network file system can.
       _log.warning(f'{path} cannot be mapped ({error}); a video that crashes a start is not known.')
       self._rows = np.zeros(MAX_THREADS, READING)

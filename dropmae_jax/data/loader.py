@@ -6,8 +6,10 @@ each row in place; one more thread moves whole batches to the devices, while the
 
 import collections
 import ctypes
+import faulthandler
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,6 @@ from typing import Generic, TypeVar
 
 import jax
 
-from dropmae_jax.runtime import watchdog
 from dropmae_jax.runtime.errors import ExitStatus, RunFailed
 
 # Batches that are ready, on the devices, and buffers that are being filled or moved.
@@ -173,11 +174,14 @@ class Loader(Generic[Buffer, Moved]):
     return ready
 
   def _fail_stalled(self) -> None:
-    _log.error(f'the loader hangs; all threads of this process:\n{watchdog.stacks()}')
+    with tempfile.TemporaryFile('w+') as file:
+      faulthandler.dump_traceback(file, all_threads=True)
+      file.seek(0)
+      _log.error(f'the loader hangs; all threads of this process:\n{file.read()}')
     raise LoaderStalled(
-      f'no batch came within data.stall_seconds={self._stall_seconds:g}; log.txt shows where this'
-      ' process waits. Check the storage of config.data_dir, or raise config.data.stall_seconds if'
-      ' it is that slow.'
+      f'no batch came within data.stall_seconds={self._stall_seconds:g}; the stacks above show'
+      ' where this process waits. Check the storage of config.data_dir, or raise'
+      ' config.data.stall_seconds if it is that slow.'
     )
 
   def close(self) -> None:

@@ -17,29 +17,30 @@ END_SECONDS = HEARTBEAT_SECONDS + 60.0
 PR_SET_PDEATHSIG = 1
 
 
-def run(command: Sequence[str], count: int) -> int:
-  """Starts a command `count` times as one run; returns the status of the first that failed, or 0.
+def connected(command: Sequence[str], count: int) -> list[list[str]]:
+  """Returns a command of training `count` times, with the options that make them one run.
+
+  Process I uses device I of this machine, if it has GPUs.
+  """
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  run_of_all = [f'--coordinator_address=localhost:{port}', f'--num_processes={count}']
+  return [
+    [*command, *run_of_all, f'--process_id={number}', f'--local_device_ids={number}']
+    for number in range(count)
+  ]
+
+
+def run(commands: Sequence[Sequence[str]]) -> int:
+  """Runs commands at the same time; returns the status of the first that failed, or 0.
 
   Ctrl-C and SIGTERM reach all of them; and they are stopped like this if this process is killed.
-
-  Args:
-    command: of training; gets the options that connect the processes.
-    count: process I uses device I of this machine, if it has GPUs.
   """
-  address = f'localhost:{_free_port()}'
   end_with_parent = ctypes.CDLL(None).prctl
   processes = [
-    subprocess.Popen(
-      [
-        *command,
-        f'--coordinator_address={address}',
-        f'--num_processes={count}',
-        f'--process_id={number}',
-        f'--local_device_ids={number}',
-      ],
-      preexec_fn=lambda: end_with_parent(PR_SET_PDEATHSIG, signal.SIGTERM),
-    )
-    for number in range(count)
+    subprocess.Popen(command, preexec_fn=lambda: end_with_parent(PR_SET_PDEATHSIG, signal.SIGTERM))
+    for command in commands
   ]
 
   def forward(number: int, frame: object) -> None:
@@ -51,12 +52,6 @@ def run(command: Sequence[str], count: int) -> int:
     if signal.getsignal(each) is not signal.SIG_IGN:
       signal.signal(each, forward)
   return _wait_for(processes)
-
-
-def _free_port() -> int:
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    return free.getsockname()[1]
 
 
 def _wait_for(processes: Sequence[subprocess.Popen]) -> int:

@@ -23,6 +23,7 @@ from dropmae_jax.runtime.errors import ExitStatus, UserError
 
 # The file of the workdir in which a process says why it ends, and how often the others look for it.
 FAILURE_FILE, POLL_SECONDS = 'failure.json', 1.0
+_ending = threading.Lock()
 # How errors of JAX say that a process, or the connection to it, is gone.
 LOST = re.compile('UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Gloo|NCCL')
 # A process that is silent for so long is gone: JAX then ends the others.
@@ -147,13 +148,12 @@ def wait_for_all(what: str) -> None:
 
 
 def text_of_first(text: str) -> str:
-  """Returns the text of the first process on all; waits for all processes."""
+  """Returns the text of the first process on all; waits for all processes. None may be empty."""
   if jax.process_count() == 1:
     return text
   content = np.frombuffer(text.encode(), np.uint8)
   length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-  padded = np.resize(content, length) if len(content) else np.zeros(length, np.uint8)
-  return multihost_utils.broadcast_one_to_all(padded).tobytes().decode()
+  return multihost_utils.broadcast_one_to_all(np.resize(content, length)).tobytes().decode()
 
 
 @contextlib.contextmanager
@@ -187,8 +187,9 @@ def ending_together() -> Iterator['Failures']:
       if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(message):
         status = ExitStatus.UNAVAILABLE
         message = (
-          f'another process of this run is gone ({message.splitlines()[0]}); the same command,'
-          ' given to all, resumes from the last checkpoint.'
+          f'another process of this run, or the connection to it, is gone'
+          f' ({message.splitlines()[0]}); the same command, given to all, resumes from the last'
+          ' checkpoint.'
         )
     failures.store(message, status)
     _end(message, status)
@@ -241,6 +242,7 @@ class Failures:
 
 
 def _end(message: str, status: int) -> NoReturn:
+  _ending.acquire()  # Two threads may come here; the first one ends the process.
   print(f'error: {message}', file=sys.stderr, flush=True)
   sys.stdout.flush()
   # All others must poll before this process is gone, and the first one ends last, as JAX aborts

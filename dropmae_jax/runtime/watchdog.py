@@ -15,7 +15,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
@@ -24,6 +23,7 @@ SLOW_SECONDS = 1800.0
 POLL_SECONDS = 0.5
 # How long the message and the stacks may take, as what they are written to may hang too.
 SAY_SECONDS, ABORT_SECONDS = 2.0, 5.0
+REMEDY = 'If nothing hangs, raise config.step_stall_seconds.'
 # How many activities began, the limit of the last one in seconds (0: none), its name, and the path
 # of the file that has the stacks after a crash (none: they are on the standard error).
 HEARTBEAT = struct.Struct('<Qd240s4096s')
@@ -36,11 +36,12 @@ class Watchdog:
   either is suspended.
   """
 
-  def __init__(self, seconds: float) -> None:
+  def __init__(self, seconds: float, *, remedy: str = REMEDY) -> None:
     """Starts the process; watches nothing so far.
 
     Args:
       seconds: how long an activity may take.
+      remedy: what to do if nothing hangs; a sentence.
     """
     self._seconds, self._num_begun = seconds, 0
     self._limit, self._what, self._crash_file = 0.0, '', b''
@@ -49,7 +50,7 @@ class Watchdog:
     self._memory = mmap.mmap(handle, HEARTBEAT.size)
     faulthandler.enable(sys.__stderr__)
     # Isolated, and in a session of its own: it ends with this process, and not with Ctrl-C.
-    arguments = [str(os.getpid()), str(handle), str(POLL_SECONDS)]
+    arguments = [str(os.getpid()), str(handle), str(POLL_SECONDS), remedy]
     self._process = subprocess.Popen(
       [sys.executable, '-I', '-S', __file__, *arguments],
       stdin=subprocess.DEVNULL,
@@ -58,22 +59,17 @@ class Watchdog:
     )
     os.close(handle)
 
-  def watch(self, what: str, *, is_slow: bool = False) -> None:
+  def watch(self, what: str, *, is_slow: bool = False, least: float = 0.0) -> None:
     """Starts to count from zero.
 
     Args:
       what: name of the activity, for the message.
       is_slow: it compiles or writes to storage, so its limit is at least SLOW_SECONDS.
+      least: its limit is at least so many seconds.
     """
-    self._begin(max(self._seconds, SLOW_SECONDS) if is_slow else self._seconds, what)
-
-  def pause(self) -> None:
-    """Watches nothing until the next `watch`."""
-    self._begin(0.0, '')
-
-  def _begin(self, limit: float, what: str) -> None:
     self._num_begun += 1
-    self._limit, self._what = limit, what
+    self._limit = max(self._seconds, SLOW_SECONDS if is_slow else 0.0, least)
+    self._what = what
     self._write()
 
   def _write(self) -> None:
@@ -95,17 +91,9 @@ class Watchdog:
     self._process.wait()
 
 
-def stacks() -> str:
-  """Returns the stacks of all threads of this process."""
-  with tempfile.TemporaryFile('w+') as file:
-    faulthandler.dump_traceback(file, all_threads=True)
-    file.seek(0)
-    return file.read()
-
-
-def _watch_over(trainer: int, memory: mmap.mmap, poll_seconds: float) -> None:
+def _watch_over(trainer: int, memory: mmap.mmap, poll_seconds: float, remedy: str) -> None:
   """The watchdog's own process: ends `trainer`, its parent, if that hangs."""
-  previous, polls = b'', 0
+  previous, polls, hangs = b'', 0, False
   while os.getppid() == trainer:
     time.sleep(poll_seconds)
     heartbeat = memory[:]
@@ -114,8 +102,10 @@ def _watch_over(trainer: int, memory: mmap.mmap, poll_seconds: float) -> None:
     elif not _is_stopped(trainer):
       polls += 1
     _, limit, what, crash_file = HEARTBEAT.unpack(heartbeat)
-    if limit and polls * poll_seconds >= limit:
-      _abort(trainer, limit, what.rstrip(b'\0').decode(errors='replace'), crash_file.rstrip(b'\0'))
+    if limit and polls * poll_seconds >= limit and not hangs:
+      hangs = True
+      text = what.rstrip(b'\0').decode(errors='replace')
+      _abort(trainer, f'{text} took more than {limit:g} s', crash_file.rstrip(b'\0'), remedy)
   crash_file = HEARTBEAT.unpack(memory[:])[-1].rstrip(b'\0')
   with contextlib.suppress(OSError):
     if crash_file:
@@ -132,25 +122,22 @@ def _is_stopped(pid: int) -> bool:
   return status.rpartition(')')[2].split()[0] in 'Tt'
 
 
-def _abort(trainer: int, limit: float, what: str, crash_file: bytes) -> None:
+def _abort(trainer: int, reason: str, crash_file: bytes, remedy: str) -> None:
   text = (
-    f'error: {what} took more than {limit:g} s; the stacks of all threads below show where this'
-    ' process waits. Check devices, storage and the other hosts; the same command resumes from the'
-    ' last checkpoint. If nothing hangs, raise config.step_stall_seconds.\n'
+    f'error: {reason}; the stacks of all threads below show where this process waits. Check'
+    ' devices, storage and the other hosts; the same command resumes from the last checkpoint.'
+    f' {remedy}\n'
   )
-
   # In a file, the stacks follow, which are not those of a crash then.
-  texts = {
-    sys.stderr.fileno(): text,
-    crash_file: f'The watchdog ended this process: {what} hung.\n',
-  }
+  texts = {sys.stderr.fileno(): text, crash_file: f'The watchdog ended this process: {reason}.\n'}
   saying = [
     threading.Thread(target=_append, args=each, daemon=True) for each in texts.items() if each[0]
   ]
   for each in saying:
     each.start()
+  deadline = time.monotonic() + SAY_SECONDS
   for each in saying:
-    each.join(SAY_SECONDS)
+    each.join(max(0.0, deadline - time.monotonic()))
   for number in (signal.SIGABRT, signal.SIGKILL):
     if os.getppid() == trainer:
       os.kill(trainer, number)
@@ -169,5 +156,6 @@ if __name__ == '__main__':
   # Schedulers send them to all processes of a job, and the end is to be watched too.
   for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     signal.signal(_number, signal.SIG_IGN)
-  _, _trainer, _handle, _poll_seconds = sys.argv
-  _watch_over(int(_trainer), mmap.mmap(int(_handle), HEARTBEAT.size), float(_poll_seconds))
+  _, _trainer, _handle, _poll_seconds, _remedy = sys.argv
+  _memory = mmap.mmap(int(_handle), HEARTBEAT.size)
+  _watch_over(int(_trainer), _memory, float(_poll_seconds), _remedy)

@@ -2,12 +2,16 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import assert_one_sentence, run_python, train_arguments
+from conftest import ROOT, assert_one_sentence, run_python, train_arguments
 from processes import running
+
+from dropmae_jax.runtime.errors import ExitStatus
 
 # Runs a command of Python three times; each gets its number as the last option.
 START = """
@@ -20,7 +24,7 @@ number = int(sys.argv[-2].removeprefix('--process_id='))
 print(*sys.argv[-4:-2], number, sys.argv[-1], flush=True)
 %s
 '''
-sys.exit(local_processes.run([sys.executable, '-c', CHILD], 3))
+sys.exit(local_processes.run(local_processes.connected([sys.executable, '-c', CHILD], 3)))
 """
 
 
@@ -92,6 +96,37 @@ def test_a_launcher_around_it_is_refused(data_dir, tmp_path, monkeypatch):
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
   arguments = train_arguments(data_dir, tmp_path, '--config.num_steps=1', '--local_processes=2')
   assert_one_sentence(run_python(*arguments), 'SLURM_STEP_NUM_TASKS=2: a launcher has started sev')
+
+
+# The first process of a container, as which a trainer starts another that hangs.
+FIRST = """
+import os, sys
+from dropmae_jax import main
+from dropmae_jax.runtime import local_processes
+assert os.getpid() == 1
+main.COMMAND = [sys.executable, '-c', '''
+import time
+from dropmae_jax.runtime import watchdog
+watchdog.POLL_SECONDS = 0.1
+watchdog.Watchdog(1.0).watch('work')
+time.sleep(60)
+''']
+main.command()
+"""
+
+
+def test_the_first_process_of_a_container_is_ended_too(data_dir, tmp_path):
+  """The kernel lets no signal do that."""
+  separate = ['unshare', '--pid', '--fork', '--mount-proc']
+  if subprocess.run([*separate, 'true'], capture_output=True, check=False).returncode:
+    pytest.skip('this machine allows no namespace for processes')
+  arguments = train_arguments(data_dir, tmp_path, '--config.num_steps=1')[2:]
+  done = subprocess.run(
+    [*separate, sys.executable, '-c', FIRST, *arguments], cwd=ROOT, capture_output=True, text=True,
+    timeout=60, check=False,
+  )  # fmt: skip
+  assert done.returncode == ExitStatus.ABORTED, done.stderr
+  assert 'error: work took more than 1 s; ' in done.stderr
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -179,6 +180,7 @@ def ended(processes):
     raise Ended
 
   processes.setattr(multihost, 'POLL_SECONDS', 0.01)
+  processes.setattr(multihost, '_ending', types.SimpleNamespace(acquire=lambda: None))
   processes.setattr(multihost.multihost_utils, 'sync_global_devices', lambda _: None)
   processes.setattr(multihost.os, '_exit', end)
   return statuses
@@ -200,8 +202,8 @@ def failure(workdir):
     (KeyError('why'), 1, "'why'"),
     (
       jax.errors.JaxRuntimeError('UNAVAILABLE: closed\nand more'), ExitStatus.UNAVAILABLE,
-      'another process of this run is gone (UNAVAILABLE: closed); the same command, given to all,'
-      ' resumes from the last checkpoint.',
+      'another process of this run, or the connection to it, is gone (UNAVAILABLE: closed); the'
+      ' same command, given to all, resumes from the last checkpoint.',
     ),
     # Another start would end in the same way.
     (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: memory'), 1, 'RESOURCE_EXHAUSTED: memory'),
@@ -279,7 +281,7 @@ def test_a_process_ends_with_the_failure_of_another(tmp_path, ended, capsys, mon
   assert len(ended) == count  # The thread has ended.
 
 
-@pytest.mark.parametrize('first', ['', 'of the first', 'a longer text of the first'])
+@pytest.mark.parametrize('first', ['first', 'a longer text of the first'])
 def test_all_get_the_text_of_the_first(processes, first):
   lengths = iter([len(first), first.encode()])
 
