@@ -5,10 +5,13 @@ import functools
 import importlib
 import inspect
 import re
+import unittest.mock
 
 import pytest
 from conftest import ROOT
 from test_wheel import COMMANDS
+
+from dropmae_jax import main
 
 PACKAGE = ROOT / 'dropmae_jax'
 # Packages, and modules beside them: an import points to the right only.
@@ -139,7 +142,8 @@ def test_every_command_has_an_entry_point():
 
 
 @pytest.mark.parametrize('name', ENTRY_POINTS)
-def test_an_entry_point_is_the_command_of_that_name(name, run_here):
+def test_an_entry_point_is_the_command_of_that_name(name, run_here, monkeypatch):
+  monkeypatch.setattr(main, 'Watchdog', unittest.mock.Mock())  # This process goes on.
   module, function = ENTRY_POINTS[name].split(':')
   done = run_here(getattr(importlib.import_module(module), function), '--help')
   assert done.returncode == 0
