@@ -212,12 +212,12 @@ def test_damaged_records_are_reported_once_each(data_dir, tmp_path, monkeypatch,
       file.write(b'damage')
   flags = f'--data_dir={tmp_path}/data --image_size={SIZE} --pairs=30 --seed=5'
   _, printed = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
-  met = []
   stream = frame_pairs.pair_batches(
     open_dataset(f'{tmp_path}/data', 'kinetics_frames/folder'), DataOptions(num_threads=1),
-    image_size=SIZE, batch_size=30, seed=derive_seeds(5).data, report_damaged=met.append,
+    image_size=SIZE, batch_size=30, seed=derive_seeds(5).data,
+    move=lambda batch: list(batch.damaged),
   )  # fmt: skip
-  next(stream)
+  met = [message for messages in next(stream) for message in messages]
   stream.close()
   assert len(met) > len(set(met)) > 2
   notes = [line for line in printed.splitlines() if line.startswith('note: ')]
