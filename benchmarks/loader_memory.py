@@ -4,7 +4,7 @@
 
 The index has 240,000 videos of 300 frames in 9,000 shards, as the real dataset. All shards are
 links to one file of 8,000 small records, so they need no disk. Frames have 340x256 pixels, crops
-224. Every open shard keeps its index in memory, so memory grows with the shards that are open.
+224. Every open shard keeps its index in memory, so memory grows until as many are open as may be.
 """
 
 import os

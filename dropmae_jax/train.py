@@ -65,10 +65,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
     with multihost.ending_together() as failures:
       dataset = open_dataset(config, workdir, allow_changes=allow_changes)
       seeds = derive_seeds(config.seed)
-      try:
-        mesh = sharding.make_mesh(options=config.mesh)
-      except ValueError as error:
-        raise UserError(f'config: {error}') from error
+      mesh = make_mesh(config)
       model = build(config, mesh)
 
       make_workdir(workdir)
@@ -107,7 +104,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
         first_step=first_step,
         is_interrupted=interruption.is_requested,
       )
-      stack.push(functools.partial(_close_loader, batches))
+      stack.push(functools.partial(_close_loader, batches, interruption))
       step_key = sharding.put_everywhere(seeds.steps, mesh)
       run = Run(model.step, step_key, batches, checkpoints, report, watchdog, interruption)
       try:
@@ -201,6 +198,14 @@ def open_dataset(config: Config, workdir: pathlib.Path, *, allow_changes: bool) 
     raise
   multihost.agree({**facts, 'dataset': dataset.fingerprint})
   return dataset
+
+
+def make_mesh(config: Config) -> Mesh:
+  """Arranges all devices; raises UserError if the config does not fit them."""
+  try:
+    return sharding.make_mesh(options=config.mesh)
+  except ValueError as error:
+    raise UserError(f'config: {error}') from error
 
 
 def steps_per_epoch(config: Config, dataset: Mixture) -> int:
@@ -304,9 +309,17 @@ def start_loader(
   )
 
 
-def _close_loader(batches: Loader, _: Any, error: BaseException | None, __: Any) -> None:
+def _close_loader(
+  batches: Loader,
+  interruption: multihost.Interruption,
+  _: Any,
+  error: BaseException | None,
+  __: Any,
+) -> None:
   try:
     batches.close()
-  except LoaderStalled:
-    if error is None:  # Otherwise that is what the user has to know.
+  except LoaderStalled as stalled:
+    # Otherwise the error, or that a signal stopped the run, is what the user has to know.
+    if error is None and not interruption.is_requested():
       raise
+    _log.warning(str(stalled))

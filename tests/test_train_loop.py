@@ -395,6 +395,22 @@ def test_a_loader_that_does_not_end_hides_no_error(fakes, tmp_path, monkeypatch,
   assert closed == [f'closed: {name}' for name in ('Loader', 'Report', 'Checkpoints', 'Watchdog')]
 
 
+def test_after_a_signal_a_loader_that_does_not_end_does_not_change_the_status(
+  fakes, tmp_path, monkeypatch
+):
+  real = Loader.close
+
+  def close(self):
+    real(self)
+    raise LoaderStalled('a thread of the loader did not end')
+
+  monkeypatch.setattr(Loader, 'close', close)
+  fakes.at[2] = stop_by(signal.SIGTERM)
+  assert train.train(RECIPE, tmp_path) is False
+  assert_saved(tmp_path, [2])
+  assert 'a thread of the loader did not end' in log_of(tmp_path)
+
+
 @pytest.mark.parametrize('full_at', [4, 11])
 @pytest.mark.parametrize('is_late', [False, True])
 def test_a_checkpoint_that_cannot_be_written_is_told(

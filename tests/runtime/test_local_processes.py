@@ -119,7 +119,7 @@ def test_the_first_process_of_a_container_is_ended_too(data_dir, tmp_path):
   """The kernel lets no signal do that."""
   separate = ['unshare', '--pid', '--fork', '--mount-proc']
   if subprocess.run([*separate, 'true'], capture_output=True, check=False).returncode:
-    pytest.skip('this machine allows no namespace for processes')
+    pytest.skip('needs the right to make a namespace for processes, as root has')
   arguments = train_arguments(data_dir, tmp_path, '--config.num_steps=1')[2:]
   done = subprocess.run(
     [*separate, sys.executable, '-c', FIRST, *arguments], cwd=ROOT, capture_output=True, text=True,
