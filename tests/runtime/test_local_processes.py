@@ -21,7 +21,9 @@ local_processes.END_SECONDS = 1.0
 CHILD = '''
 import os, signal, sys, time
 number = int(sys.argv[-2].removeprefix('--process_id='))
-print(*sys.argv[-4:-2], number, sys.argv[-1], flush=True)
+def tell(*words):
+  # One call: print() makes several where Python does not buffer, and lines of processes mix.
+  os.write(1, (' '.join(map(str, words)) + chr(10)).encode())
 %s
 '''
 sys.exit(local_processes.run(local_processes.connected([sys.executable, '-c', CHILD], 3)))
@@ -29,7 +31,7 @@ sys.exit(local_processes.run(local_processes.connected([sys.executable, '-c', CH
 
 
 def test_every_process_is_told_its_place():
-  done = run_python('-c', START.replace('%s', ''))
+  done = run_python('-c', START.replace('%s', 'tell(*sys.argv[-4:-2], number, sys.argv[-1])'))
   assert (done.returncode, done.stderr) == (0, '')
   lines = sorted(line.split() for line in done.stdout.splitlines())
   assert [line[1:] for line in lines] == [
@@ -58,10 +60,10 @@ def test_the_status_is_that_of_the_first_that_failed(program, status):
 WAITING = """
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 def save(*_):
-  os.write(1, b'saved %d' % number + bytes([10]))
+  tell('saved', number)
   os._exit(75)
 signal.signal(signal.SIGTERM, save)
-print('ready', number, flush=True)
+tell('ready', number)
 time.sleep(60)
 """
 
@@ -71,8 +73,7 @@ def test_signals_reach_all_of_them(number):
   """And if this process is killed, they stop too."""
   with running('-c', START.replace('%s', WAITING)) as process:
     lines = iter(process.stdout.readline, '')
-    while sum(line.startswith('ready') for line in [next(lines) for _ in range(6)]) < 3:
-      pass
+    assert sorted(next(lines) for _ in range(3)) == ['ready 0\n', 'ready 1\n', 'ready 2\n']
     process.send_signal(number)
     assert sorted(lines) == ['saved 0\n', 'saved 1\n', 'saved 2\n']
     assert process.wait(timeout=30) == (-number if number == signal.SIGKILL else 75)
