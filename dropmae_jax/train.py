@@ -25,7 +25,7 @@ from dropmae_jax.data.loader import Interrupted, Loader, LoaderStalled
 from dropmae_jax.data.mixture import Mixture, open_mixture
 from dropmae_jax.model import mae
 from dropmae_jax.pytorch import init_from
-from dropmae_jax.runtime import multihost
+from dropmae_jax.runtime import multihost, workdir_lock
 from dropmae_jax.runtime.errors import UserError
 from dropmae_jax.runtime.report import NonFiniteLoss, Report
 from dropmae_jax.runtime.watchdog import Watchdog
@@ -52,7 +52,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
 
   Raises:
     UserError: the data are not there or cannot be read, the batch does not fit the devices, or the
-      workdir holds another model or run.
+      workdir holds another model or run or is in use.
     NonFiniteLoss: training diverged; the pairs of the batch are listed in the workdir.
     LoaderStalled: the loader hangs; end the process by os._exit.
     NotSaved: the last state could not be written.
@@ -69,6 +69,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
       model = build(config, mesh)
 
       make_workdir(workdir)
+      stack.enter_context(workdir_lock.held(workdir))
       failures.share(workdir)
       enable_compilation_cache(workdir)
       checkpoints = open_checkpoints(config, workdir, dataset)

@@ -213,11 +213,16 @@ class Checkpoints:
         f'{self._folder} holds another model ({", ".join(changed)});'
         ' give another --workdir, or the config it was trained with.'
       )
-    if not (self._folder / str(step) / 'opt_state').exists():
+    if not self._has_optimizer_state(step):
+      if any(map(self._has_optimizer_state, self._manager.all_steps())):
+        raise ValueError('opt_state is missing')
       raise UserError(
         f'{self._folder} holds weights without optimizer state, so training cannot resume from it;'
         ' give another --workdir, and this one as --config.init_from.'
       )
+
+  def _has_optimizer_state(self, step: int) -> bool:
+    return (self._folder / str(step) / 'opt_state').exists()
 
   def _stored_description(self, step: int) -> dict[str, Any]:
     items = ocp.args.Composite(description=ocp.args.JsonRestore())

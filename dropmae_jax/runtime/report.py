@@ -197,7 +197,9 @@ def _time_when_ready(metrics: Any) -> float:
 def _open_metrics(path: pathlib.Path, first_step: int) -> TextIO:
   """Opens metrics.jsonl to append, without the lines of steps that will be repeated."""
   if path.exists():
-    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+    # A disk that was full, or a power cut, may leave bytes that are no text.
+    whole = path.read_text(errors='replace').splitlines()
+    lines = [line for line in whole if _step_of(line) <= first_step]
     temporary = path.with_suffix('.partial')
     temporary.write_text(''.join(f'{line}\n' for line in lines))
     os.replace(temporary, path)

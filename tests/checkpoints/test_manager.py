@@ -237,6 +237,14 @@ def test_an_array_that_is_not_the_saved_one_is_named(saved, part):
   assert f'({part}[' in note
 
 
+@pytest.mark.parametrize('part', ['params', 'opt_state', 'description'])
+def test_a_checkpoint_without_one_of_its_parts_is_damaged(saved, part):
+  shutil.rmtree(saved / saved_weights.FOLDER / '12' / part)
+  step, _, (note,) = restored(saved)
+  assert step == 10
+  assert note.startswith('the checkpoint of step 12 is damaged (')
+
+
 @pytest.mark.parametrize('old', ['"width": 64', '"checksums"', '"sha256"'])
 def test_a_description_that_was_changed_is_damaged_and_no_other_model(saved, old):
   path, _ = description_of(saved / saved_weights.FOLDER / '12')

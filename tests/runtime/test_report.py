@@ -204,7 +204,7 @@ def test_only_the_first_process_writes(tmp_path, opened, monkeypatch, capsys):
 def test_a_restart_drops_the_lines_of_steps_that_will_be_repeated(tmp_path, opened):
   lines = [json.dumps({'step': step, 'loss': 1.0}) for step in (5, 10, 11, 15)]
   whole = '\n'.join([*lines, 'no json', '{"loss": 3}', '{"step": 1'])  # The last line is cut short.
-  (tmp_path / 'metrics.jsonl').write_text(whole)
+  (tmp_path / 'metrics.jsonl').write_bytes(b'\xff\0\n' + whole.encode() + b'\xc3')
   reporter = opened(first_step=10)
   assert (tmp_path / 'metrics.jsonl').read_text() == f'{lines[0]}\n{lines[1]}\n'
   reporter.after_step(15, metrics_at(15))

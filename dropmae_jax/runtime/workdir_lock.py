@@ -1,0 +1,91 @@
+"""A lock on the workdir of a run, so that no second run writes to it at the same time.
+
+The system holds it for the first process of a run, and releases it when that ends, however it ends.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import jax
+
+from dropmae_jax.runtime import multihost
+from dropmae_jax.runtime.errors import UserError
+
+FILE = 'lock'
+
+_log = logging.getLogger('dropmae_jax')
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the lock inside; all processes of a run call this together.
+
+  A file system that has no locks is logged, and the run goes on without one.
+
+  Args:
+    workdir: of the run; exists.
+
+  Raises:
+    UserError: on every process; another run holds it, and the message says where and since when.
+  """
+  with contextlib.ExitStack() as stack:
+    refused = ''
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(_locked(workdir))
+      except UserError as error:
+        refused = str(error)
+    refused = json.loads(multihost.text_of_first(json.dumps(refused)))
+    if refused:
+      raise UserError(refused)
+    yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+  try:
+    # Not truncated before it is locked, as it says who holds it.
+    file = (workdir / FILE).open('ab+', buffering=0)
+  except OSError as error:
+    raise UserError(
+      f'--workdir={workdir} cannot be written ({error.strerror}); give another one, make room, or'
+      ' change its permissions.'
+    ) from error
+  with file:
+    try:
+      # Of the open file, so a library that opens the file too cannot release it.
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(
+        f'--workdir={workdir} is in use by {_holder(file)}; stop that run or wait until it has'
+        ' ended, or give another --workdir.'
+      ) from error
+    except OSError as error:
+      _log.warning(
+        f'{workdir} cannot be locked ({error.strerror}); start no second run with this --workdir'
+        ' while this one runs.'
+      )
+    else:
+      since = time.strftime('%Y-%m-%d %H:%M:%S %Z')
+      holder = {'host': socket.gethostname(), 'pid': os.getpid(), 'since': since}
+      with contextlib.suppress(OSError):  # On a full disk it is locked all the same.
+        file.truncate(0)
+        file.write(json.dumps(holder).encode())
+    yield
+
+
+def _holder(file: BinaryIO) -> str:
+  file.seek(0)
+  try:
+    holder = json.loads(file.read())
+    return f'process {holder["pid"]} of {holder["host"]} since {holder["since"]}'
+  except (ValueError, KeyError, TypeError):  # It has not said so yet, or its disk is full.
+    return 'another run'
