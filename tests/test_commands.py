@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -142,6 +143,30 @@ def test_a_signal_saves_what_there_is(data_dir, tmp_path, number, when):
     step = int(told.split('saved at step ')[1].split()[0])
   assert [row['step'] for row in metrics_of(tmp_path)] == list(range(1, step + 1))
   assert sorted(each.name for each in tmp_path.glob('checkpoints/*')) == [str(step)] * (step > 0)
+
+
+@pytest.mark.parametrize('closed', [False, True])
+def test_output_that_nobody_reads_does_not_change_a_run(data_dir, tmp_path, closed):
+  """As after `dropmae-train ... | head -1`, or with `>&- 2>&-`."""
+  arguments = train_arguments(data_dir, tmp_path, '--config.num_steps=100000')
+  with subprocess.Popen(
+    ['bash', '-c', 'exec "$0" "$@"' + ' <&- >&- 2>&-' * closed, sys.executable, *arguments],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, **COMPILE_ONCE},
+  ) as process:
+    process.stdout.readline()
+    process.stdout.close()
+    log = tmp_path / 'log.txt'
+    while not (log.exists() and 'step 3/' in log.read_text()):
+      assert process.poll() is None, process.stderr.read()
+      time.sleep(0.05)
+    process.terminate()
+    assert process.stderr.read() == ''
+    assert process.wait(timeout=60) == 75
+  assert 'the same command resumes from there' in log.read_text()
 
 
 def assert_batch_of_step(described, step, data_dir):

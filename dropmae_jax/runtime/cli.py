@@ -54,6 +54,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   which can take libraries some time, does not change the status.
   """
   signal.signal(signal.SIGTERM, _terminate)
+  _open_closed_streams()
   try:
     status = main()
     sys.stdout.flush()
@@ -67,13 +68,24 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   except BrokenPipeError:
     if not _is_output_closed():
       raise
-    # Python flushes its buffer at exit, which would fail with a traceback.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    discard_output()
     status = 128 + signal.SIGPIPE
   finally:
     # While libraries are still ending, Python would already have restored the default handler.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
   sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+  """Opens the standard streams that are closed, as by `>&-`, so that no other file takes theirs."""
+  for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def discard_output() -> None:
+  """Discards the standard output from now on, and what Python would still write of it at exit."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(number: int, _: FrameType | None) -> NoReturn:

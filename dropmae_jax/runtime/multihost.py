@@ -87,9 +87,12 @@ def join(
 def check_not_launched() -> None:
   """Raises if this is one of several processes that are not connected but share a workdir."""
   for name in LAUNCHED:
-    if int(os.environ.get(name, '1')) > 1:
+    count = os.environ.get(name, '1')
+    if not count.isdecimal():
+      raise UserError(f'{name}={count!r} in the environment is not a number; unset or correct it.')
+    if int(count) > 1:
       raise UserError(
-        f'{name}={os.environ[name]}: a launcher has started several processes, which would all'
+        f'{name}={count}: a launcher has started several processes, which would all'
         ' write to the same --workdir; add --distributed to make them one run, or start one.'
       )
 

@@ -18,6 +18,7 @@ import numpy as np
 import tqdm
 from tensorboard.summary import Writer
 
+from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import RunFailed
 
 _log = logging.getLogger('dropmae_jax')
@@ -44,6 +45,17 @@ class _AboveBar(logging.Handler):
     """Writes a line."""
     if not hasattr(record, 'is_in_bar'):
       tqdm.tqdm.write(self.format(record))
+
+
+class _Output(logging.StreamHandler):
+  """Writes lines to the standard output for as long as somebody reads it."""
+
+  def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+    """Goes on without the output if it was a pipe to a process that has ended, such as `head`."""
+    if isinstance(sys.exception(), BrokenPipeError):
+      cli.discard_output()
+    else:
+      super().handleError(record)
 
 
 class Report:
@@ -92,7 +104,7 @@ class Report:
       timed = '%(asctime)s %(message)s'
       formats = {logging.FileHandler(workdir / 'log.txt'): timed}
       if self._bar.disable:
-        formats[logging.StreamHandler(sys.stdout)] = timed
+        formats[_Output(sys.stdout)] = timed
       else:
         formats[_AboveBar()] = '%(message)s'
     else:

@@ -49,13 +49,12 @@ class Watchdog:
     os.ftruncate(handle, HEARTBEAT.size)
     self._memory = mmap.mmap(handle, HEARTBEAT.size)
     faulthandler.enable(sys.__stderr__)
-    # Isolated, and in a session of its own: it ends with this process, and not with Ctrl-C.
+    # Isolated from the user's environment: it needs the standard library only.
     arguments = [str(os.getpid()), str(handle), str(POLL_SECONDS), remedy]
     self._process = subprocess.Popen(
       [sys.executable, '-I', '-S', __file__, *arguments],
       stdin=subprocess.DEVNULL,
       pass_fds=[handle],
-      start_new_session=True,
     )
     os.close(handle)
 

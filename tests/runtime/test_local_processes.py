@@ -1,16 +1,20 @@
 """One command starts a process per device of this machine, and these are one run."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import ROOT, assert_one_sentence, run_python, train_arguments
 from processes import running
 
+from dropmae_jax import main
+from dropmae_jax.runtime import local_processes
 from dropmae_jax.runtime.errors import ExitStatus
 
 # Runs a command of Python three times; each gets its number as the last option.
@@ -77,6 +81,23 @@ def test_signals_reach_all_of_them(number):
     process.send_signal(number)
     assert sorted(lines) == ['saved 0\n', 'saved 1\n', 'saved 2\n']
     assert process.wait(timeout=30) == (-number if number == signal.SIGKILL else 75)
+
+
+@pytest.mark.parametrize(('given', 'cores', 'expected'), [((), 7, 2), ((), 2, 1), ((5,), 7, 5)])
+def test_they_share_the_cores(data_dir, tmp_path, monkeypatch, run_here, given, cores, expected):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(cores))
+  run = mock.Mock(return_value=0)
+  monkeypatch.setattr(local_processes, 'run', run)
+  threads = [f'--config.data.num_threads={number}' for number in given or (0,)]
+  arguments = train_arguments(data_dir, tmp_path, '--local_processes=3', *threads)[2:]
+  done = run_here(main.main, *arguments)
+  assert done.returncode == 0, done.stderr
+  for number, command in enumerate(run.call_args.args[0]):
+    assert command[len(main.COMMAND) :][: len(arguments)] == arguments
+    # The last of an option that is given twice counts.
+    assert '--local_processes=1' in command[-6:]
+    assert f'--config.data.num_threads={expected}' in command[-6:]
+    assert f'--process_id={number}' in command[-6:]
 
 
 @pytest.mark.parametrize(

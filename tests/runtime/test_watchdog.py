@@ -46,6 +46,7 @@ def test_a_step_that_hangs_ends_the_run_with_stacks(data_dir, tmp_path):
   (error,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
   assert error.startswith('error: step 6 took more than 2 s; the stacks of all threads below')
   assert 'the same command resumes from the last checkpoint.' in error
+  assert error.endswith('If nothing hangs, raise config.step_stall_seconds.')
   assert 'Traceback' not in done.stderr
   # On the terminal, and for the log of the next start.
   for stacks in (done.stderr, (tmp_path / 'crash-0.txt').read_text()):
