@@ -78,7 +78,7 @@ def main() -> int:
     status = error.exit_status
   if status and jax.process_count() == 1:
     sys.stdout.flush()
-    # Not sys.exit, which waits for threads that may hang in the loader.
+    # Not sys.exit, which waits for threads that may hang, as those of orbax after a failed save.
     os._exit(status)
   return status
 

@@ -378,6 +378,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, data_dir, tmp_p
   assert done.returncode == 0, done.stderr
   assert 'the checkpoint of step 4 could not be written (' in done.stdout
   assert 'the newest one is of step 2, and training goes on' in done.stdout
+  assert 'absl' not in done.stderr  # Orbax logs there what the sentence says.
   steps = sorted(int(p.name) for p in (tmp_path / saved_weights.FOLDER).iterdir())
   assert steps[-1] == 8
   assert 4 not in steps
