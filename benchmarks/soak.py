@@ -2,8 +2,9 @@ r"""Trains under random faults, and checks that they do not change the result.
 
     python -m benchmarks.soak --minutes=10
 
-A tiny model trains on generated clips. The faults are kill -9 of the trainer, SIGTERM, and a
-damaged newest checkpoint after a kill; after each, the same command resumes the run. The final
+A tiny model trains on generated clips. The faults are kill -9 of the trainer, SIGTERM, a damaged
+newest checkpoint after a kill, and a second start beside the trainer; after each, the same command
+resumes the run. The final
 parameters and moments must equal those of a run without faults, bit for bit. Then the next run
 starts, until the time is over.
 """
@@ -95,9 +96,11 @@ def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Rando
     return False  # There is no older one to resume from.
   victim = rng.choice(sorted(path for path in steps[-1][1].rglob('*') if path.is_file()))
   content = bytearray(victim.read_bytes())
-  damage = rng.choice(['remove', 'truncate', 'flip'])
+  damage = rng.choice(['remove', 'remove a part', 'truncate', 'flip'])
   if damage == 'remove':
     victim.unlink()
+  elif damage == 'remove a part':
+    shutil.rmtree(steps[-1][1] / rng.choice(['params', 'opt_state', 'description']))
   elif damage == 'truncate':
     victim.write_bytes(content[: len(content) // 2])
   else:
@@ -106,11 +109,22 @@ def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Rando
   return True
 
 
+def start_second_trainer(trainer: Trainer, *_: object) -> bool:
+  """Gives the same command once more, which must be refused, and kills the trainer."""
+  done = subprocess.run(trainer.process.args, cwd=ROOT, capture_output=True, text=True, check=False)
+  if trainer.process.poll() is not None:
+    return False
+  if done.returncode != ExitStatus.BAD_INPUT or 'is in use by process' not in done.stderr:
+    raise AssertionError(f'status {done.returncode} of a second start:\n{done.stderr}')
+  return kill_trainer(trainer)
+
+
 # Each returns whether it happened: False if the run had ended before.
 FAULTS: dict[str, Callable[[Trainer, pathlib.Path, random.Random], bool]] = {
   'kill -9 of the trainer': kill_trainer,
   'SIGTERM': stop_trainer,
   'damaged checkpoint': damage_checkpoint,
+  'second start': start_second_trainer,
 }
 
 
