@@ -4,9 +4,7 @@ import json
 import shutil
 import signal
 import time
-from unittest import mock
 
-import jax
 import numpy as np
 import pytest
 from conftest import run_python, train_arguments
@@ -155,27 +153,6 @@ def test_a_launcher_without_the_flag_is_refused(monkeypatch):
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', 'four')
   with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS='four' in the environment is not a nu"):
     multihost.join(**nothing)
-
-
-@pytest.mark.parametrize(
-  ('distributed', 'address', 'devices', 'expected'),
-  [
-    (False, ('a:1', 3, 2), '2,5', ('a:1', 3, 2, [2, 5], 'deactivate')),
-    (True, (None, None, None), None, (None, None, None, None, None)),
-  ],
-)
-def test_what_jax_is_told(monkeypatch, distributed, address, devices, expected):
-  initialize = mock.Mock()
-  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
-  names = 'coordinator_address', 'num_processes', 'process_id'
-  multihost.join(
-    distributed=distributed, local_device_ids=devices, **dict(zip(names, address, strict=True))
-  )
-  initialize.assert_called_once_with(
-    *expected[:-1],
-    cluster_detection_method=expected[-1],
-    heartbeat_timeout_seconds=multihost.HEARTBEAT_SECONDS,
-  )
 
 
 @pytest.mark.parametrize(
