@@ -278,6 +278,14 @@ def test_a_config_of_the_users_imports_from_his_folder_and_has_an_argument(tmp_p
   assert (made.num_steps, made.dtype) == (7, 'bfloat16')
 
 
+def test_a_name_is_that_of_a_preset_whatever_lies_here(tmp_path, monkeypatch):
+  (tmp_path / 'quickstart').mkdir()  # As a folder of runs may be called.
+  (tmp_path / 'video_folder').write_text('def get_config(): raise AssertionError')
+  monkeypatch.chdir(tmp_path)
+  for name in ('quickstart', 'video_folder'):
+    assert of_command_line(f'--config={name}') == config_file.from_dict(config(name))
+
+
 def test_a_misspelt_config_name_is_corrected():
   with pytest.raises(UserError, match=r"--config=quickstar is .*; did you mean 'quickstart'\?"):
     of_command_line('--config=quickstar')

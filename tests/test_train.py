@@ -1,6 +1,7 @@
 """The training step: the same on any number of devices, micro-batches and restarts."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,21 @@ def test_batches_are_really_split_over_the_devices():
   frames = sharding.to_devices(batches(1)[0], mesh)
   assert {shard.data.shape[0] for shard in frames.addressable_shards} == {BATCH // 4}
   assert len({shard.device for shard in frames.addressable_shards}) == 4
+
+
+def test_micro_batches_are_of_the_samples_that_a_device_holds():
+  """The numbers are the same in any order; but then devices would send frames to each other."""
+  mesh = sharding.make_mesh(jax.devices()[:2])
+  tx = optimizer.adamw(lambda _: 0.1, OptimizerOptions())
+  params = {'scale': jnp.ones(3)}
+  state = train_step.TrainState(jnp.int32(0), params, tx.init(params))
+  update = functools.partial(
+    train_step.update, loss_fn=lambda params, batch: (params['scale'] * batch).mean(), tx=tx,
+    schedule=lambda _: 0.1, accumulation_steps=2,
+  )  # fmt: skip
+  places = (sharding.replicated(mesh), sharding.batch_sharding(mesh))
+  step = jax.jit(update, in_shardings=places).lower(state, jnp.ones((BATCH, 3))).compile()
+  assert set(re.findall(r'(all-\w+|collective-\w+)\(', step.as_text())) == {'all-reduce'}
 
 
 def test_matrices_and_their_moments_are_really_split():
