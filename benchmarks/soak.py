@@ -4,9 +4,8 @@ r"""Trains under random faults, and checks that they do not change the result.
 
 A tiny model trains on generated clips. The faults are kill -9 of the trainer, SIGTERM, a damaged
 newest checkpoint after a kill, and a second start beside the trainer; after each, the same command
-resumes the run. The final
-parameters and moments must equal those of a run without faults, bit for bit. Then the next run
-starts, until the time is over.
+resumes the run. The final parameters and moments must equal those of a run without faults, bit for
+bit. Then the next run starts, until the time is over.
 """
 
 import collections
@@ -112,9 +111,12 @@ def damage_checkpoint(trainer: Trainer, workdir: pathlib.Path, rng: random.Rando
 def start_second_trainer(trainer: Trainer, *_: object) -> bool:
   """Gives the same command once more, which must be refused, and kills the trainer."""
   done = subprocess.run(trainer.process.args, cwd=ROOT, capture_output=True, text=True, check=False)
-  if trainer.process.poll() is not None:
+  status = trainer.process.poll()
+  if status:
+    raise AssertionError(f'status {status} beside a second start:\n{trainer.output()}')
+  if status == ExitStatus.DONE:
     return False
-  if done.returncode != ExitStatus.BAD_INPUT or 'is in use by process' not in done.stderr:
+  if done.returncode != ExitStatus.UNAVAILABLE or 'is in use by process' not in done.stderr:
     raise AssertionError(f'status {done.returncode} of a second start:\n{done.stderr}')
   return kill_trainer(trainer)
 

@@ -15,6 +15,7 @@ from dropmae_jax.config import Architecture, Config, range_of
 from dropmae_jax.data import augment
 from dropmae_jax.kernels import implementations
 from dropmae_jax.model import asad, mae, masking, vit
+from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError, check_name, did_you_mean
 
 PRESETS = pathlib.Path(__file__).parent / 'configs'
@@ -158,6 +159,9 @@ def from_dict(values: dict[str, Any]) -> Config:
     UserError: a field is unknown, missing, of a wrong type, or out of its range.
   """
   config = _options(Config, values, '')
+  # What a dataset class of the user's own makes of its data_dir is its business.
+  paths = ('init_from',) if ':' in config.dataset else ('init_from', 'data_dir')
+  config = dataclasses.replace(config, **{name: _local(config, name) for name in paths})
   check_name('config.objective.masking', config.objective.masking, masking.MASKING_SCHEMES)
   rule = config.objective.dropout_rule
   check_name('config.objective.dropout_rule', rule, asad.ATTENTION_DROPOUTS)
@@ -169,6 +173,15 @@ def from_dict(values: dict[str, Any]) -> Config:
   except ValueError as error:
     raise UserError(f'config.objective.{error}') from error
   return config
+
+
+def _local(config: Config, name: str) -> str:
+  """Returns a path of the config, with `~` expanded; an empty one names nothing."""
+  text = getattr(config, name)
+  try:
+    return text and str(cli.local_path(text))
+  except UserError as error:
+    raise UserError(f'config.{name}: {error}.') from error
 
 
 def _options(cls: type, values: dict[str, Any], prefix: str) -> Any:

@@ -5,9 +5,11 @@ last checkpoint.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import sys
+from typing import NoReturn
 
 from absl import logging
 
@@ -15,7 +17,7 @@ from dropmae_jax import config_file
 from dropmae_jax.config import Config
 from dropmae_jax.data.loader import MOST_THREADS
 from dropmae_jax.runtime import cli, local_processes, multihost
-from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError
+from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError, first_line
 from dropmae_jax.runtime.watchdog import Watchdog
 
 COMMAND = [sys.executable, '-m', 'dropmae_jax.main']
@@ -71,15 +73,18 @@ def main() -> int:
     local_device_ids=arguments.local_device_ids,
   )
   try:
+    jax.devices()
+  except Exception as error:  # RuntimeError, or one of its assertions.
+    raise UserError(
+      f'JAX finds no device ({first_line(error)}); install the extra cuda or tpu of this'
+      ' project, or correct JAX_PLATFORMS.'
+    ) from error
+  try:
     finished = train.train(config, arguments.workdir, allow_changes=arguments.allow_changes)
     status = ExitStatus.DONE if finished else ExitStatus.STOPPED
   except RunFailed as error:
-    print(f'error: {error}', file=sys.stderr, flush=True)
+    cli.print_error(str(error))
     status = error.exit_status
-  if status and jax.process_count() == 1:
-    sys.stdout.flush()
-    # Not sys.exit, which waits for threads that may hang, as those of orbax after a failed save.
-    os._exit(status)
   return status
 
 
@@ -101,16 +106,24 @@ def _run_local_processes(arguments: argparse.Namespace, config: Config) -> int:
   return local_processes.run(local_processes.connected(COMMAND + sys.argv[1:] + more, count))
 
 
-def _main_and_end() -> int:
-  try:
-    return main()
-  finally:
-    Watchdog(END_SECONDS, remedy='').watch('the end of the process')
+def _end(status: int) -> NoReturn:
+  """Ends the process and its part of a run of several.
+
+  Not by sys.exit, which waits for threads: after a failed save, some of orbax's wait 300 s for
+  another one that has failed, and nothing public cancels them.
+  """
+  Watchdog(END_SECONDS, remedy='').watch('the end of the process')
+  if 'jax' in sys.modules:
+    sys.modules['jax'].distributed.shutdown()  # Waits for the other processes.
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError):
+      stream.flush()
+  os._exit(status)
 
 
 def command() -> None:
   """The entry point dropmae-train."""
-  cli.run(_main_and_end)
+  cli.run(main, end=_end)
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ import functools
 import logging
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from dropmae_jax.data.mixture import Mixture, open_mixture
 from dropmae_jax.model import mae
 from dropmae_jax.pytorch import init_from
 from dropmae_jax.runtime import multihost, workdir_lock
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import RunFailed, UserError, first_line, os_errors_as_user_errors
 from dropmae_jax.runtime.report import NonFiniteLoss, Report
 from dropmae_jax.runtime.watchdog import Watchdog
 from dropmae_jax.train_step import SEED_VERSION, Metrics, Model, TrainState, build, derive_seeds
@@ -62,32 +62,34 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
   with interruption.watched(), contextlib.ExitStack() as stack:
     stack.callback(watchdog.close)
     watchdog.watch('opening the dataset', is_slow=True)
-    with multihost.ending_together() as failures:
+    with multihost.ending_together() as failures, _shortages_in_one_sentence():
       dataset = open_dataset(config, workdir, allow_changes=allow_changes)
       seeds = derive_seeds(config.seed)
       mesh = make_mesh(config)
       model = build(config, mesh)
-
-      make_workdir(workdir)
-      stack.enter_context(workdir_lock.held(workdir))
-      failures.share(workdir)
-      enable_compilation_cache(workdir)
-      checkpoints = open_checkpoints(config, workdir, dataset)
-      stack.callback(checkpoints.close)
-      watchdog.watch('restoring the state', is_slow=True)
-      state, notes = first_state(
-        config, workdir, model, checkpoints, key=seeds.init, allow_changes=allow_changes
-      )
-      first_step = checkpoints.latest_step or 0
-
-      report = Report(
-        workdir,
-        first_step=first_step,
-        num_steps=config.num_steps,
-        batch_size=config.batch_size,
-        log_every=config.log_every,
-      )
-      stack.callback(report.close)
+      with os_errors_as_user_errors(
+        f'--workdir={workdir} cannot be written', 'make room there, or give another one.'
+      ):
+        workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(workdir_lock.held(workdir))
+        failures.share(workdir)
+        enable_compilation_cache(workdir)
+        checkpoints = open_checkpoints(config, workdir, dataset)
+        stack.callback(checkpoints.close)
+        watchdog.watch('restoring the state', is_slow=True)
+        state, notes = first_state(
+          config, workdir, model, checkpoints, key=seeds.init, allow_changes=allow_changes
+        )
+        first_step = checkpoints.latest_step or 0
+        report = Report(
+          workdir,
+          first_step=first_step,
+          num_steps=config.num_steps,
+          batch_size=config.batch_size,
+          log_every=config.log_every,
+        )
+        stack.callback(report.close)
+        dataset = stack.enter_context(crashes.left_out(dataset, workdir, watchdog))
       _log.info(
         f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
         f' {steps_per_epoch(config, dataset)} steps per epoch,'
@@ -96,7 +98,6 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
       for note in notes:
         _log.info(note)
 
-      dataset = stack.enter_context(crashes.left_out(dataset, workdir, watchdog))
       batches = start_loader(
         config,
         dataset,
@@ -118,6 +119,25 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
         raise NonFiniteLoss(f'{error} {listed}', error.step) from error
       finally:
         watchdog.watch('closing the run', is_slow=True)
+
+
+@contextlib.contextmanager
+def _shortages_in_one_sentence() -> Iterator[None]:
+  """Raises RunFailed if memory runs out inside, on this machine or on a device."""
+  try:
+    yield
+  except MemoryError as error:
+    raise RunFailed(
+      f'this machine has no memory left ({error}); lower config.batch_size or'
+      ' config.data.num_threads, or use more processes.'
+    ) from error
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise RunFailed(
+      f'a device has no memory left ({first_line(error)}); lower config.batch_size, raise'
+      ' config.accumulation_steps, set config.remat=full, or shard the state by config.mesh.fsdp.'
+    ) from error
 
 
 class Run(NamedTuple):
@@ -212,14 +232,6 @@ def make_mesh(config: Config) -> Mesh:
 def steps_per_epoch(config: Config, dataset: Mixture) -> int:
   """Returns how many batches all videos make; at least 1."""
   return max(len(dataset) // config.batch_size, 1)
-
-
-def make_workdir(workdir: pathlib.Path) -> None:
-  """Makes the folder of a run."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f'--workdir={workdir} cannot be made: {error.strerror}.') from error
 
 
 def enable_compilation_cache(workdir: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """The command lines as a user meets them: the whole pipeline, stops and restarts, and bad input."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -155,7 +156,7 @@ def test_output_that_nobody_reads_does_not_change_a_run(data_dir, tmp_path, clos
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    env={**os.environ, **COMPILE_ONCE},
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **COMPILE_ONCE},
   ) as process:
     process.stdout.readline()
     process.stdout.close()
@@ -229,6 +230,41 @@ def run_train(run_here, monkeypatch):
     return run_here(main.main, *arguments[2:])
 
   return run
+
+
+def test_a_device_that_is_not_there_is_one_sentence(data_dir, tmp_path, monkeypatch):
+  arguments = train_arguments(data_dir, tmp_path / 'run')
+  code = f'import os, runpy; os.environ["JAX_PLATFORMS"] = "cuda"; sys.argv = {arguments[1:]}'
+  done = run_python('-c', f'import sys\n{code}\nrunpy.run_module(sys.argv[0], run_name="__main__")')
+  assert_one_sentence(done, 'JAX finds no device (')
+  assert 'or correct JAX_PLATFORMS.' in done.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('module', 'arguments'),
+  [
+    ('dropmae_jax.main', '--config=quickstart --workdir={}'),
+    ('dropmae_jax.main', '--config=quickstart --workdir=w --config.data_dir={}'),
+    ('dropmae_jax.main', '--config=quickstart --workdir=w --config.init_from={}'),
+    ('tfds_kinetics.__main__', '--config=folder --videos={} --data_dir=d'),
+    ('tfds_kinetics.__main__', '--config=folder --videos=v --data_dir={}'),
+    ('dropmae_jax.data.synthetic_clips', '--output={}'),
+    ('dropmae_jax.evaluation.pair_sheet', '--data_dir={} --output=o.png'),
+    ('dropmae_jax.evaluation.reconstruction', '--checkpoint={} --video=v --output=o.png'),
+    ('dropmae_jax.pytorch.main', '--checkpoint={} --output=o.pth'),
+    ('dropmae_jax.pytorch.main', '--from_torch=f.pth --output={}'),
+  ],
+)
+@pytest.mark.parametrize('address', ['gs://bucket/run', 'file:///run', 's3:/bucket'])
+def test_an_address_is_no_path(run_here, tmp_path, monkeypatch, module, arguments, address):
+  """It would become a folder of that name here."""
+  monkeypatch.chdir(tmp_path)
+  done = run_here(importlib.import_module(module).main, *arguments.format(address).split())
+  assert done.returncode == 2
+  assert f'{address} is an address, not a path of this machine; mount that' in done.stderr
+  assert 'Traceback' not in done.stderr
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

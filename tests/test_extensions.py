@@ -55,11 +55,20 @@ class Noise:
   def frame(self, video, number):
     return np.random.default_rng([self.seed, video, number]).integers(0, 256, (40, 50, 3), np.uint8)
 """
+WRITER = """
+from dropmae_jax.runtime import report
+
+def write(step, numbers):
+  print(f'writer: {step} {sorted(numbers)}')
+  raise OSError('no network')
+
+report.METRICS_WRITERS.append(write)
+"""
 
 
 def test_a_file_of_the_users_adds_to_the_product(tmp_path):
-  """A backbone size, a masking scheme, a dropout rule and a dataset; ten lines each at most."""
-  sources = (SIZE, MASKING, RULE, DATASET)
+  """A size, a masking scheme, a dropout rule, a dataset and a writer; ten lines each at most."""
+  sources = (SIZE, MASKING, RULE, DATASET, WRITER)
   assert all(len(each.strip().splitlines()) <= 10 for each in sources)
   (tmp_path / 'mine.py').write_text('\n'.join((BEGIN, *sources)))
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', **COMPILE_ONCE}
@@ -79,6 +88,11 @@ def test_a_file_of_the_users_adds_to_the_product(tmp_path):
   described = json.loads((tmp_path / 'run/checkpoints/3/description/metadata').read_text())
   assert described['architecture']['width'] == 32
   assert ', 12 videos,' in done.stdout
+  # The failure of a writer does not end the run.
+  names = sorted(set(rows[0]) - {'step'})
+  for step in (1, 2, 3):
+    assert f'writer: {step} {names}\n' in done.stdout
+    assert f'a metrics writer has failed at step {step}; training goes on\n' in done.stdout
 
 
 # What a scheme returns for two samples of eight tokens.

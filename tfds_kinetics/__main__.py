@@ -40,7 +40,12 @@ def _name(text: str) -> str:
 
 
 def _path(text: str) -> pathlib.Path:
-  return pathlib.Path(_name(text))
+  if re.match(r'[A-Za-z][\w.+-]*:/', text):
+    raise argparse.ArgumentTypeError(
+      f'{printable(text)} is an address, not a path of this machine; mount that storage as a folder'
+      ' (buckets: gcsfuse, mountpoint-s3), and give the path of the folder'
+    )
+  return pathlib.Path(_name(text)).expanduser()
 
 
 def _text_path(text: str) -> pathlib.Path:

@@ -21,7 +21,7 @@ from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.optimizer import TrainState
 from dropmae_jax.runtime import multihost
-from dropmae_jax.runtime.errors import PROGRAM_ERRORS, RunFailed, UserError
+from dropmae_jax.runtime.errors import PROGRAM_ERRORS, RunFailed, UserError, first_line
 
 _log = logging.getLogger('dropmae_jax')
 
@@ -104,7 +104,7 @@ class Checkpoints:
     self._given_up.add(step)
     self._remove_given_up()
     self._manager.reload()
-    reason, newest = saved_weights.first_line(error), self.latest_step or 0
+    reason, newest = first_line(error), self.latest_step or 0
     _log.warning(
       f'the checkpoint of step {step} could not be written ({reason}); the newest one is of step'
       f' {newest}, and training goes on. Make room before the next one.'
@@ -151,7 +151,7 @@ class Checkpoints:
       if not error:
         return state, [self._set_aside(each, why) for each, why in damaged.items()]
       damaged[step] = error
-    found = '; '.join(f'step {k}: {saved_weights.first_line(v)}' for k, v in damaged.items())
+    found = '; '.join(f'step {k}: {first_line(v)}' for k, v in damaged.items())
     if all(isinstance(each, PROGRAM_ERRORS) for each in damaged.values()):
       error = next(iter(damaged.values()))
       error.add_note(f'No checkpoint in {self._folder} could be read ({found}).')
@@ -163,7 +163,7 @@ class Checkpoints:
 
   def _set_aside(self, step: int, error: Exception) -> str:
     """Renames a damaged checkpoint, so that it is not read again and its step can be saved."""
-    name, reason = f'{step}.damaged', saved_weights.first_line(error)
+    name, reason = f'{step}.damaged', first_line(error)
     if jax.process_index() == 0:
       shutil.rmtree(self._folder / name, ignore_errors=True)
       (self._folder / str(step)).rename(self._folder / name)
@@ -258,6 +258,7 @@ def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
   Raises:
     UserError: raised by the stage; the other processes are told first that it failed here.
+    MemoryError: and the like, as one process has too little memory to read it.
   """
   result = failure = None
   try:
@@ -265,8 +266,12 @@ def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
   except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
     failure = error
   failed_somewhere = multihost.any_of(failure is not None)
-  if isinstance(failure, UserError):
+  lacks_memory = isinstance(failure, MemoryError) or 'RESOURCE_EXHAUSTED' in str(failure)
+  lack_memory = multihost.any_of(lacks_memory)
+  if isinstance(failure, UserError) or lacks_memory:
     raise failure
+  if lack_memory:
+    raise RunFailed('another process of this run has too little memory to read the checkpoint.')
   if failed_somewhere and not failure:
     failure = OSError('another process cannot read it')
   return result, failure

@@ -25,7 +25,7 @@ from dropmae_jax.config import Architecture, Objective
 from dropmae_jax.model import mae
 from dropmae_jax.optimizer import Moments
 from dropmae_jax.runtime import atomic_file
-from dropmae_jax.runtime.errors import PROGRAM_ERRORS, UserError, os_errors_as_user_errors
+from dropmae_jax.runtime.errors import NO_DAMAGE, UserError, first_line, os_errors_as_user_errors
 
 FOLDER = 'checkpoints'
 
@@ -49,11 +49,6 @@ def describe(architecture: Architecture, objective: Objective, **other: Any) -> 
     'objective': dataclasses.asdict(objective),
     **other,
   }
-
-
-def first_line(error: Exception) -> str:
-  """Returns the first line of an error's message, or its type if it has no message."""
-  return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
 
 
 def checksums(tree: Any) -> list[int]:
@@ -159,7 +154,7 @@ def load_weights(
   except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
     # Errors such as TypeError are usually bugs, but damaged json makes orbax raise them too. A bug
     # fails for every checkpoint; damage does not.
-    if isinstance(error, PROGRAM_ERRORS) and not _can_read_any(root, steps, with_moments):
+    if isinstance(error, NO_DAMAGE) and not _can_read_any(root, steps, with_moments):
       error.add_note(f'If step {step} of {folder} is damaged, {remedy}.')
       raise
     reason = first_line(error)

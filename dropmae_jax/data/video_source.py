@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dropmae_jax.data.shards import Shards
-from dropmae_jax.runtime.errors import PROGRAM_ERRORS, UserError
+from dropmae_jax.runtime.errors import NO_DAMAGE, UserError
 
 # Major versions of the dataset that can be read; other parts of the version do not matter here.
 SUPPORTED_VERSIONS = frozenset({2})
@@ -80,7 +80,7 @@ class TfdsVideos:
       builder = tfds.builder_from_directory(folder)
       info = builder.info.splits.get(split)
       names = sorted(os.path.basename(path) for path in info.filenames) if info else []
-    except PROGRAM_ERRORS:
+    except NO_DAMAGE:
       raise
     except Exception as error:  # On damaged metadata TFDS raises whatever its parsers raise.
       raise _damaged(folder, f'dataset_info.json or features.json: {error}') from error
@@ -117,7 +117,7 @@ class TfdsVideos:
     try:
       with np.load(self.folder / name) as index:
         first, frames, fingerprint = (index[key] for key in ('first', 'frames', 'fingerprint'))
-    except PROGRAM_ERRORS:
+    except NO_DAMAGE:
       raise
     except Exception as error:  # zipfile, zlib, pickle and numpy each raise their own types.
       raise _damaged(self.folder, f'{name}: {_reason(error)}') from error
@@ -154,7 +154,7 @@ class TfdsVideos:
       try:
         features = tf_example_pb2.Example.FromString(self._records[record]).features.feature
         return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
-      except PROGRAM_ERRORS:
+      except NO_DAMAGE:
         raise
       except Exception as error:  # Of array_record, protobuf or simplejpeg.
         if pause is None:

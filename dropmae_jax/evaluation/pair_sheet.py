@@ -220,7 +220,9 @@ def parse() -> tuple[argparse.Namespace, DataOptions]:
   """
   defaults = DataOptions()
   parser = cli.Parser(prog='dropmae-inspect', description=__doc__.splitlines()[0])
-  parser.add_argument('--data_dir', required=True, help='as in the config of a training')
+  parser.add_argument(
+    '--data_dir', required=True, type=pathlib.Path, help='as in the config of a training'
+  )
   parser.add_argument('--output', required=True, type=pathlib.Path, help='the PNG to write')
   parser.add_argument(
     '--dataset',
@@ -257,7 +259,7 @@ def main() -> None:
   """The command line."""
   arguments, options = parse()
   atomic_file.check_file(arguments.output, has_card=False)
-  mixture = open_mixture(arguments.data_dir, arguments.dataset, arguments.split)
+  mixture = open_mixture(str(arguments.data_dir), arguments.dataset, arguments.split)
   indices = [read_index(each, arguments.split) for each in mixture.datasets]
   counts = []
   for index, weight in zip(indices, mixture.weights, strict=True):

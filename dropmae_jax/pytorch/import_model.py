@@ -31,12 +31,14 @@ class Model(NamedTuple):
   Attributes:
     state: a float32 state dict in the full layout.
     architecture: of the model.
+    has_known_heads: whether the file tells the numbers of attention heads, which shapes do not.
     fresh: names of the tensors that the file does not have; initialised from seed 0.
     report: lines that say what was taken, converted, dropped and initialised.
   """
 
   state: dict[str, np.ndarray]
   architecture: Architecture
+  has_known_heads: bool
   fresh: list[str]
   report: list[str]
 
@@ -56,7 +58,8 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   if 'pos_embed' in tensors:
     tensors['pos_embed'] = _with_class_slot(tensors['pos_embed'])
   architecture = file_metadata.read(file.entries).architecture
-  if architecture is None or size is not None:
+  has_known_heads = architecture is not None and size is None
+  if not has_known_heads:
     architecture = _architecture(tensors, size)
   shapes = layouts.tensor_shapes(architecture)
   optional = set(layouts.FRAME_IDENTITIES)
@@ -80,6 +83,11 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   converted = layouts.as_float32(taken) | _fresh_tensors(architecture, fresh)
   state = {name: converted[name] for name in shapes}
   report = [f'taken: {len(taken)} tensors of {architecture}']
+  if not has_known_heads:
+    report.append(
+      f'assumed, as the file does not tell: {architecture.num_heads} attention heads in the'
+      f' encoder, {architecture.decoder_num_heads} in the decoder'
+    )
   other = collections.Counter(str(a.dtype) for a in taken.values() if a.dtype != np.float32)
   report += [f'converted to float32: {count} of {dtype}' for dtype, count in other.items()]
   if dropped:
@@ -88,7 +96,7 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
       report.append('  (DropMAE has no class token)')
   if fresh:
     report.append(f'initialised (seed 0), because the file does not have them: {grouped(fresh)}')
-  return Model(state, architecture, fresh, report)
+  return Model(state, architecture, has_known_heads, fresh, report)
 
 
 def _without_tracker_prefix(

@@ -36,16 +36,17 @@ def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
     architecture: of the new run.
 
   Raises:
-    UserError: it cannot be read, or its encoder has other shapes; names the first three mismatches.
+    UserError: it cannot be read, or its encoder has other shapes or heads; names up to three.
   """
   if path.is_dir():
     weights = saved_weights.load_weights(path)
     state = layouts.to_torch(weights.params, weights.architecture)
-    source, fresh = weights.architecture, set()
+    source, has_known_heads, fresh = weights.architecture, True, set()
     report = [f'init_from {path}: step {weights.step}']
   else:
     model = import_model.read_model(weight_files.read(path))
     state, source, fresh = model.state, model.architecture, set(model.fresh)
+    has_known_heads = model.has_known_heads
     report = [f'init_from {path}: {line}' for line in model.report]
   if source.image_size != architecture.image_size and source.patch_size == architecture.patch_size:
     state, _ = layouts.at_resolution(state, source, architecture.image_size)
@@ -57,10 +58,18 @@ def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
     layouts.check_shapes(layouts.in_layout(state, 'encoder'), encoder, architecture)
   except UserError as error:
     raise UserError(f'init_from={path} has another encoder: {error}') from error
+  if has_known_heads and source.num_heads != architecture.num_heads:
+    raise UserError(
+      f'init_from={path} has an encoder of {source.num_heads} attention heads, and'
+      f' config.model.num_heads={architecture.num_heads}; give the same number.'
+    )
   expected = layouts.tensors(architecture)
-  # A decoder of another shape is left out as a whole.
-  has_decoder = state.keys() == {t.name for t in expected} and all(
-    np.shape(state[t.name]) == t.shape for t in expected if t.name not in fresh
+  # A decoder of another shape, or other heads, is left out as a whole.
+  has_same_heads = not has_known_heads or source.decoder_num_heads == architecture.decoder_num_heads
+  has_decoder = (
+    has_same_heads
+    and state.keys() == {t.name for t in expected}
+    and all(np.shape(state[t.name]) == t.shape for t in expected if t.name not in fresh)
   )
   loaded = [t for t in expected if t.name not in fresh and (has_decoder or t.name in encoder)]
   initialised = [t.name for t in expected if t not in loaded]

@@ -23,12 +23,6 @@ _OPTIONS = {
 }
 
 
-def _path(text: str) -> pathlib.Path:
-  if not text:
-    raise argparse.ArgumentTypeError('it is empty')
-  return pathlib.Path(text)
-
-
 def parse() -> argparse.Namespace:
   """Parses the command line; an option that was not given is None."""
   parser = cli.Parser(
@@ -37,12 +31,14 @@ def parse() -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_mutually_exclusive_group(required=True).add_argument
-  add('--checkpoint', type=_path, metavar='DIR', help='a training workdir to export')
-  add('--from_torch', type=_path, metavar='FILE', help='a .pth or .safetensors to read')
-  add('--list', type=_path, metavar='PATH', help='list the tensors of a file or checkpoint')
-  add('--compare', type=_path, nargs=2, metavar='PATH', help='compare two files or checkpoints')
+  add('--checkpoint', type=pathlib.Path, metavar='DIR', help='a training workdir to export')
+  add('--from_torch', type=pathlib.Path, metavar='FILE', help='a .pth or .safetensors to read')
+  add('--list', type=pathlib.Path, metavar='PATH', help='list the tensors of a file or checkpoint')
+  add(
+    '--compare', type=pathlib.Path, nargs=2, metavar='PATH', help='compare two files or checkpoints'
+  )
   add = parser.add_argument
-  add('--output', type=_path, metavar='PATH', help='the file or folder to write')
+  add('--output', type=pathlib.Path, metavar='PATH', help='the file or folder to write')
   add('--step', type=int, metavar='N', help='which checkpoint; default: the newest')
   add('--layout', choices=layouts.LAYOUTS, help='which program will load the file; default: full')
   add('--format', choices=weight_files.FORMATS, help='default: by the ending of --output')

@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from dropmae_jax.runtime.atomic_file import sha256_path
-from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors
+from dropmae_jax.runtime.errors import UserError, first_line, os_errors_as_user_errors
 
 FORMATS = ('pth', 'safetensors')
 ENDINGS = {'.safetensors': 'safetensors', '.pth': 'pth', '.pt': 'pth', '.tar': 'pth'}
@@ -62,7 +62,7 @@ def torch_fault() -> str | None:
   except Exception as error:  # A broken installation may raise anything.
     if isinstance(error, ModuleNotFoundError) and error.name == 'torch':
       return 'PyTorch is not installed'
-    return f'PyTorch is installed but does not load ({_first_line(error)})'
+    return f'PyTorch is installed but does not load ({first_line(error)})'
   return None
 
 
@@ -234,7 +234,7 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
     content = plain(content)
   except (RuntimeError, TypeError) as error:
     raise UserError(
-      f'{path} holds a tensor that numpy cannot represent ({_first_line(error)}); save it as a'
+      f'{path} holds a tensor that numpy cannot represent ({first_line(error)}); save it as a'
       ' dense float32 tensor.'
     ) from error
   if not isinstance(content, dict):
@@ -253,10 +253,6 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
   return WeightFile(key, found, {k: v for k, v in content.items() if k != key} if key else {})
 
 
-def _first_line(error: Exception) -> str:
-  return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _reason(error: Exception) -> str:
   """Returns why PyTorch could not read a file, without its advice to switch weights_only off."""
   text = str(error)
@@ -264,7 +260,7 @@ def _reason(error: Exception) -> str:
     return 'it is a TorchScript archive'
   if found := re.search('WeightsUnpickler error: (.+)', text):
     return found[1]
-  return type(error).__name__ if 'weights_only' in text else _first_line(error)
+  return type(error).__name__ if 'weights_only' in text else first_line(error)
 
 
 def write(

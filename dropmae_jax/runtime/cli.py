@@ -1,7 +1,10 @@
 """The command lines of the package: their parser, and their exit statuses."""
 
 import argparse
+import contextlib
 import os
+import pathlib
+import re
 import select
 import signal
 import sys
@@ -16,11 +19,41 @@ class Terminated(KeyboardInterrupt):
   """SIGTERM as an exception, so that temporary folders are removed, as after Ctrl-C."""
 
 
+def local_path(text: str) -> pathlib.Path:
+  """Returns a path that a user gives, with `~` expanded.
+
+  Raises:
+    UserError: it is empty, or the address of a bucket or a server.
+  """
+  if not text:
+    raise UserError('it is empty')
+  if re.match(r'[A-Za-z][\w.+-]*:/', text):
+    raise UserError(
+      f'{text} is an address, not a path of this machine; mount that storage as a folder (buckets:'
+      ' gcsfuse, mountpoint-s3), and give the path of the folder'
+    )
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError as error:  # There is no such user.
+    raise UserError(f'{text} has no home folder; give the whole path') from error
+
+
+def _path_argument(text: str) -> pathlib.Path:
+  try:
+    return local_path(text)
+  except UserError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+
+
 class Parser(argparse.ArgumentParser):
-  """An argument parser that raises `UserError` on bad input and accepts no abbreviations."""
+  """An argument parser that raises `UserError` on bad input and accepts no abbreviations.
+
+  An option of the type `pathlib.Path` is a `local_path`.
+  """
 
   def __init__(self, **options: object) -> None:
     super().__init__(allow_abbrev=False, **options)
+    self.register('type', pathlib.Path, _path_argument)
 
   def error(self, message: str) -> NoReturn:
     """Raises the error of a bad command line."""
@@ -45,13 +78,17 @@ class Parser(argparse.ArgumentParser):
     return arguments
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], int | None], *, end: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
   """Runs a command and ends the process with its exit status.
 
   After an error it is that of the error (`errors.ExitStatus`). After Ctrl-C, SIGTERM or SIGPIPE
   (nobody reads the output any more) it is 128 + the signal's number, as in shells. A command with
   its own handlers for Ctrl-C and SIGTERM sets them in `main`. SIGTERM while the process exits,
   which can take libraries some time, does not change the status.
+
+  Args:
+    main: returns the status; None is 0.
+    end: ends the process with a status.
   """
   signal.signal(signal.SIGTERM, _terminate)
   _open_closed_streams()
@@ -59,11 +96,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     status = main()
     sys.stdout.flush()
   except (UserError, RunFailed) as error:
-    print(f'error: {error}', file=sys.stderr)
+    print_error(str(error))
     status = error.exit_status
   except KeyboardInterrupt as error:
     number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-    print(f'stopped by {number.name}', file=sys.stderr)
+    with contextlib.suppress(OSError):
+      print(f'stopped by {number.name}', file=sys.stderr)
     status = 128 + number
   except BrokenPipeError:
     if not _is_output_closed():
@@ -73,14 +111,22 @@ def run(main: Callable[[], int | None]) -> NoReturn:
   finally:
     # While libraries are still ending, Python would already have restored the default handler.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  sys.exit(status)
+  end(status or 0)
 
 
 def _open_closed_streams() -> None:
   """Opens the standard streams that are closed, as by `>&-`, so that no other file takes theirs."""
   for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
     if getattr(sys, name) is None:
-      setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+      stream = open(os.devnull, mode)  # noqa: SIM115
+      os.set_inheritable(stream.fileno(), True)  # The watchdog and other processes have it too.
+      setattr(sys, name, stream)
+
+
+def print_error(message: str) -> None:
+  """Prints an error where users look for it, if that can be written."""
+  with contextlib.suppress(OSError):
+    print(f'error: {message}', file=sys.stderr, flush=True)
 
 
 def discard_output() -> None:

@@ -18,7 +18,8 @@ class ExitStatus(enum.IntEnum):
   # Training diverged, the last state was not saved, or an unexpected error.
   FAILED = 1
   BAD_INPUT = 2
-  # The loader brought no batch in time, or another process of the run is gone.
+  # The loader brought no batch in time, another process of the run is gone, or another run uses the
+  # workdir.
   UNAVAILABLE = os.EX_UNAVAILABLE
   # A signal stopped the run after a checkpoint.
   STOPPED = os.EX_TEMPFAIL
@@ -44,6 +45,8 @@ class RunFailed(RuntimeError):
 
 # Bugs of this program or a library, as opposed to damage of a file that is read.
 PROGRAM_ERRORS = (TypeError, AttributeError, NameError, ImportError)
+# What says nothing about a file that is read when it is raised.
+NO_DAMAGE = (*PROGRAM_ERRORS, MemoryError)
 
 
 @contextlib.contextmanager
@@ -58,6 +61,11 @@ def os_errors_as_user_errors(what: str, remedy: str) -> Iterator[None]:
     yield
   except OSError as error:
     raise UserError(f'{what} ({error.strerror or error}); {remedy}') from error
+
+
+def first_line(error: Exception) -> str:
+  """Returns the first line of an error's message, or its type if it has no message."""
+  return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

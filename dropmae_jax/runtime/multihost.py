@@ -1,6 +1,7 @@
 """Several processes as one run: they connect, compare their settings, and stop at the same step."""
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import ExitStatus, UserError
 
 # The file of the workdir in which a process says why it ends, and how often the others look for it.
@@ -28,6 +30,11 @@ _ending = threading.Lock()
 LOST = re.compile('UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Gloo|NCCL')
 # A process that is silent for so long is gone: JAX then ends the others.
 HEARTBEAT_SECONDS = 100
+# Of a terminal that is closed, Ctrl-C, schedulers (SLURM's --signal is often USR1).
+STOP_SIGNALS = signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+# Signals that follow the first one sooner are the same request: some schedulers and shells send one
+# to a process and to its group.
+GRACE_SECONDS = 1.0
 # Where launchers put the number of processes that they started for a job.
 LAUNCHED = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 
@@ -246,8 +253,9 @@ class Failures:
 
 def _end(message: str, status: int) -> NoReturn:
   _ending.acquire()  # Two threads may come here; the first one ends the process.
-  print(f'error: {message}', file=sys.stderr, flush=True)
-  sys.stdout.flush()
+  cli.print_error(message)
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
   # All others must poll before this process is gone, and the first one ends last, as JAX aborts
   # processes that outlive it.
   time.sleep((3 if jax.process_index() == 0 else 2) * POLL_SECONDS)
@@ -255,42 +263,60 @@ def _end(message: str, status: int) -> NoReturn:
 
 
 class Interruption:
-  """Turns the first Ctrl-C or SIGTERM into a stop after the current step, the same on all hosts.
+  """Turns the first of STOP_SIGNALS into a stop after the current step, the same on all hosts.
 
-  In a run of one process a second signal ends it at once. With several processes, JAX's preemption
-  service handles SIGTERM (and, on TPUs, notices of maintenance) and chooses the step; only a second
-  Ctrl-C ends a process at once. A signal that is ignored when the run starts, as Ctrl-C is in the
-  background of a script, stays ignored.
+  In a run of one process, another one later than GRACE_SECONDS ends it at once. With several
+  processes, JAX's preemption service handles SIGTERM (and, on TPUs, notices of maintenance) and
+  chooses the step; the others are turned into SIGTERM, and end a process at once when they come
+  again. A signal that is ignored when the run starts, as Ctrl-C is in the background of a script,
+  stays ignored.
   """
 
   signal_name: str | None = None
 
   def __init__(self) -> None:
     self._old: dict[signal.Signals, Any] = {}
+    self._is_asked = False
+    self._came, self._is_over = threading.Event(), threading.Event()
 
-  def _record(self, number: int, _: FrameType | None) -> None:
-    self.signal_name = signal.Signals(number).name
+  def _handle(self, number: int, _: FrameType | None) -> None:
+    if self._is_asked:
+      return
+    self._is_asked = True
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self.signal_name = signal.Signals(number).name
+    self._came.set()
+
+  def _let_the_next_end(self) -> None:
+    """Restores the default of all signals, GRACE_SECONDS after the first one came."""
+    self._came.wait()
+    if self._is_over.wait(GRACE_SECONDS):
+      return
+    # Python sets handlers in the main thread only, and runs them there, where native code may hang.
+    libc_signal = ctypes.CDLL(None).signal
+    libc_signal.argtypes, libc_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     for each in self._old:
-      signal.signal(each, signal.SIG_DFL)
-
-  def _forward(self, number: int, _: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGTERM)
+      libc_signal(each, None)
 
   @contextlib.contextmanager
   def watched(self) -> Iterator[None]:
     """Handles the signals inside, and restores the old handlers after."""
-    if jax.process_count() > 1:
-      handlers = {signal.SIGINT: self._forward}
-    else:
-      handlers = {signal.SIGINT: self._record, signal.SIGTERM: self._record}
-    old = {each: signal.getsignal(each) for each in handlers}
+    several = jax.process_count() > 1
+    numbers = [each for each in STOP_SIGNALS if not (several and each == signal.SIGTERM)]
+    old = {each: signal.getsignal(each) for each in numbers}
     self._old = {each: handler for each, handler in old.items() if handler is not signal.SIG_IGN}
+    second = threading.Thread(target=self._let_the_next_end, name='interruption', daemon=True)
+    second.start()
     try:
       for each in self._old:
-        signal.signal(each, handlers[each])
+        signal.signal(each, self._handle)
       yield
     finally:
+      self._is_over.set()
+      self._came.set()
+      second.join()
       for each, handler in self._old.items():
         signal.signal(each, handler)
 

@@ -5,23 +5,32 @@ before that, warnings go to the standard error, as Python does by default.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
 import pathlib
+import socket
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 import tqdm
-from tensorboard.summary import Writer
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import RunFailed
 
 _log = logging.getLogger('dropmae_jax')
+
+# Called with the step and the numbers of every line of metrics.jsonl, on the first process. Append
+# your own, for example for wandb.
+METRICS_WRITERS: list[Callable[[int, Mapping[str, float]], None]] = []
 
 
 class NonFiniteLoss(RunFailed):
@@ -38,24 +47,77 @@ class NonFiniteLoss(RunFailed):
     self.step = step
 
 
-class _AboveBar(logging.Handler):
+class _Output(logging.StreamHandler):
+  """Writes lines to the standard output, for as long as that can be written."""
+
+  def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+    """Goes on without the line: nobody reads the output any more, or its disk is full."""
+    if isinstance(sys.exception(), BrokenPipeError):
+      cli.discard_output()
+    elif not isinstance(sys.exception(), OSError):
+      super().handleError(record)
+
+
+class _AboveBar(_Output):
   """Writes lines above the progress bar, except those that the bar itself shows."""
 
   def emit(self, record: logging.LogRecord) -> None:
     """Writes a line."""
-    if not hasattr(record, 'is_in_bar'):
-      tqdm.tqdm.write(self.format(record))
+    try:
+      if not hasattr(record, 'is_in_bar'):
+        tqdm.tqdm.write(self.format(record), file=self.stream)
+    except Exception:
+      self.handleError(record)
 
 
-class _Output(logging.StreamHandler):
-  """Writes lines to the standard output for as long as somebody reads it."""
+class _LogFile(logging.FileHandler):
+  """Writes lines to a file, for as long as that can be written."""
+
+  def __init__(self, path: pathlib.Path, tell_lost: Callable[[str, OSError], None]) -> None:
+    super().__init__(path)
+    self._tell_lost = tell_lost
 
   def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-    """Goes on without the output if it was a pipe to a process that has ended, such as `head`."""
-    if isinstance(sys.exception(), BrokenPipeError):
-      cli.discard_output()
+    """Goes on without the line, and says so."""
+    error = sys.exception()
+    if isinstance(error, OSError):
+      self._tell_lost('log.txt', error)
     else:
       super().handleError(record)
+
+  def close(self) -> None:
+    """Closes the file."""
+    with contextlib.suppress(OSError):
+      super().close()
+
+
+class _EventFile:
+  """A file of scalars for TensorBoard.
+
+  TensorBoard's own writer writes in a thread, which does not survive that a disk is full.
+  """
+
+  def __init__(self, folder: pathlib.Path) -> None:
+    folder.mkdir(exist_ok=True)
+    # TensorBoard reads the files of a folder in the order of their names, which begin like this.
+    name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'
+    self._file = (folder / name).open('wb')
+    self._records = RecordWriter(self._file)
+    self._write(Event(file_version='brain.Event:2'))
+
+  def _write(self, event: Event) -> None:
+    event.wall_time = time.time()
+    self._records.write(event.SerializeToString())
+    self._records.flush()
+
+  def add(self, step: int, row: Mapping[str, float]) -> None:
+    """Adds scalars of a step."""
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+    self._write(Event(step=step, summary=Summary(value=values)))
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
 
 
 class Report:
@@ -78,6 +140,7 @@ class Report:
     batch_size: int,
     log_every: int,
   ) -> None:
+    self._workdir, self._told_lost = workdir, set()
     self._num_steps = num_steps
     self._batch_size = batch_size
     self._log_every = log_every
@@ -89,11 +152,11 @@ class Report:
       unit='step',
       disable=not (self._writes and sys.stderr.isatty()),
     )
-    self._open_log(workdir)
     if self._writes:
       self._metrics = _open_metrics(workdir / 'metrics.jsonl', first_step)
       # After a restart TensorBoard may show repeated steps twice; their values are equal.
-      self._scalars = Writer(str(workdir / 'tensorboard'))
+      self._scalars: _EventFile | None = _EventFile(workdir / 'tensorboard')
+    self._open_log(workdir)
     self._started = time.perf_counter()
     self._watcher = concurrent.futures.ThreadPoolExecutor(1)
     self._finished: concurrent.futures.Future | None = None
@@ -102,11 +165,11 @@ class Report:
   def _open_log(self, workdir: pathlib.Path) -> None:
     if self._writes:
       timed = '%(asctime)s %(message)s'
-      formats = {logging.FileHandler(workdir / 'log.txt'): timed}
+      formats: dict[logging.Handler, str] = {_LogFile(workdir / 'log.txt', self._tell_lost): timed}
       if self._bar.disable:
         formats[_Output(sys.stdout)] = timed
       else:
-        formats[_AboveBar()] = '%(message)s'
+        formats[_AboveBar(sys.stdout)] = '%(message)s'
     else:
       number = jax.process_index()
       formats = {logging.StreamHandler(sys.stderr): f'process {number}: %(message)s'}
@@ -139,7 +202,8 @@ class Report:
     """Stores a step's metrics, which stay on the device until a line is due."""
     self._window.append((step, metrics))
     self._finished = self._watcher.submit(_time_when_ready, metrics)
-    self._bar.update()
+    with contextlib.suppress(OSError):  # The terminal may be gone.
+      self._bar.update()
     if step % self._log_every == 0 or step == self._num_steps:
       self._write_line(step)
 
@@ -175,25 +239,54 @@ class Report:
     row['data_wait'] = self._waited / seconds
     left = (self._num_steps - step) * seconds / max(step - self._clock_step, 1)
     self._restart_clock(step)
-    self._metrics.write(json.dumps({'step': step, **row}) + '\n')
-    self._metrics.flush()
-    for name, value in row.items():
-      self._scalars.add_scalar(name, value, step)
+    self._write_row(step, row)
     text = (
       f'loss {row["loss"]:.4f}  lr {row["learning_rate"]:.2e}  grad {row["gradient_norm"]:.3f}'
       f'  {row["pairs_per_second"]:.1f} pairs/s  data wait {row["data_wait"]:.0%}'
     )
-    self._bar.set_postfix_str(text)
+    with contextlib.suppress(OSError):
+      self._bar.set_postfix_str(text)
     line = f'step {step}/{self._num_steps}  {text}  left {left:.0f} s'
     _log.info(line, extra={'is_in_bar': True})
+
+  def _write_row(self, step: int, row: Mapping[str, float]) -> None:
+    """Writes a line of metrics.jsonl and the scalars of TensorBoard, if there is room."""
+    try:
+      self._metrics.write(json.dumps({'step': step, **row}) + '\n')
+      self._metrics.flush()
+    except OSError as error:
+      self._tell_lost('metrics.jsonl', error)
+    try:
+      # After an error the rest of a file would not be read, so there is another one.
+      scalars, self._scalars = self._scalars or _EventFile(self._workdir / 'tensorboard'), None
+      scalars.add(step, row)
+      self._scalars = scalars
+    except OSError as error:
+      self._tell_lost('tensorboard', error)
+    for write in METRICS_WRITERS:
+      try:
+        write(step, row)
+      except Exception:
+        _log.exception(f'a metrics writer has failed at step {step}; training goes on')
+
+  def _tell_lost(self, name: str, error: OSError) -> None:
+    """Says once that a file of the workdir lacks what was to be written to it."""
+    if name not in self._told_lost:
+      self._told_lost.add(name)
+      reason = error.strerror or error
+      _log.warning(
+        f'{self._workdir / name} cannot be written ({reason}); training goes on without.'
+      )
 
   def close(self) -> None:
     """Flushes and closes everything."""
     self._watcher.shutdown()
-    self._bar.close()
-    if self._writes:
-      self._metrics.close()
-      self._scalars.close()
+    with contextlib.suppress(OSError):
+      self._bar.close()
+    for each in (self._metrics, self._scalars) if self._writes else ():
+      with contextlib.suppress(OSError):
+        if each:
+          each.close()
     for handler in self._handlers:
       _log.removeHandler(handler)
       handler.close()

@@ -17,11 +17,17 @@ from typing import BinaryIO
 import jax
 
 from dropmae_jax.runtime import multihost
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError
 
 FILE = 'lock'
 
 _log = logging.getLogger('dropmae_jax')
+
+
+class WorkdirInUse(RunFailed):
+  """Another run holds the workdir; it may end, as one whose job is queued again does."""
+
+  exit_status = ExitStatus.UNAVAILABLE
 
 
 @contextlib.contextmanager
@@ -34,18 +40,20 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     workdir: of the run; exists.
 
   Raises:
-    UserError: on every process; another run holds it, and the message says where and since when.
+    WorkdirInUse: on every process; the message says where the other run is, and since when.
+    UserError: on every process; the workdir cannot be written.
   """
   with contextlib.ExitStack() as stack:
-    refused = ''
+    refused = None
     if jax.process_index() == 0:
       try:
         stack.enter_context(_locked(workdir))
-      except UserError as error:
-        refused = str(error)
+      except (UserError, WorkdirInUse) as error:
+        refused = [isinstance(error, UserError), str(error)]
     refused = json.loads(multihost.text_of_first(json.dumps(refused)))
     if refused:
-      raise UserError(refused)
+      is_input, message = refused
+      raise (UserError if is_input else WorkdirInUse)(message)
     yield
 
 
@@ -64,7 +72,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
       # Of the open file, so a library that opens the file too cannot release it.
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise UserError(
+      raise WorkdirInUse(
         f'--workdir={workdir} is in use by {_holder(file)}; stop that run or wait until it has'
         ' ended, or give another --workdir.'
       ) from error
@@ -79,6 +87,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
       with contextlib.suppress(OSError):  # On a full disk it is locked all the same.
         file.truncate(0)
         file.write(json.dumps(holder).encode())
+        os.fsync(file.fileno())
     yield
 
 

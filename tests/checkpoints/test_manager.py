@@ -261,6 +261,20 @@ def planted(*_, **__):
   raise TypeError('planted')
 
 
+@pytest.mark.parametrize('stage', [(ocp.CheckpointManager, 'restore'), (saved_weights, 'check')])
+def test_a_shortage_of_memory_is_no_damage(saved, monkeypatch, stage):
+  def fail(*_, **__):
+    raise MemoryError('planted')
+
+  before = sorted(path.name for path in (saved / saved_weights.FOLDER).iterdir())
+  with monkeypatch.context() as patch:
+    patch.setattr(*stage, fail)
+    with pytest.raises(MemoryError, match='planted'):
+      restored(saved)
+  assert sorted(path.name for path in (saved / saved_weights.FOLDER).iterdir()) == before
+  assert restored(saved)[0] == 12
+
+
 def test_a_mistake_in_a_program_is_no_damage(saved, monkeypatch):
   """A bug fails for every checkpoint; nothing is renamed, and saving raises the error."""
   before = sorted(path.name for path in (saved / saved_weights.FOLDER).iterdir())

@@ -84,13 +84,36 @@ def test_files_of_every_layout(workdir, params, tmp_path, layout):
   assert any('initialised:' in line for line in start.report) == (layout != 'full')
 
 
-@pytest.mark.parametrize('changed', [{'decoder_depth': 1}, {'decoder_width': 64}])
+@pytest.mark.parametrize(
+  'changed', [{'decoder_depth': 1}, {'decoder_width': 64}, {'decoder_num_heads': 4}]
+)
 def test_another_decoder_is_drawn_afresh(workdir, params, changed):
   other = dataclasses.replace(TINY, **changed)
   start = init_from.read(workdir, other)
   assert {path[0] for path in start.params} >= {'blocks', 'norm', 'temporal_pos_embed_x'}
   assert not any('decoder' in str(path[0]) or path[0] == 'mask_token' for path in start.params)
   assert any('initialised:' in line and 'decoder_blocks' in line for line in start.report)
+
+
+def test_other_heads_are_another_encoder(workdir, tmp_path):
+  """Though all shapes are the same."""
+  other = dataclasses.replace(TINY, num_heads=2 * TINY.num_heads)
+  path = tmp_path / 'weights.safetensors'
+  list(convert.export(workdir, path, convert.ExportOptions(verify=False)))
+  for source in (workdir, path):
+    with pytest.raises(
+      UserError, match=f'of {TINY.num_heads} attention heads, and config.model.num'
+    ):
+      init_from.read(source, other)
+  # A file that does not tell: it is the run that decides.
+  tensors = safetensors.numpy.load_file(path)
+  safetensors.numpy.save_file(tensors, path)
+  for name in (path.with_name(f'{path.name}.json'), path.with_name(f'{path.name}.sha256')):
+    name.unlink(missing_ok=True)
+  told = [
+    line for line in init_from.read(path, other).report if 'assumed, as the file does not' in line
+  ]
+  assert len(told) == 1
 
 
 def test_tables_of_another_grid_are_resampled(workdir, params):

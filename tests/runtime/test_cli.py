@@ -1,6 +1,7 @@
 """How commands read their options, and how they end: by signals, and when nobody reads on."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -183,3 +184,13 @@ def test_bad_options(arguments, message):
   with pytest.raises(UserError) as refused:
     parser.parse_args(arguments.split())
   assert message in str(refused.value)
+
+
+def test_a_path_may_begin_at_home(monkeypatch):
+  monkeypatch.setenv('HOME', '/home/me')
+  parser = cli.Parser()
+  parser.add_argument('--output', type=pathlib.Path)
+  for text, path in (('~/x', '/home/me/x'), ('a/~/x', 'a/~/x'), ('a:b', 'a:b'), ('.', '.')):
+    assert parser.parse_args([f'--output={text}']).output == pathlib.Path(path)
+  with pytest.raises(UserError, match='argument --output: ~nobody-here/x has no home folder; give'):
+    parser.parse_args(['--output=~nobody-here/x'])

@@ -3,17 +3,19 @@
 Intervals, batch sizes and first steps all differ, so that a mix-up changes a number.
 """
 
+import errno
 import io
 import json
 import logging
+import os
 import sys
 import threading
+import time
 import types
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.util import tensor_util
 
 from dropmae_jax.runtime import report
 from dropmae_jax.runtime.report import NonFiniteLoss, Report
@@ -46,7 +48,7 @@ def metrics_at(step, *, is_done=True, **other):
 @pytest.fixture
 def clock(monkeypatch):
   """A clock that shows `now`, which tests set."""
-  clock = types.SimpleNamespace(now=100.0)
+  clock = types.SimpleNamespace(now=100.0, time=time.time)
   clock.perf_counter = lambda: clock.now
   monkeypatch.setattr(report, 'time', clock)
   return clock
@@ -114,13 +116,32 @@ def assert_same_in_tensorboard(folder, rows):
   events = EventAccumulator(str(folder / 'tensorboard'))
   events.Reload()
   names = set(rows[0]) - {'step'}
-  assert set(events.Tags()['tensors']) == names
+  assert set(events.Tags()['scalars']) == names
   for name in names:
-    found = [
-      (event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
-      for event in events.Tensors(name)
-    ]
+    found = [(event.step, event.value) for event in events.Scalars(name)]
     assert found == [(row['step'], pytest.approx(row[name])) for row in rows]
+
+
+def test_scalars_go_on_in_another_file_when_there_is_room_again(
+  tmp_path, opened, monkeypatch, capsys
+):
+  reporter = opened()
+  reporter.after_step(5, metrics_at(5))
+  with monkeypatch.context() as full:
+
+    def write(*_):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full.setattr(report.RecordWriter, 'write', write)
+    for step in (10, 15):
+      reporter.after_step(step, metrics_at(step))
+  reporter.after_step(18, metrics_at(18))
+  reporter.close()
+  told = f'{tmp_path}/tensorboard cannot be written (No space left on device); training goes on'
+  assert capsys.readouterr().out.count(told) == 1
+  rows = metrics_of(tmp_path)
+  assert [row['step'] for row in rows] == [5, 10, 15, 18]
+  assert_same_in_tensorboard(tmp_path, [rows[0], rows[3]])
 
 
 def test_a_line_at_the_first_step_includes_the_time_of_compilation(tmp_path, clock, opened):
@@ -241,3 +262,26 @@ def test_lines_are_shown_once_and_a_terminal_has_a_bar(
   assert 'step 10/18' in kept
   assert ('step 10/18' in shown) != is_terminal
   assert ('10/18' in errors.getvalue()) == ('loss 2.5' in errors.getvalue()) == is_terminal
+
+
+class Gone(Terminal):
+  """A terminal that is closed."""
+
+  def write(self, _):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize('errors', [Gone, Terminal, io.StringIO])
+def test_a_terminal_that_is_closed_does_not_end_a_run(tmp_path, opened, monkeypatch, errors):
+  monkeypatch.setattr(sys, 'stderr', Terminal())
+  reporter = opened()
+  monkeypatch.setattr(reporter._bar, 'fp', errors())
+  for handler in reporter._handlers:
+    if type(handler) is not report._LogFile:
+      handler.setStream(Gone())
+  log.info('a note')
+  for step in (5, 10, 15, 18):
+    reporter.after_step(step, metrics_at(step))
+  reporter.close()
+  assert 'a note\n' in (tmp_path / 'log.txt').read_text()
+  assert [row['step'] for row in metrics_of(tmp_path)] == [5, 10, 15, 18]

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 
 import pytest
-from conftest import run_python, train_arguments
+from conftest import ROOT, run_python, train_arguments
 from processes import Processes, running
 
 from dropmae_jax.runtime import watchdog
@@ -174,6 +177,17 @@ def test_what_does_not_take_too_long_is_not_ended():
   assert (done.returncode, done.stderr) == (0, '')
 
 
+def test_it_ends_a_process_whose_streams_are_closed():
+  """As by `>&- 2>&-`."""
+  hangs = textwrap.indent(BEGIN + HANGS['a thread that sleeps'], '  ')
+  code = f'from dropmae_jax.runtime import cli\ndef main():\n{hangs}\ncli.run(main)'
+  done = subprocess.run(
+    ['bash', '-c', 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code],
+    cwd=ROOT, timeout=30, check=False,
+  )  # fmt: skip
+  assert done.returncode == ABORTED
+
+
 def test_the_watchdog_ends_with_its_process():
   with running('-c', BEGIN + 'print(watchdog._process.pid, flush=True); time.sleep(60)') as process:
     pid = int(process.stdout.readline())
@@ -185,28 +199,39 @@ def test_the_watchdog_ends_with_its_process():
     assert not os.path.exists(f'/proc/{pid}/cmdline')
 
 
-# A thread of a library does not end.
+# A thread of a library does not end, or JAX does not.
 HANGING_END = """
 import sys, threading, time
+import jax
 from dropmae_jax import main
 from dropmae_jax.runtime.errors import UserError
 main.END_SECONDS = 1.0
 def end():
-  threading.Thread(target=time.sleep, args=(60,)).start()
-  if sys.argv[1] == 'error':
+  if sys.argv[1] == 'thread':
+    threading.Thread(target=time.sleep, args=(60,)).start()
+  else:
+    jax.distributed.shutdown = lambda: time.sleep(60)
+  if sys.argv[2] == 'error':
     raise UserError('why')
+  return 75
 main.main = end
 main.command()
 """
 
 
+@pytest.mark.parametrize(('end', 'status'), [('status', 75), ('error', 2)])
+def test_a_thread_does_not_keep_the_process(end, status):
+  done = run_python('-c', HANGING_END, 'thread', end, timeout=40)
+  assert (done.returncode, done.stderr) == (status, 'error: why\n' if end == 'error' else '')
+
+
 @pytest.mark.parametrize('end', ['status', 'error'])
 def test_a_process_that_does_not_end_is_ended(end):
-  done = run_python('-c', HANGING_END, end, timeout=40)
+  done = run_python('-c', HANGING_END, 'JAX', end, timeout=40)
   assert done.returncode == ABORTED, done.stderr
   assert '\nerror: the end of the process took more than 1 s; ' in '\n' + done.stderr
   assert 'step_stall_seconds' not in done.stderr
-  assert '_shutdown' in done.stderr
+  assert ' in _end\n' in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import signal
 import socket
 
 import pytest
-from conftest import assert_one_sentence, run_python, train_arguments
+from conftest import run_python, train_arguments
 from processes import Processes, running, wait_for_line
 from test_commands import assert_same_weights, losses
 
 from dropmae_jax.runtime import workdir_lock
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import ExitStatus
+from dropmae_jax.runtime.workdir_lock import WorkdirInUse
 
 # Waits after step 3, whose checkpoint is being written, for a file.
 PAUSED = """
@@ -38,9 +39,10 @@ def test_a_second_start_is_refused_and_the_first_ends_as_if_alone(trained, data_
     wait_for_line(first, 'step 4/8')
     before = sorted(path.name for path in tmp_path.iterdir())
     second = run_python(*arguments)
-    assert_one_sentence(
-      second, f'is in use by process {first.pid} of {socket.gethostname()} since 20'
-    )
+    assert second.returncode == ExitStatus.UNAVAILABLE
+    holder = f'process {first.pid} of {socket.gethostname()} since 20'
+    assert f'error: --workdir={tmp_path} is in use by {holder}' in second.stderr
+    assert 'Traceback' not in second.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     (tmp_path / 'go on').touch()
     _, errors = first.communicate(timeout=120)
@@ -53,7 +55,7 @@ def test_it_is_refused_on_all_processes(data_dir, tmp_path):
   with workdir_lock.held(tmp_path):
     ends = Processes(train_arguments(data_dir, tmp_path, '--config.num_steps=1')).ends()
   for status, _, errors in ends:
-    assert status == 2, errors
+    assert status == ExitStatus.UNAVAILABLE, errors
     assert f'is in use by process {os.getpid()} of ' in errors
 
 
@@ -70,7 +72,7 @@ def test_it_goes_with_its_process(tmp_path):
   with running('-c', HOLDS, tmp_path) as process:
     wait_for_line(process, 'held')
     with (
-      pytest.raises(UserError, match=f'in use by process {process.pid} of '),
+      pytest.raises(WorkdirInUse, match=f'in use by process {process.pid} of '),
       workdir_lock.held(tmp_path),
     ):
       pass
@@ -86,7 +88,8 @@ def test_a_holder_that_has_not_said_who_it_is(tmp_path, text):
     other.write(text)
     other.flush()
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match='in use by another run; stop'), workdir_lock.held(tmp_path):
+    refused = pytest.raises(WorkdirInUse, match='in use by another run; stop')
+    with refused, workdir_lock.held(tmp_path):
       pass
 
 
@@ -96,5 +99,5 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
 
   monkeypatch.setattr(fcntl, 'flock', flock)
   with workdir_lock.held(tmp_path):
-    (record,) = caplog.records
-    assert f'{tmp_path} cannot be locked (No locks available); start no second' in record.message
+    (told,) = [each.message for each in caplog.records if each.name == 'dropmae_jax']
+    assert f'{tmp_path} cannot be locked (No locks available); start no second' in told
