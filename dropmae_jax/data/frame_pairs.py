@@ -22,6 +22,7 @@ from dropmae_jax.data.loader import Loader, keep_freed_memory
 from dropmae_jax.data.mixture import Mixture, mixture_of
 from dropmae_jax.data.pair_stream import FRAME_DRAWS, PAIR_DRAWS, PairKey, pair_keys
 from dropmae_jax.data.video_source import DamagedRecord, VideoSource
+from dropmae_jax.runtime.errors import UserError
 
 # How many videos are tried for one pair.
 MAX_TRIES = 100
@@ -88,6 +89,15 @@ class DamagedRecords:
     )
 
 
+def _check_frame(image: np.ndarray, video: int, number: int) -> None:
+  """Refuses what a dataset class of the user's own may return, and OpenCV would take silently."""
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+    raise UserError(
+      f'frame {number} of video {video} of config.dataset is {image.dtype} {list(image.shape)};'
+      ' its class must return uint8 [height, width, 3].'
+    )
+
+
 class DrawnPair(NamedTuple):
   """What was drawn and read for a pair.
 
@@ -140,6 +150,8 @@ class PairMaker:
   def frame_numbers(self, key: PairKey) -> tuple[int, int]:
     """Draws the numbers of two frames; reads nothing."""
     num_frames = self._datasets[key.dataset].num_frames(key.video)
+    if num_frames < 1:
+      raise UserError(f'video {key.video} of config.dataset has {num_frames=}; give 1 or more.')
     uniform = iter(key.uniforms[:FRAME_DRAWS].tolist()).__next__
     return sample_pair(uniform, num_frames, self._options.frame_gap)
 
@@ -147,6 +159,8 @@ class PairMaker:
     videos, numbers = self._datasets[key.dataset], self.frame_numbers(key)
     uniform = iter(key.uniforms[FRAME_DRAWS:].tolist()).__next__
     images = [videos.frame(key.video, number) for number in numbers]
+    for image, number in zip(images, numbers, strict=True):
+      _check_frame(image, key.video, number)
     sizes = [image.shape[:2] for image in images]
     boxes = [augment.random_resized_crop_box(uniform, *sizes[0])]
     if self._options.shared_augmentation:

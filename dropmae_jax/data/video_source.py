@@ -6,6 +6,7 @@ are reported in one sentence that says what to do.
 
 import hashlib
 import importlib
+import inspect
 import os
 import pathlib
 import re
@@ -238,6 +239,12 @@ def _open_class(data_dir: str, dataset: str, split: str) -> VideoSource:
     raise UserError(
       f'dataset={dataset!r} cannot be imported ({error}); give MODULE:CLASS, of a module in the'
       ' working directory or on PYTHONPATH.'
+    ) from error
+  try:
+    inspect.signature(cls).bind(data_dir, split)
+  except TypeError as error:
+    raise UserError(
+      f'dataset={dataset!r} is not made by {name}(data_dir, split): {error}.'
     ) from error
   videos = cls(data_dir, split)
   for method in ('__len__', 'num_frames', 'frame'):

@@ -96,7 +96,8 @@ def check_rule(name: str, *, tokens_per_frame: int, drop_rate: float) -> None:
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
   drop = jax.eval_shape(partial(ATTENTION_DROPOUTS[name], drop_rate=drop_rate), keys, logits)
   if getattr(drop, 'shape', None) != shape or drop.dtype != bool:
+    returned = f'{drop.dtype} {list(drop.shape)}' if hasattr(drop, 'shape') else repr(drop)
     raise ValueError(
       f'dropout_rule={name!r} must return booleans of the shape of logits.own, here {list(shape)};'
-      f' it returns {drop}.'
+      f' it returns {returned}.'
     )

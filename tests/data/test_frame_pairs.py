@@ -16,6 +16,7 @@ from dropmae_jax.config import DataOptions
 from dropmae_jax.data import augment, frame_pairs, pair_stream
 from dropmae_jax.data.mixture import Mixture
 from dropmae_jax.data.video_source import DamagedRecord, open_dataset
+from dropmae_jax.runtime.errors import UserError
 
 OPTIONS = DataOptions(frame_gap=4, num_threads=1)
 
@@ -424,3 +425,45 @@ def test_opencv_adds_no_threads_to_the_loaders():
   batches(NumberedVideos([10] * 4), 1)
   assert cv2.getNumThreads() == 1
   cv2.setNumThreads(before)
+
+
+class Returns(NumberedVideos):
+  """Returns other frames than it should."""
+
+  def __init__(self, lengths, convert):
+    super().__init__(lengths)
+    self.convert = convert
+
+  def frame(self, video, number):
+    return self.convert(super().frame(video, number))
+
+
+@pytest.mark.parametrize(
+  ('convert', 'found'),
+  [
+    (lambda frame: (frame / 255).astype(np.float32), r'float32 \[20, 30, 3\]'),
+    (lambda frame: frame[..., 0], r'uint8 \[20, 30\]'),
+    (lambda frame: frame[..., :1], r'uint8 \[20, 30, 1\]'),
+    (lambda frame: np.moveaxis(frame, 2, 0), r'uint8 \[3, 20, 30\]'),
+    (lambda frame: np.concatenate([frame, frame[..., :1]], axis=2), r'uint8 \[20, 30, 4\]'),
+    (lambda frame: frame[:0], r'uint8 \[0, 30, 3\]'),
+  ],
+)
+def test_frames_that_are_no_rgb_are_refused(convert, found):
+  """OpenCV would leave some of them out without a word."""
+  stream = frame_pairs.pair_batches(
+    Returns([6] * 4, convert), DataOptions(num_threads=1), image_size=16, batch_size=2, seed=0
+  )
+  with (
+    contextlib.closing(stream),
+    pytest.raises(UserError, match=f'of config.dataset is {found}; its class must return uint8 '),
+  ):
+    next(stream)
+
+
+def test_a_video_without_frames_is_refused():
+  stream = frame_pairs.pair_batches(
+    NumberedVideos([0] * 4), DataOptions(num_threads=1), image_size=16, batch_size=2, seed=0
+  )
+  with contextlib.closing(stream), pytest.raises(UserError, match='has num_frames=0; give 1 or mo'):
+    next(stream)

@@ -350,6 +350,9 @@ class Longer(Clips):
   def num_frames(self, video):
     return 9
 
+class NoSplit(Clips):
+  def __init__(self, data_dir): pass
+
 class NoFrames:
   def __init__(self, data_dir, split): pass
   def __len__(self): return 1
@@ -402,6 +405,7 @@ def test_the_fingerprint_of_a_class_is_its_own_or_of_its_numbers_of_frames(modul
     ('my_clips:Clip', 'train', "cannot be imported (module 'my_clips' has no attribute 'Clip')"),
     (':Clips', 'train', 'cannot be imported (Empty module name)'),
     ('my_clips:NoFrames', 'train', 'has no method frame; add it.'),
+    ('my_clips:NoSplit', 'train', 'is not made by NoSplit(data_dir, split): too many positional'),
     ('my_clips:Clips', 'val', "has no videos in data_dir='/x'; give another."),
   ],
 )
