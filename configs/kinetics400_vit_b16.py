@@ -32,6 +32,8 @@ def get_config() -> ConfigDict:
   config.attention = 'auto'
   config.remat = 'none'
   config.log_every = 20
+  config.score_every = 0
+  config.scores = 'held_out'
   config.step_stall_seconds = 1800.0
 
   config.model = ConfigDict()

@@ -6,10 +6,10 @@ Names (of a size, a masking scheme, an attention and the like) are checked where
 
 import dataclasses
 import math
-import sys
 from typing import Any
 
-LARGEST = sys.float_info.max
+# Of a number without a limit of its own: steps are counted in 32 bits.
+LARGEST = 2**31 - 1
 
 
 def option(
@@ -28,7 +28,7 @@ def option(
     help: what it means; shown by --help.
     least: smallest value allowed.
     above: every value allowed is larger.
-    most: largest value allowed; by default infinity is not.
+    most: largest value allowed.
     below: every value allowed is smaller.
   """
   metadata = {'help': help, 'least': least, 'above': above, 'most': most, 'below': below}
@@ -41,7 +41,7 @@ def range_of(field: dataclasses.Field) -> str:
   words = {'least': 'at least', 'above': 'more than', 'below': 'less than'}
   parts = [f'{words[name]} {limits[name]:g}' for name in words if limits.get(name) is not None]
   if parts and math.isfinite(limits['most']) and limits['most'] != LARGEST:
-    parts.append(f'at most {limits["most"]:g}')
+    parts.append(f'at most {limits["most"]:.10g}')
   return ' and '.join(parts)
 
 
@@ -67,6 +67,8 @@ class Options:
     for field in dataclasses.fields(self):
       value, allowed = getattr(self, field.name), range_of(field)
       if allowed and not _is_in_range(value, field):
+        if value > field.metadata['most']:
+          allowed = f'at most {field.metadata["most"]:.10g}'
         default = field.default
         usual = '' if default is dataclasses.MISSING else f' (the default is {default})'
         raise ValueError(f'{field.name}={value} is out of range; use {allowed}{usual}.')
@@ -221,6 +223,12 @@ class Config(Options):
     ' (all but the products with parameters)',
   )
   log_every: int = option(20, least=1, help='steps between two lines of metrics')
+  score_every: int = option(
+    0, least=0, help='steps between two scores; there is one of the last step too; 0: no scores'
+  )
+  scores: str = option(
+    'held_out', help='entries of evaluation/scores.SCORES, with commas between them'
+  )
   step_stall_seconds: float = option(
     1800.0,
     above=0,
@@ -265,6 +273,8 @@ MAY_CHANGE = frozenset(
     'remat',
     'mesh',
     'log_every',
+    'score_every',
+    'scores',
     'step_stall_seconds',
     'data.num_threads',
     'data.stall_seconds',

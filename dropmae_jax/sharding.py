@@ -105,6 +105,12 @@ def put_everywhere(value: jax.Array, mesh: Mesh) -> jax.Array:
   return jax.jit(lambda x: x, out_shardings=replicated(mesh))(value)
 
 
+def gather(tree: Any) -> Any:
+  """Returns arrays that lie on the devices of a mesh whole, as numpy arrays of every process."""
+  whole = jax.tree.map(lambda x: jax.device_put(x, replicated(x.sharding.mesh)), tree)
+  return jax.device_get(whole)
+
+
 def abstract_on(mesh: Mesh, state: Any) -> Any:
   """Gives every shape of an abstract state its place, for restoring into."""
   return jax.tree.map(

@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 
 from dropmae_jax import sharding
 from dropmae_jax.checkpoints.manager import Checkpoints
-from dropmae_jax.checkpoints.saved_weights import describe
+from dropmae_jax.checkpoints.saved_weights import Weights, describe
 from dropmae_jax.config import Config, may_change
 from dropmae_jax.data import crashes, frame_pairs, non_finite_batch
 from dropmae_jax.data.loader import Interrupted, Loader, LoaderStalled
 from dropmae_jax.data.mixture import Mixture, open_mixture
+from dropmae_jax.evaluation import scores
 from dropmae_jax.model import mae
 from dropmae_jax.pytorch import init_from
 from dropmae_jax.runtime import multihost, workdir_lock
@@ -63,6 +64,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
     stack.callback(watchdog.close)
     watchdog.watch('opening the dataset', is_slow=True)
     with multihost.ending_together() as failures, _shortages_in_one_sentence():
+      scores.parse_names(config.scores)
       dataset = open_dataset(config, workdir, allow_changes=allow_changes)
       seeds = derive_seeds(config.seed)
       mesh = make_mesh(config)
@@ -115,7 +117,9 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
       except NonFiniteLoss as error:
         _log.warning(str(error))
         watchdog.watch('listing the pairs of the batch', is_slow=True)
-        listed = non_finite_batch.write(workdir, config, dataset, error.step)
+        listed = non_finite_batch.write(
+          workdir, config, dataset, error.step, data_seed=seeds.data, step_key=seeds.steps
+        )
         raise NonFiniteLoss(f'{error} {listed}', error.step) from error
       finally:
         watchdog.watch('closing the run', is_slow=True)
@@ -172,6 +176,9 @@ def loop(config: Config, run: Run, state: TrainState, first_step: int) -> bool:
     if previous is None:
       run.report.compiled(step)
     previous = metrics
+    # Before the checkpoint, so that a run which resumes after it lacks no score.
+    if config.score_every and (step % config.score_every == 0 or step == config.num_steps):
+      _score(config, run, step, state)
     if step == config.num_steps:
       _save_last(run, step, state)
     elif run.interruption.is_due(step):
@@ -194,6 +201,15 @@ def _stop(config: Config, run: Run, step: int, state: TrainState, first_step: in
     else f'{name}: no step was made; the same command starts again'
   )
   return False
+
+
+def _score(config: Config, run: Run, step: int, state: TrainState) -> None:
+  run.watchdog.watch(f'the scores of step {step}', is_slow=True)
+  params = sharding.gather(state.params)
+  if jax.process_index() == 0:
+    weights = Weights(params, step, config.model, config.objective, run.checkpoints.description)
+    with run.report.paused(), jax.transfer_guard('allow'):
+      run.report.write_scores(step, scores.take(scores.parse_names(config.scores), weights))
 
 
 def _save_last(run: Run, step: int, state: TrainState) -> None:

@@ -153,11 +153,12 @@ def test_what_is_wrong_is_said_by_name(name, value, message):
 
 # Of every number in a config, values that it must not have.
 OUT_OF_RANGE = {
-  'num_steps': [0],
+  'num_steps': [0, 2**31],
   'batch_size': [0],
   'seed': [-1, 2**32],
   'accumulation_steps': [0],
   'log_every': [0],
+  'score_every': [-1],
   'step_stall_seconds': [0.0, math.nan],
   'model.image_size': [0],
   'model.patch_size': [0],

@@ -23,6 +23,7 @@ from dropmae_jax.config import Objective
 from dropmae_jax.data import frame_pairs
 from dropmae_jax.data.loader import LoaderStalled
 from dropmae_jax.data.video_source import DamagedRecord, TfdsVideos
+from dropmae_jax.evaluation import scores
 from dropmae_jax.model import asad, mae, masking
 from dropmae_jax.runtime.errors import UserError
 from dropmae_jax.train_step import Metrics
@@ -36,6 +37,8 @@ BASE = {
   'dtype': 'float32',
   'attention': 'xla',
   'log_every': 2,
+  'score_every': 4,
+  'scores': 'held_out',
   'model': {
     'size': 'XXS',
     'image_size': 16,
@@ -91,9 +94,11 @@ RUN = {
   'split': ('val', {'fed', 'written', 'steps_per_epoch'}),
   'seed': (1, {'fed', 'written', 'initial', 'key'}),
   'init_from': ('{weights}', {'initial'}),
-  'num_steps': (STEPS + 1, {'fed', 'written', 'kept'}),
+  'num_steps': (STEPS + 1, {'fed', 'written', 'scored', 'kept'}),
   'batch_size': (4, {'fed', 'written', 'steps_per_epoch', 'batch_of_report'}),
   'log_every': (3, {'written'}),
+  'score_every': (3, {'scored'}),
+  'scores': ('other', {'scored'}),
   'step_stall_seconds': (77.0, {'watchdog'}),
   'model.image_size': (32, {'fed', 'written'}),
   'data.frame_gap': (2, {'fed', 'written', 'frame_gap'}),
@@ -296,6 +301,8 @@ def observe(config, workdir, monkeypatch, frame=TfdsVideos.frame):
   monkeypatch.setattr(train, 'Report', observed_report)
   monkeypatch.setattr(frame_pairs.PairMaker, 'draw', observed_draw)
   monkeypatch.setattr(TfdsVideos, 'frame', frame)
+  table = {name: lambda weights: {'step': weights.step} for name in ('held_out', 'other')}
+  monkeypatch.setattr(scores, 'SCORES', table)
   monkeypatch.setattr(saved_weights, 'checksums', lambda tree: [])
   monkeypatch.setattr(jax, 'devices', lambda: DEVICES)
   try:
@@ -304,7 +311,8 @@ def observe(config, workdir, monkeypatch, frame=TfdsVideos.frame):
     seen['refusal'] = str(error)
     return seen
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  seen['written'] = [(row['step'], row['loss']) for row in rows]
+  seen['written'] = [(row['step'], row['loss']) for row in rows if 'loss' in row]
+  seen['scored'] = [row for row in rows if 'loss' not in row]
   seen['kept'] = sorted(int(each.name) for each in (workdir / saved_weights.FOLDER).iterdir())
   described = workdir / saved_weights.FOLDER / str(seen['kept'][-1]) / 'description' / 'metadata'
   for name in ('frame_gap', 'steps_per_epoch'):
@@ -324,6 +332,7 @@ def test_the_base_run_is_observed_whole(observed):
   assert observed['refusal'] is None
   assert len(set(observed['fed'])) == STEPS
   assert [step for step, _ in observed['written']] == [2, 4, 6]
+  assert observed['scored'] == [{'step': step, 'held_out/step': step} for step in (4, STEPS)]
   assert (observed['kept'], observed['steps_per_epoch']) == ([4, STEPS], 3)
 
 

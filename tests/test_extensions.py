@@ -11,6 +11,7 @@ import pytest
 from conftest import COMPILE_ONCE, ROOT, TINY
 
 from dropmae_jax import sharding, train
+from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Config, Objective
 from dropmae_jax.model import asad, masking, vit
 from dropmae_jax.runtime.errors import UserError
@@ -66,9 +67,19 @@ report.METRICS_WRITERS.append(write)
 """
 
 
+SCORE = """
+from dropmae_jax.evaluation import scores
+
+def mask_token(weights):
+  return {'norm': np.linalg.norm(weights.params['mask_token'])}
+
+scores.SCORES['mask_token'] = mask_token
+"""
+
+
 def test_a_file_of_the_users_adds_to_the_product(tmp_path):
-  """A size, a masking scheme, a dropout rule, a dataset and a writer; ten lines each at most."""
-  sources = (SIZE, MASKING, RULE, DATASET, WRITER)
+  """A size, a masking scheme, a dropout rule, a dataset, a writer and a score; ten lines each."""
+  sources = (SIZE, MASKING, RULE, DATASET, WRITER, SCORE)
   assert all(len(each.strip().splitlines()) <= 10 for each in sources)
   (tmp_path / 'mine.py').write_text('\n'.join((BEGIN, *sources)))
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', **COMPILE_ONCE}
@@ -78,13 +89,21 @@ def test_a_file_of_the_users_adds_to_the_product(tmp_path):
       '--config.model.size=tiny', '--config.objective.masking=later',
       '--config.objective.dropout_rule=uniform', '--config.dataset=mine:Noise',
       '--config.data_dir=.', '--config.num_steps=3',
+      '--config.score_every=2', '--config.scores=mask_token',
     ],
     cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   rows = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+  scored = {row['step']: row['mask_token/norm'] for row in rows if 'mask_token/norm' in row}
+  rows = [row for row in rows if 'loss' in row]
   assert [row['step'] for row in rows] == [1, 2, 3]
   assert all(np.isfinite(row['loss']) for row in rows)
+  # The numbers are those of the weights at that step.
+  assert list(scored) == [2, 3]
+  params = saved_weights.load_weights(tmp_path / 'run').params
+  assert scored[3] == pytest.approx(np.linalg.norm(params['mask_token']), rel=1e-6)
+  assert scored[2] != scored[3]
   described = json.loads((tmp_path / 'run/checkpoints/3/description/metadata').read_text())
   assert described['architecture']['width'] == 32
   assert ', 12 videos,' in done.stdout

@@ -364,7 +364,8 @@ def test_the_pairs_of_a_mixture_are_listed_by_their_dataset():
 
   weights = Fraction(1), Fraction(1)
   mixture = Mixture((Named('first', 3), Named('second', 9)), weights)
-  pairs = non_finite_batch.describe_batch(RECIPE, mixture, step=2)['pairs']
+  seeds = {'data_seed': 3, 'step_key': jax.random.key(4)}
+  pairs = non_finite_batch.describe_batch(RECIPE, mixture, step=2, **seeds)['pairs']
   assert len(pairs) == RECIPE.batch_size
   assert {pair['dataset'] for pair in pairs} == {0, 1}
   for pair in pairs:

@@ -39,7 +39,7 @@ class Checkpoints:
   def __init__(
     self, workdir: pathlib.Path, options: CheckpointOptions, description: dict[str, Any]
   ) -> None:
-    self._description = description
+    self.description = description
     policies: list[Any] = [checkpoint_managers.LatestN(options.keep_last)]
     if options.keep_every:
       policies.append(checkpoint_managers.EveryNSteps(options.keep_every))
@@ -74,7 +74,7 @@ class Checkpoints:
       arrays = {'params': state.params, 'opt_state': state.opt_state}
       sums = {name: saved_weights.checksums(tree) for name, tree in arrays.items()}
       items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-      description = {**self._description, 'checksums': sums}
+      description = {**self.description, 'checksums': sums}
       items['description'] = ocp.args.JsonSave(saved_weights.add_digest(description))
       self._pending = step
       try:
@@ -204,7 +204,7 @@ class Checkpoints:
     return TrainState(step=count, params=restored.params, opt_state=restored.opt_state), None
 
   def _check_same_model(self, step: int, stored: dict[str, Any]) -> None:
-    here, there = self._description['architecture'], stored['architecture']
+    here, there = self.description['architecture'], stored['architecture']
     changed = [
       f'{k} is {there.get(k)} there and {here[k]} here' for k in here if here[k] != there.get(k)
     ]
@@ -239,7 +239,7 @@ class Checkpoints:
       traverse_util.flatten_dict(description.get('config', {}), sep='.')
       | ({'seed_version': description.get('seed_version', 1)} if 'config' in description else {})
       | {key: description[key] for key in ('data_fingerprint',) if description.get(key)}
-      for description in (stored, self._description)
+      for description in (stored, self.description)
     )
     return {
       name: f'{old[name]} -> {new[name]}' for name in new if old.get(name, new[name]) != new[name]

@@ -9,20 +9,24 @@ import pathlib
 from typing import Any
 
 import jax
+from jaxtyping import Array, Key
 
 from dropmae_jax.config import Config
 from dropmae_jax.data import frame_pairs, pair_stream
 from dropmae_jax.data.mixture import Mixture
-from dropmae_jax.train_step import derive_seeds
 
 
-def describe_batch(config: Config, dataset: Mixture, step: int) -> dict[str, Any]:
+def describe_batch(
+  config: Config, dataset: Mixture, step: int, *, data_seed: int, step_key: Key[Array, '']
+) -> dict[str, Any]:
   """Lists the pairs of a step's global batch, and the key of its noise.
 
   Args:
     config: of the run.
     dataset: of the run.
     step: number of the update, from 1 on.
+    data_seed: of the stream of pairs, `train_step.Seeds.data`.
+    step_key: of all steps, `train_step.Seeds.steps`.
 
   Returns:
     `seed`, `step`, `config`, `step_key` (the data of the key from which all noise of the step is
@@ -30,13 +34,12 @@ def describe_batch(config: Config, dataset: Mixture, step: int) -> dict[str, Any
     dataset, video, path, both frame numbers and both crops as (top, left, height, width). Of a
     pair that can no longer be read, `error` gives the reason in place of the crops.
   """
-  seeds = derive_seeds(config.seed)
   maker = frame_pairs.PairMaker(dataset, config.data, config.model.image_size)
-  keys, paths = pair_stream.pair_keys(dataset, seeds.data), _paths(dataset)
+  keys, paths = pair_stream.pair_keys(dataset, data_seed), _paths(dataset)
   first = (step - 1) * config.batch_size
   positions = range(first, first + config.batch_size)
   # When the keys of update N are derived, the state's step is still N - 1.
-  key = jax.random.fold_in(seeds.steps, step - 1)
+  key = jax.random.fold_in(step_key, step - 1)
   return {
     'seed': config.seed,
     'step': step,
@@ -76,14 +79,23 @@ def _describe_pair(
   }
 
 
-def write(workdir: pathlib.Path, config: Config, dataset: Mixture, step: int) -> str:
+def write(
+  workdir: pathlib.Path,
+  config: Config,
+  dataset: Mixture,
+  step: int,
+  *,
+  data_seed: int,
+  step_key: Key[Array, ''],
+) -> str:
   """Writes `non_finite_batch_N.json` on the first process, and returns a sentence that says so."""
   path = workdir / f'non_finite_batch_{step}.json'
   if jax.process_index():
     return 'The first process lists the pairs of its batch.'
   try:
     partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(describe_batch(config, dataset, step), indent=1))
+    listed = describe_batch(config, dataset, step, data_seed=data_seed, step_key=step_key)
+    partial.write_text(json.dumps(listed, indent=1))
     partial.replace(path)
   except Exception as error:  # The user must see why training stopped in any case.
     return f'The pairs of its batch could not be listed: {error}'

@@ -13,7 +13,7 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
@@ -128,7 +128,8 @@ class Report:
 
   Lines of metrics.jsonl: `step`, `loss`, `learning_rate`, `gradient_norm` of that step;
   `pairs_per_second` and `data_wait` since the last line. `data_wait` is the share of the time in
-  which the loop waited for a batch while the devices were idle.
+  which the loop waited for a batch while the devices were idle. The scores of a step are another
+  line, of `step` and SCORE/NAME.
   """
 
   def __init__(
@@ -248,6 +249,19 @@ class Report:
       self._bar.set_postfix_str(text)
     line = f'step {step}/{self._num_steps}  {text}  left {left:.0f} s'
     _log.info(line, extra={'is_in_bar': True})
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time inside out of the rate of the next line."""
+    began = time.perf_counter()
+    yield
+    self._clock += time.perf_counter() - began
+
+  def write_scores(self, step: int, numbers: Mapping[str, float]) -> None:
+    """Writes the scores of a step as a line of their own."""
+    if numbers:
+      self._write_row(step, numbers)
+      _log.info(f'step {step}  ' + '  '.join(f'{name} {x:.4f}' for name, x in numbers.items()))
 
   def _write_row(self, step: int, row: Mapping[str, float]) -> None:
     """Writes a line of metrics.jsonl and the scalars of TensorBoard, if there is room."""
