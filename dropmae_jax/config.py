@@ -10,6 +10,8 @@ from typing import Any
 
 # Of a number without a limit of its own: steps are counted in 32 bits.
 LARGEST = 2**31 - 1
+# Numbers in a position table, half a GiB; a ViT-H/16 of 4096 pixels has 84 million.
+LARGEST_TABLE = 1 << 27
 
 
 def option(
@@ -76,17 +78,22 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture(Options):
-  """Every number that shapes the parameters; the defaults are ViT-B/16 at 224 pixels."""
+  """Every number that shapes the parameters; the defaults are ViT-B/16 at 224 pixels.
 
-  image_size: int = option(224, least=1, help='side of a frame in pixels')
-  patch_size: int = option(16, least=1, help='side of a patch in pixels')
-  width: int = option(768, least=1, help='of a token in the encoder')
-  depth: int = option(12, least=1, help='blocks of the encoder')
-  num_heads: int = option(12, least=1, help='attention heads of the encoder')
-  decoder_width: int = option(512, least=1, help='of a token in the decoder')
-  decoder_depth: int = option(8, least=1, help='blocks of the decoder')
-  decoder_num_heads: int = option(16, least=1, help='attention heads of the decoder')
-  mlp_ratio: float = option(4.0, above=0, help='hidden width of an MLP over the width of a token')
+  Files and checkpoints say their architecture, so that its limits protect who reads them too.
+  """
+
+  image_size: int = option(224, least=1, most=16384, help='side of a frame in pixels')
+  patch_size: int = option(16, least=1, most=1024, help='side of a patch in pixels')
+  width: int = option(768, least=1, most=16384, help='of a token in the encoder')
+  depth: int = option(12, least=1, most=256, help='blocks of the encoder')
+  num_heads: int = option(12, least=1, most=1024, help='attention heads of the encoder')
+  decoder_width: int = option(512, least=1, most=16384, help='of a token in the decoder')
+  decoder_depth: int = option(8, least=1, most=256, help='blocks of the decoder')
+  decoder_num_heads: int = option(16, least=1, most=1024, help='attention heads of the decoder')
+  mlp_ratio: float = option(
+    4.0, above=0, most=64, help='hidden width of an MLP over the width of a token'
+  )
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -101,6 +108,12 @@ class Architecture(Options):
       if width % heads or width % 4:
         raise ValueError(
           f'{part}width={width} must be a multiple of 4 and of {part}num_heads={heads}.'
+        )
+      if width * self.tokens_per_frame > LARGEST_TABLE:
+        raise ValueError(
+          f'image_size={self.image_size} and patch_size={self.patch_size} make a position table of'
+          f' {self.tokens_per_frame} tokens of {part}width={width}, and {LARGEST_TABLE} numbers are'
+          ' the most; choose a smaller image_size.'
         )
 
   @property
