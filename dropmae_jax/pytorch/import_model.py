@@ -7,6 +7,8 @@ have are dropped; optional tensors that the file does not have are newly initial
 
 import collections
 import dataclasses
+import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -16,10 +18,15 @@ import numpy as np
 from dropmae_jax.config import Architecture
 from dropmae_jax.model import mae, vit
 from dropmae_jax.pytorch import file_metadata, layouts
-from dropmae_jax.pytorch.weight_files import WeightFile
+from dropmae_jax.pytorch.weight_files import TENSOR_KEYS, WeightFile
 from dropmae_jax.runtime.errors import UserError
 
-TRACKER_PREFIX = 'backbone.'
+# What wraps a model puts these before the names of its tensors, in any order: trackers, PyTorch's
+# DistributedDataParallel and compile, Lightning.
+_WRAPPED = re.compile(r'((?:(?:backbone|module|_orig_mod|model)\.)+)patch_embed\.proj\.weight')
+# Numbers that are drawn for tensors that a file does not have: 4 GiB. The published decoder has 26
+# million; a file may say of itself that it has any other.
+MOST_FRESH = 1 << 30
 # Tensors with these names change the features of another kind of vision transformer. A file with
 # one that our model does not have is refused; without it the features would be wrong.
 ENCODER_PREFIXES = ('blocks.', 'decoder_blocks.', 'norm_pre.', 'reg_token', 'patch_embed.')
@@ -54,7 +61,7 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
     UserError: the size is unknown; or tensors of the encoder, or some but not all of the decoder,
       are missing, of another shape or not floating-point; names the first three.
   """
-  tensors, dropped = _without_tracker_prefix(file.tensors)
+  tensors, prefix, dropped = _without_prefix(file.tensors)
   if 'pos_embed' in tensors:
     tensors['pos_embed'] = _with_class_slot(tensors['pos_embed'])
   architecture = file_metadata.read(file.entries).architecture
@@ -82,7 +89,7 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   dropped += list(remaining)
   converted = layouts.as_float32(taken) | _fresh_tensors(architecture, fresh)
   state = {name: converted[name] for name in shapes}
-  report = [f'taken: {len(taken)} tensors of {architecture}']
+  report = [*_origin(file, prefix), f'taken: {len(taken)} tensors of {architecture}']
   if not has_known_heads:
     report.append(
       f'assumed, as the file does not tell: {architecture.num_heads} attention heads in the'
@@ -99,18 +106,38 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   return Model(state, architecture, has_known_heads, fresh, report)
 
 
-def _without_tracker_prefix(
+def _without_prefix(
   tensors: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Returns a tracker's backbone without the prefix of its names, and the names of the rest."""
-  if not any(name.startswith(TRACKER_PREFIX) for name in tensors):
-    return dict(tensors), []
-  backbone = {
-    name.removeprefix(TRACKER_PREFIX): array
+) -> tuple[dict[str, np.ndarray], str, list[str]]:
+  """Takes the encoder out of what wraps it, such as a tracker.
+
+  Returns:
+    Its tensors under their own names; the prefix that they had; and the names of what is left out:
+    tensors without the prefix, or without numbers.
+  """
+  wrapped = [found[1] for found in map(_WRAPPED.fullmatch, tensors) if found]
+  prefix = wrapped[0] if wrapped and 'patch_embed.proj.weight' not in tensors else ''
+  taken = {
+    name.removeprefix(prefix): array
     for name, array in tensors.items()
-    if name.startswith(TRACKER_PREFIX)
+    if name.startswith(prefix) and array.size
   }
-  return backbone, [name for name in tensors if not name.startswith(TRACKER_PREFIX)]
+  return taken, prefix, [name for name in tensors if name.removeprefix(prefix) not in taken]
+
+
+def _origin(file: WeightFile, prefix: str) -> list[str]:
+  """Returns lines that say where in a file the tensors were, and what else was there."""
+  lines = []
+  if file.key:
+    lines.append(f'found under {file.key!r}')
+    others = [repr(key) for key in TENSOR_KEYS if isinstance(file.entries.get(key), dict)]
+    lines += [f'not taken, though it may hold weights too: {", ".join(others)}'] * bool(others)
+  if prefix:
+    lines.append(f'prefix {prefix!r}: removed from the names')
+  if file.objects:
+    names = ', '.join(map(repr, file.objects))
+    lines.append(f'not read, and nothing of them is run: Python objects, {names}')
+  return lines
 
 
 def _with_class_slot(table: np.ndarray) -> np.ndarray:
@@ -166,9 +193,20 @@ def _depth(tensors: Iterable[str], prefix: str) -> int:
 
 
 def _fresh_tensors(architecture: Architecture, names: list[str]) -> dict[str, np.ndarray]:
-  """Initialises the named tensors as published; none of them is in a block of the encoder."""
+  """Initialises the named tensors as published; none of them is in a block of the encoder.
+
+  Raises:
+    UserError: there are too many numbers to draw.
+  """
   if not names:
     return {}
+  shapes = layouts.tensor_shapes(architecture)
+  total = sum(math.prod(shapes[name]) for name in names)
+  if total > MOST_FRESH:
+    raise UserError(
+      f'the file says that it is of {architecture}, and does not have {total} numbers of it, in'
+      f' {grouped(names)}; correct its "args", or save it without them.'
+    )
   shallow = dataclasses.replace(architecture, depth=1)
   params = mae.init_params(jax.random.key(0), shallow)
   state = layouts.to_torch(params, shallow)

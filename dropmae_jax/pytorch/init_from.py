@@ -32,7 +32,7 @@ def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
   with the positions of that grid.
 
   Args:
-    path: a workdir, or a file that `import_model` reads (.pth needs PyTorch).
+    path: a workdir, or a file that `import_model` reads.
     architecture: of the new run.
 
   Raises:

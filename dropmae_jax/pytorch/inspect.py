@@ -46,6 +46,8 @@ def table(path: pathlib.Path, *, step: int | None = None) -> Iterator[str]:
   yield f'{len(file.tensors)} tensors{under}, {values} values, {num_bytes} bytes'
   if file.entries:
     yield f'other entries: {", ".join(map(str, file.entries))}'
+  if file.objects:
+    yield f'Python objects, which are not read or run: {", ".join(map(repr, file.objects))}'
 
 
 def comparison(first: pathlib.Path, second: pathlib.Path) -> tuple[list[str], bool]:

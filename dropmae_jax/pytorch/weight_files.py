@@ -1,34 +1,33 @@
-"""Reads and writes .pth and .safetensors files of weights. Only .pth needs PyTorch.
+"""Reads and writes .pth and .safetensors files of weights. Only writing a .pth needs PyTorch.
 
-No pickled code is run. Before a file is read, its format is told by its first bytes, and it is
-checked for damage where a checksum exists.
+No pickled code is run: see `pth_file`. Before a file is read, its format is told by its first
+bytes, and it is checked for damage where a checksum exists.
 """
 
-import argparse
 import hashlib
 import importlib
 import json
 import pathlib
 import re
-import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dropmae_jax.pytorch import pth_file
+from dropmae_jax.pytorch.pth_file import StandIn
 from dropmae_jax.runtime.atomic_file import sha256_path
 from dropmae_jax.runtime.errors import UserError, first_line, os_errors_as_user_errors
 
 FORMATS = ('pth', 'safetensors')
 ENDINGS = {'.safetensors': 'safetensors', '.pth': 'pth', '.pt': 'pth', '.tar': 'pth'}
-# Where the tensors are stored: DropMAE and MAE, trained trackers, timm.
-TENSOR_KEYS = ('model', 'net', 'state_dict')
+# Where the tensors are stored: DropMAE and MAE, trained trackers, timm; then averages of weights.
+TENSOR_KEYS = ('model', 'net', 'state_dict', 'model_ema', 'state_dict_ema')
 # Files that are downloaded by mistake: how they begin, what they are, and what to do.
 _NOT_WEIGHTS = (
   (rb'\Z', 'is empty', 'download it again'),
@@ -47,12 +46,15 @@ class WeightFile(NamedTuple):
     tensors: numpy arrays in the file's dtypes.
     entries: all other top-level entries, such as 'args' and 'epoch'; tensors in them as numpy.
     integrity: one line that says how the file was checked for damage, or that it was not.
+    objects: names of the Python objects in it, which are neither imported nor run; entries hold a
+      `pth_file.StandIn` for each.
   """
 
   key: str
   tensors: dict[str, np.ndarray]
   entries: dict[str, Any]
   integrity: str = ''
+  objects: tuple[str, ...] = ()
 
 
 def torch_fault() -> str | None:
@@ -74,7 +76,7 @@ def import_torch() -> ModuleType:
   """
   if fault := torch_fault():
     raise UserError(
-      f"{fault}, and .pth files need it; run: pip install 'dropmae_jax[torch]', or use"
+      f"{fault}, and writing .pth files needs it; run: pip install 'dropmae_jax[torch]', or use"
       ' .safetensors.'
     )
   return importlib.import_module('torch')
@@ -89,8 +91,8 @@ def read(path: pathlib.Path) -> WeightFile:
   """Reads a file of weights; no pickled code runs.
 
   Raises:
-    UserError: the file does not exist, is damaged, holds no tensors, or holds objects other than
-      tensors, plain values and the argparse.Namespace of the published files; names the object.
+    UserError: the file does not exist, is damaged, says sizes that it does not have, or holds no
+      named dense tensors.
   """
   with os_errors_as_user_errors(f'{path} cannot be read', 'give a .pth or .safetensors.'):
     if not path.is_file():
@@ -156,9 +158,16 @@ def _has_checksums(path: pathlib.Path) -> bool:
   """PyTorch can be set to compute none (`torch.serialization.set_crc32_options`): all are 0."""
   try:
     with zipfile.ZipFile(path) as archive:
-      return any(record.CRC for record in archive.infolist())
+      records = archive.infolist()
   except zipfile.BadZipFile as error:
     raise UserError(f'{path} is truncated or damaged ({error}); download it again.') from error
+  # They may be of any size when they are unpacked.
+  if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+    raise UserError(
+      f'{path} has compressed records, as a TorchScript archive or a zip of a file has; give the'
+      ' file that torch.save wrote.'
+    )
+  return any(record.CRC for record in records)
 
 
 def _check_records(path: pathlib.Path) -> None:
@@ -195,54 +204,16 @@ def _read_safetensors(path: pathlib.Path) -> WeightFile:
 
 
 def _read_pth(path: pathlib.Path) -> WeightFile:
-  torch = import_torch()
-  try:
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-      # PyTorch's warnings advise to switch weights_only off, which would run code.
-      warnings.simplefilter('ignore')
-      content = torch.load(
-        path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path) or None
-      )
-  except Exception as error:  # Damaged files make torch.load raise errors of many types.
-    if error.__traceback__.tb_next is None:
-      raise  # Raised by the call itself and not inside PyTorch: a bug here, not a damaged file.
-    if code := re.search(r'(?:GLOBAL|unrecognized function) (\S+)', str(error)):
-      raise UserError(
-        f'{path} holds the Python object {code[1]}, which is code and is not run; if you trust'
-        f' the file, save its tensors alone: torch.save({{key: torch.load({path.name!r},'
-        ' weights_only=False)[key]}, NEW_FILE) with key "model" or "net".'
-      ) from error
-    raise UserError(
-      f'{path} cannot be read as a PyTorch checkpoint ({_reason(error)}); give a complete file that'
-      ' holds only tensors and plain values.'
-    ) from error
-
-  def plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-      if value.dtype == torch.bfloat16:
-        return value.view(torch.int16).numpy().view(jnp.bfloat16)
-      return value.detach().numpy()
-    if isinstance(value, argparse.Namespace):
-      return plain(vars(value))
-    if isinstance(value, Mapping):
-      return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-      return type(value)(plain(each) for each in value)
-    return value
-
-  try:
-    content = plain(content)
-  except (RuntimeError, TypeError) as error:
-    raise UserError(
-      f'{path} holds a tensor that numpy cannot represent ({first_line(error)}); save it as a'
-      ' dense float32 tensor.'
-    ) from error
+  content, objects = pth_file.read(path)
   if not isinstance(content, dict):
-    raise UserError(f'{path} holds a {type(content).__name__} and not a dict of tensors.')
+    what = content.name if isinstance(content, StandIn) else type(content).__name__
+    raise UserError(
+      f'{path} holds a {what} and not a dict of tensors; save its state_dict() with torch.save.'
+    )
   key = next((key for key in TENSOR_KEYS if isinstance(content.get(key), dict)), '')
   found = content[key] if key else content
   odd = [
-    str(name)
+    f'{name} ({value.name})' if isinstance(value, StandIn) else str(name)
     for name, value in found.items()
     if not isinstance(value, np.ndarray) or not isinstance(name, str)
   ]
@@ -250,17 +221,10 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
     where = f'under {key!r}' if key else f'at its top level, and no {" or ".join(TENSOR_KEYS)}'
     what = f'entries that are not named tensors ({", ".join(odd[:3])})' if odd else 'nothing'
     raise UserError(f'{path} holds {what} {where}; give a file of weights.')
-  return WeightFile(key, found, {k: v for k, v in content.items() if k != key} if key else {})
-
-
-def _reason(error: Exception) -> str:
-  """Returns why PyTorch could not read a file, without its advice to switch weights_only off."""
-  text = str(error)
-  if 'TorchScript' in text:
-    return 'it is a TorchScript archive'
-  if found := re.search('WeightsUnpickler error: (.+)', text):
-    return found[1]
-  return type(error).__name__ if 'weights_only' in text else first_line(error)
+  # Numbers of older files may lie at any byte.
+  tensors = {name: np.require(array, requirements='A') for name, array in found.items()}
+  entries = {name: value for name, value in content.items() if name != key} if key else {}
+  return WeightFile(key, tensors, entries, objects=objects)
 
 
 def write(

@@ -339,7 +339,7 @@ def inputs(tmp_path_factory):
     ('--from_torch={in}/{long} --output={in}/new', 'cannot be read (File name too long)'),
     ('--from_torch={in}/good.pth --output={in}/{long}', 'cannot be written (File name too long)'),
     ('--from_torch= --output={in}/new', 'argument --from_torch: it is empty'),
-    ('--from_torch={in}/code.pth --output={in}/new', 'holds the Python object sys.exit'),
+    ('--from_torch={in}/code.pth --output={in}/new', "holds nothing under 'model'"),
     ('--from_torch={in}/nan.pth --output={in}/new', 'not finite, in 1 tensors: norm.bias'),
     ('--from_torch={in}/odd.pth --output={in}/new', 'no row of the size table has width 72'),
     ('--from_torch={in}/good.pth --output={in}/new --model=B', '; temporal_pos_embed_x is (1, 1'),
@@ -487,7 +487,7 @@ def test_a_pytorch_that_does_not_load_is_named(tmp_path, monkeypatch, command):
   assert status == 0
   assert f'not verified: {fault}\n' in out
   status, _, err = command(f'--checkpoint={source}', f'--output={tmp_path}/out.pth')
-  assert (status, err.startswith(f'error: {fault}, and .pth files need it')) == (2, True)
+  assert (status, err.startswith(f'error: {fault}, and writing .pth files needs it')) == (2, True)
 
 
 def test_a_run_that_diverged_is_not_exported(tmp_path, command):

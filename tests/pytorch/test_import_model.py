@@ -88,6 +88,28 @@ def test_files_of_the_field_are_completed(tensors, fresh, dropped):
   assert ('initialised (seed 0)' in text) == bool(fresh)
 
 
+@pytest.mark.parametrize(
+  'prefix', ['module.', '_orig_mod.', 'model.', 'module.backbone.', 'model.backbone._orig_mod.']
+)
+def test_what_wraps_a_model_is_taken_off_its_names_and_said(prefix):
+  wrapped = {f'{prefix}{name}': array for name, array in FULL.items()}
+  model = read(wrapped | {'module.head.bias': np.zeros(3)}, 'net', model_ema={}, epoch=3)
+  for name, array in FULL.items():
+    np.testing.assert_array_equal(model.state[name], array)
+  assert model.report[:3] == [
+    "found under 'net'",
+    "not taken, though it may hold weights too: 'model_ema'",
+    f'prefix {prefix!r}: removed from the names',
+  ]
+  assert model.report[-1].startswith('dropped: 1 tensors: ')
+
+
+def test_objects_that_were_not_read_are_named():
+  file = WeightFile('net', FULL, {}, objects=('lib.Settings', 'a\x1b[0m'))
+  told = "not read, and nothing of them is run: Python objects, 'lib.Settings', 'a\\x1b[0m'"
+  assert told in import_model.read_model(file).report
+
+
 def test_fresh_tensors_follow_the_published_rules_and_the_seed():
   first, second = (read(ENCODER).state for _ in range(2))
   for name, array in first.items():
@@ -152,6 +174,10 @@ def test_what_float32_cannot_hold_becomes_infinite_without_a_word(recwarn):
       'blocks.2.norm1.weight is not part of this model',
     ),
     (FULL | {'decoder_embed.weight': np.zeros(())}, None, 'is missing or has a wrong shape'),
+    # Without numbers.
+    (FULL | {'pos_embed': np.zeros((1, 0, 64))}, None, "('pos_embed' is missing"),
+    (FULL | {'patch_embed.proj.weight': np.zeros((0, 3, 8, 8))}, None, 'patch_embed.proj.weight'),
+    (FULL | {'blocks.0.mlp.fc1.weight': np.zeros((0, 64))}, None, 'blocks.0.mlp.fc1.weight'),
     (FULL, 'Q', '--model=Q is not in the size table; choose one of XXS, XS, S, B, L, H'),
     (FULL, 'XS', 'temporal_pos_embed_x is (1, 1, 64) and not (1, 1, 96)'),
     (
@@ -176,3 +202,11 @@ def test_what_fits_no_model_is_refused(tensors, size, message):
   with pytest.raises(UserError) as caught:
     read(tensors, size=size)
   assert message in str(caught.value)
+
+
+def test_a_decoder_that_a_file_says_and_does_not_have_takes_no_memory():
+  stored = dataclasses.asdict(ARCHITECTURE) | {'decoder_width': 16384, 'decoder_num_heads': 1}
+  with pytest.raises(
+    UserError, match=r'does not have \d{10} numbers of it, in 22 tensors: mask_tok'
+  ):
+    read(ENCODER, args={'architecture': stored})

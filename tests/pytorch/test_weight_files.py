@@ -1,10 +1,9 @@
-"""Weight files: every PyTorch can read them; code and damaged files are refused."""
+"""Weight files: every PyTorch can read them; damaged files and other things are refused."""
 
 import argparse
 import collections
 import hashlib
 import json
-import os
 import pathlib
 import pickletools
 import sys
@@ -96,9 +95,11 @@ def test_card_and_checksum_lie_beside_the_file(tmp_path, name):
 @pytest.mark.parametrize(
   ('wrap', 'key'),
   [
-    (lambda tensors: {'model': tensors, 'epoch': 1}, 'model'),
-    (lambda tensors: {'net': collections.OrderedDict(tensors), 'epoch': 1}, 'net'),
+    (lambda tensors: {'model': tensors}, 'model'),
+    (lambda tensors: {'net': collections.OrderedDict(tensors)}, 'net'),
     (lambda tensors: {'state_dict': tensors}, 'state_dict'),
+    (lambda tensors: {'model_ema': tensors, 'model': None}, 'model_ema'),
+    (lambda tensors: {'model_ema': {}, 'net': tensors}, 'net'),
     (lambda tensors: tensors, ''),
   ],
 )
@@ -108,7 +109,6 @@ def test_tensors_are_found_where_the_field_puts_them(tmp_path, wrap, key):
   read = weight_files.read(tmp_path / 'in.pth')
   assert read.key == key
   assert_same(read.tensors)
-  assert read.entries.get('epoch') == (1 if key in ('model', 'net') else None)
 
 
 @needs_torch
@@ -136,37 +136,6 @@ def test_other_dtypes_are_kept(tmp_path):
     assert read['h'].dtype == np.float16
     assert read['b'].dtype == jnp.bfloat16
     assert read['b'].astype(np.float32).tolist() == [1, 1]
-
-
-class Evil:
-  def __init__(self, function):
-    self.function = function
-
-  def __reduce__(self):
-    return (self.function, ('echo ran code',))
-
-
-class Settings:
-  """Stands for the settings that trackers pickle beside the weights."""
-
-
-@needs_torch
-@pytest.mark.parametrize('legacy', [False, True])
-@pytest.mark.parametrize(
-  ('what', 'name'),
-  [
-    (Evil(print), 'print'),
-    (Evil(os.system), 'posix.system'),
-    (Settings(), 'test_weight_files.Settings'),
-  ],
-)
-def test_code_in_a_file_is_refused_by_its_name_and_not_run(tmp_path, capfd, what, name, legacy):
-  path = tmp_path / 'evil.pth'
-  torch.save({'net': {}, 'settings': what}, path, _use_new_zipfile_serialization=not legacy)
-  with pytest.raises(UserError) as caught:
-    weight_files.read(path)
-  assert f'holds the Python object {name}, which is code and is not run' in str(caught.value)
-  assert 'ran code' not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize('name', [pytest.param('bad.pth', marks=needs_torch), 'bad.safetensors'])
@@ -260,7 +229,7 @@ def test_files_of_other_kinds_are_named(tmp_path, capfd, name, content, message)
 def test_pytorch_programs_are_refused_without_its_advice(tmp_path, capfd, recwarn):
   torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / 'in.pth')
   recwarn.clear()
-  with pytest.raises(UserError, match=r'\(it is a TorchScript archive\)'):
+  with pytest.raises(UserError, match='as a TorchScript archive or a zip of'):
     weight_files.read(tmp_path / 'in.pth')
   assert not recwarn.list
   assert capfd.readouterr() == ('', '')
@@ -289,10 +258,17 @@ def test_the_bytes_tell_the_format_where_the_name_does_not(tmp_path):
       lambda: {'model': {'a': 'text'}},
       "entries that are not named tensors (a) under 'model'; give",
     ),
+    (lambda: torch.nn.ReLU(), 'holds a torch.nn.modules.activation.ReLU and not a dict'),
     (lambda: {'model': {}}, "holds nothing under 'model'; give"),
     (lambda: {0: torch.ones(2)}, 'entries that are not named tensors (0) at its top level'),
-    (lambda: {'model': {'a': torch.eye(2).to_sparse()}}, 'a tensor that numpy cannot represent'),
-    (lambda: {'model': {'a': torch.ones(2).to(torch.float8_e5m2)}}, 'numpy cannot represent'),
+    (
+      lambda: {'model': {'a': torch.eye(2).to_sparse()}},
+      'named tensors (a (torch._utils._rebuild_sparse_tensor))',
+    ),
+    (
+      lambda: {'model': {'a': torch.ones(2).to(torch.float8_e5m2)}},
+      'named tensors (a (torch.float8_e5m2)) under',
+    ),
   ],
 )
 def test_files_of_other_things_are_refused(tmp_path, content, message):
@@ -302,14 +278,6 @@ def test_files_of_other_things_are_refused(tmp_path, content, message):
   assert message in str(caught.value)
   with pytest.raises(UserError, match=r'none.pth is not a file'):
     weight_files.read(tmp_path / 'none.pth')
-
-
-@needs_torch
-def test_a_call_that_pytorch_does_not_take_is_no_fault_of_the_file(tmp_path, monkeypatch):
-  weight_files.write(tmp_path / 'in.pth', TENSORS, file_format='pth')
-  monkeypatch.setattr(torch, 'load', lambda path: {})
-  with pytest.raises(TypeError, match='unexpected keyword argument'):
-    weight_files.read(tmp_path / 'in.pth')
 
 
 FILE_LIMIT = """
