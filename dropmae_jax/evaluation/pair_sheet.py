@@ -28,6 +28,7 @@ GAP_DRAWS = 10_000
 GAP_BARS = 25
 BAR_WIDTH = 50  # Characters of the longest printed bar.
 MARGIN, CAPTION, CHART = 8, 20, 140
+PANEL = 640  # Pixels along a side of what is drawn, at most; a sheet has up to 100 rows of them.
 BOX_COLOUR = (255, 210, 0)
 
 
@@ -54,7 +55,10 @@ class Index(NamedTuple):
 
 
 class ShownPair(NamedTuple):
-  """A pair of the training stream: its dataset, what was drawn and read, and the two crops."""
+  """A pair of the training stream: its dataset, what was drawn and read, and the two crops.
+
+  Frames and crops of more than PANEL pixels are scaled down, and the boxes with them.
+  """
 
   dataset: int
   drawn: DrawnPair
@@ -71,8 +75,25 @@ def first_pairs(
   for number in range(count):
     drawn, crops = maker.draw(keys[number]), np.empty((2, image_size, image_size, 3), np.uint8)
     maker.crop(drawn, crops)
-    pairs.append(ShownPair(keys[number].dataset, drawn, crops))
+    panels = [_fitted(image) for image in drawn.images]
+    boxes = [
+      augment.same_place(box, image.shape[:2], panel.shape[:2])
+      for box, image, panel in zip(drawn.boxes, drawn.images, panels, strict=True)
+    ]
+    drawn = drawn._replace(images=panels, boxes=boxes)
+    pairs.append(
+      ShownPair(keys[number].dataset, drawn, np.stack([_fitted(crop) for crop in crops]))
+    )
   return pairs
+
+
+def _fitted(image: UInt8[np.ndarray, 'h w c']) -> UInt8[np.ndarray, 'sh sw c']:
+  """Returns an image of at most PANEL pixels along a side: itself, or scaled down."""
+  scale = max(image.shape[:2]) / PANEL
+  if scale <= 1:
+    return image
+  size = [max(1, round(side / scale)) for side in image.shape[1::-1]]
+  return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
 
 
 def read_index(videos: VideoSource, split: str) -> Index:
@@ -173,8 +194,8 @@ def contact_sheet(
 ) -> Image.Image:
   """Draws a row for each pair, and a chart of the gaps at the bottom.
 
-  A row has a caption, the two frames at their own size with the boxes of the crops, and the two
-  crops.
+  A row has a caption, the two frames with the boxes of the crops, and the two crops; it is as high
+  as its own frames.
 
   Args:
     pairs: at least one.
@@ -184,14 +205,13 @@ def contact_sheet(
   images = [image for pair in pairs for image in pair.drawn.images]
   size = pairs[0].crops.shape[1]
   wide = max(image.shape[1] for image in images)
-  high = max(size, *(image.shape[0] for image in images))
   columns = [MARGIN, 2 * MARGIN + wide, 3 * MARGIN + 2 * wide, 4 * MARGIN + 2 * wide + size]
-  row_height = CAPTION + high + MARGIN
-  width, bottom = columns[-1] + size + MARGIN, MARGIN + len(pairs) * row_height
+  heights = [max(size, *(image.shape[0] for image in pair.drawn.images)) for pair in pairs]
+  tops = np.cumsum([MARGIN, *(CAPTION + height + MARGIN for height in heights)]).tolist()
+  width, bottom = columns[-1] + size + MARGIN, tops[-1]
   sheet = Image.new('RGB', (width, bottom + CHART), 'white')
   pen = ImageDraw.Draw(sheet)
-  for row, pair in enumerate(pairs):
-    top = MARGIN + row * row_height
+  for top, pair in zip(tops, pairs, strict=False):
     earlier, later = pair.drawn.frame_numbers
     index, video = indices[pair.dataset], pair.drawn.video
     path = '-' if index.path is None else index.path[video]

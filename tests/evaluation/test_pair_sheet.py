@@ -170,6 +170,32 @@ def test_a_class_of_the_user_is_shown(tmp_path, monkeypatch, capsys, kind):
   np.testing.assert_array_equal(sheet[top : top + CAPTION], drawn_text(caption, width, CAPTION))
 
 
+class OddClips(NumberedVideos):
+  """A clip of very wide frames, and one of very high ones."""
+
+  def __init__(self, *_):
+    super().__init__([2, 2])
+
+  def frame(self, video, number):
+    shape = ((30, 16_000, 3), (4_096, 64, 3))[video]
+    return np.full(shape, (100 * (video + 1), 0, 7), np.uint8)
+
+
+def test_frames_of_extreme_sizes_make_no_larger_sheet(tmp_path, monkeypatch, capsys):
+  flags = f'--data_dir=x --dataset={__name__}:OddClips --pairs=4 --image_size=1000'
+  sheet, _ = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
+  side = pair_sheet.PANEL
+  assert sheet.shape[1] == 5 * MARGIN + 4 * side
+  assert sheet.shape[0] == MARGIN + 4 * (CAPTION + side + MARGIN) + CHART
+  flags = flags.replace('1000', '16')
+  low, _ = sheet_of(monkeypatch, capsys, tmp_path / 'b.png', *flags.split())
+  # Two rows are as high as the high clip, and two as the crops; each clip is met twice.
+  assert low.shape[0] == MARGIN + 4 * (CAPTION + MARGIN) + 2 * (side + 16) + CHART
+  frames = low[:, : 2 * MARGIN + side]
+  assert (frames == (200, 0, 7)).all(axis=-1).any()
+  assert (frames == BOX_COLOUR).all(axis=-1).any()
+
+
 def test_a_mixture_is_shown_as_training_reads_it(data_dir, tmp_path, monkeypatch, capsys):
   name, twin = 'kinetics_frames/folder', 'kinetics_frames/twin'
   (tmp_path / 'kinetics_frames').mkdir()
