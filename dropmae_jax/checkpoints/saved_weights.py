@@ -28,6 +28,8 @@ from dropmae_jax.runtime import atomic_file
 from dropmae_jax.runtime.errors import NO_DAMAGE, UserError, first_line, os_errors_as_user_errors
 
 FOLDER = 'checkpoints'
+# Arrays of zeros are stored in a thousandth of their bytes, trained weights in nine tenths.
+MOST_COMPRESSED, SMALL_MODEL = 100, 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +187,13 @@ def _check_known(options: type, stored: dict[str, Any]) -> None:
     raise ValueError(f'it has {", ".join(sorted(unknown))}, which this version does not know')
 
 
+def _check_size(folder: pathlib.Path, num_bytes: int) -> None:
+  """Raises a ValueError if a folder cannot hold arrays of so many bytes; they would take memory."""
+  stored = sum(path.stat().st_size for path in folder.rglob('*'))
+  if num_bytes > SMALL_MODEL + MOST_COMPRESSED * stored:
+    raise ValueError(f'its description is of {num_bytes} bytes, and {stored} are stored')
+
+
 def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bool) -> Weights:
   stored = manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
   description = verify_digest(stored.description)
@@ -194,6 +203,9 @@ def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bo
   # Values are None where an imported file did not tell them.
   objective = description['objective']
   _, abstract = mae.abstract_model(architecture)
+  _check_size(
+    pathlib.Path(manager.directory, str(step), 'params'), 4 * mae.num_parameters(abstract)
+  )
   items = {'params': abstract}
   if with_moments:
     items['opt_state'] = optimizer.abstract_state(abstract)

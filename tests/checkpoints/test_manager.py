@@ -331,6 +331,16 @@ def test_options_of_other_code_are_named(saved, part):
     saved_weights.load_weights(saved)
 
 
+def test_a_model_that_a_description_says_and_is_not_there_takes_no_memory(saved):
+  path, stored = description_of(saved / saved_weights.FOLDER / '12')
+  stored['architecture'] |= {'decoder_width': 16_384, 'decoder_num_heads': 1}
+  path.write_text(json.dumps(saved_weights.add_digest(stored)))
+  with pytest.raises(
+    UserError, match=r'description is of \d{11} bytes, and \d+ are stored\); give'
+  ):
+    saved_weights.load_weights(saved)
+
+
 def test_what_broken_saves_left_goes_with_the_next_start(saved):
   left = saved / saved_weights.FOLDER / '14.orbax-checkpoint-tmp'
   left.mkdir()
