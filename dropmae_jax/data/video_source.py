@@ -78,19 +78,24 @@ class TfdsVideos:
     """
     self.folder, self._split = folder, split
     try:
-      builder = tfds.builder_from_directory(folder)
-      info = builder.info.splits.get(split)
+      # TFDS's builder would read features.json too, and import every class that it names.
+      metadata = tfds.core.dataset_info.read_proto_from_builder_dir(folder)
+      template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=metadata.name, filetype_suffix=metadata.file_format
+      )
+      splits = tfds.core.SplitDict.from_proto(metadata.splits, template)
+      version = tfds.core.Version(metadata.version)
+      info = splits.get(split)
       names = sorted(os.path.basename(path) for path in info.filenames) if info else []
     except NO_DAMAGE:
       raise
     except Exception as error:  # On damaged metadata TFDS raises whatever its parsers raise.
-      raise _damaged(folder, f'dataset_info.json or features.json: {error}') from error
-    if builder.version.major not in SUPPORTED_VERSIONS:
-      raise _other_version(folder, str(builder.version))
+      raise _damaged(folder, f'dataset_info.json: {error}') from error
+    if version.major not in SUPPORTED_VERSIONS:
+      raise _other_version(folder, str(version))
     if info is None:
       raise UserError(
-        f'{folder} has no split {split!r} that tfds_kinetics wrote; there are:'
-        f' {", ".join(builder.info.splits)}.'
+        f'{folder} has no split {split!r} that tfds_kinetics wrote; there are: {", ".join(splits)}.'
       )
     self._check_shards(names, int(info.num_bytes))
     self._records = Shards(info.file_instructions, num_datasets=num_datasets)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,19 @@ def test_weights_come_with_what_they_belong_to(saved):
     assert jax.tree.structure(weights.params) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(weights.params), jax.tree.leaves(expected), strict=True):
       np.testing.assert_array_equal(one, other)
+
+
+def test_metadata_name_no_code_that_is_imported(saved, monkeypatch):
+  (saved / 'planted.py').write_text('')
+  monkeypatch.syspath_prepend(saved)
+  changed = 0
+  for path in saved.rglob('_*METADATA'):
+    text, count = re.subn(r'"\w+(\.\w+)*\.[A-Z]\w*"', '"planted.Handler"', path.read_text())
+    path.write_text(text)
+    changed += count
+  assert changed > 12
+  assert saved_weights.load_weights(saved).step == 12
+  assert 'planted' not in sys.modules
 
 
 def test_saving_a_step_twice_changes_nothing(saved):

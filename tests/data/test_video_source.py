@@ -120,7 +120,6 @@ def test_a_version_folder_given_directly_is_checked_for_its_format(damaged):
     ('dataset_info.json', b'{"na', 'dataset_info.json'),
     ('dataset_info.json', b'{}', 'dataset_info.json'),
     ('dataset_info.json', (b'{SPLIT}', b'{SPLIP}'), 'dataset_info.json'),
-    ('features.json', None, 'features.json'),
     ('index-train.npz', None, 'index-train.npz: FileNotFoundError'),
     ('index-train.npz', b'', 'index-train.npz: EOFError'),
     ('index-train.npz', b'PK\3\4 cut short', 'index-train.npz: BadZipFile'),
@@ -137,6 +136,20 @@ def test_damaged_metadata_are_refused(damaged, name, content, message):
   else:
     (folder / name).write_bytes(content)
   assert_refused(data_dir, message, 'build it again with python -m tfds_kinetics')
+
+
+def test_metadata_name_no_code_that_is_imported(damaged, monkeypatch):
+  data_dir, folder = damaged
+  (data_dir / 'planted.py').write_text('')
+  monkeypatch.syspath_prepend(data_dir)
+  changed = 0
+  for path in folder.glob('*.json'):
+    text, count = re.subn(r'"\w+(\.\w+)*\.[A-Z]\w*"', '"planted.Feature"', path.read_text())
+    path.write_text(text)
+    changed += count
+  assert changed >= 4
+  assert len(video_source.open_dataset(str(data_dir), DATASET)) == 6
+  assert 'planted' not in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -263,7 +276,7 @@ def test_bugs_are_not_damage(data_dir, monkeypatch, error):
   with monkeypatch.context() as patch, pytest.raises(error, match='planted'):
     patch.setattr(video_source.simplejpeg, 'decode_jpeg', planted(error('planted')))
     dataset.frame(2, 1)
-  for module, name in ((video_source.tfds, 'builder_from_directory'), (video_source.np, 'load')):
+  for module, name in ((tfds.core, 'ShardedFileTemplate'), (video_source.np, 'load')):
     with monkeypatch.context() as patch, pytest.raises(error, match='planted'):
       patch.setattr(module, name, planted(error('planted')))
       video_source.open_dataset(str(data_dir), DATASET)
