@@ -134,6 +134,17 @@ def test_random_functions_do_not_make_keys_optional(module):
         assert parameter.default is inspect.Parameter.empty
 
 
+def test_what_is_printed_is_escaped():
+  """Names of files and tensors, labels and messages of libraries are in it."""
+  for path in SOURCES:
+    if path.is_relative_to(ROOT / 'benchmarks'):
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and ast.unparse(node.func) == 'print':
+        text = node.args[0]
+        assert isinstance(text, ast.Constant) or ast.unparse(text).startswith('one_line('), path
+
+
 ENTRY_POINTS = dict(re.findall(r"'(dropmae-\w+) = ([\w.]+:\w+)'", (ROOT / 'setup.py').read_text()))
 
 

@@ -11,10 +11,11 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import NoReturn
 
 from tfds_kinetics import build, report
 from tfds_kinetics.configs import COLLECTIONS
-from tfds_kinetics.messages import BadInput, Stopped, log, one_line
+from tfds_kinetics.messages import BadInput, Stopped, log, one_line, print_stack
 from tfds_kinetics.tree import printable
 from tfds_kinetics.video import FrameOptions
 from tfds_kinetics.workers import STOP_SIGNALS, write_shards
@@ -30,6 +31,14 @@ OPTION_HELP = {
   'max_damage': (0, 1, "share of a video's packets that may fail to decode"),
   'time_limit': (0.001, 10**6, 'seconds of processor time that a video may take'),
 }
+
+
+class _Parser(argparse.ArgumentParser):
+  """Escapes what it quotes of the command line, which a shell may have filled with file names."""
+
+  def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+    """Prints a message, if there is one, and ends the process."""
+    super().exit(status, message and one_line(message.rstrip('\n')) + '\n')
 
 
 def _name(text: str) -> str:
@@ -56,7 +65,7 @@ def _text_path(text: str) -> pathlib.Path:
 
 
 def _arguments() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog='dropmae-build',
     description='Builds a TFDS dataset of JPEG frames from a folder tree of videos.',
     allow_abbrev=False,
@@ -153,7 +162,8 @@ def main() -> int:
   # Names of videos may have characters that the terminal cannot show.
   sys.stdout.reconfigure(errors='backslashreplace')
   try:
-    print(_run(arguments))
+    for line in _run(arguments).split('\n'):
+      print(one_line(line))
   except BadInput as error:
     print(one_line(f'error: {error}'), file=sys.stderr)
     return 2
@@ -161,13 +171,14 @@ def main() -> int:
     print(one_line(f'error: {error}; fix that and give the command again.'), file=sys.stderr)
     return 2
   except (Stopped, KeyboardInterrupt) as stopped:
-    print(str(stopped) or 'stopped', file=sys.stderr)
+    print(one_line(str(stopped) or 'stopped'), file=sys.stderr)
     return STOPPED
   return 0
 
 
 def command() -> None:
   """The entry point dropmae-build."""
+  sys.excepthook = print_stack
   # Names of videos are UTF-8, which Python does not assume in some locales.
   if sys.getfilesystemencoding() != 'utf-8' and os.environ.get('PYTHONUTF8') != '1':
     os.environ['PYTHONUTF8'] = '1'

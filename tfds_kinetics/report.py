@@ -93,7 +93,7 @@ def _row(split: str, outcome: str, row: dict[str, Any]) -> dict[str, Any]:
 def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
   """Writes both forms; each video is one line of the json, so that grep can be used on it."""
   head = json.dumps(report | {'videos': []}, indent=1)
-  rows = ',\n  '.join(json.dumps(row, ensure_ascii=False) for row in report['videos'])
+  rows = ',\n  '.join(one_line(json.dumps(row, ensure_ascii=False)) for row in report['videos'])
   start, videos, end = head.rpartition('"videos": []')
   body = f'{start}{videos[:-1]}\n  {rows}\n ]{end}\n' if rows else f'{head}\n'
   for name, text in ((NAME, body), (TABLE, _table(report))):
@@ -112,7 +112,7 @@ def _table(report: dict[str, Any]) -> str:
       f'  {one_line(row["path"] + reason)}'
     )
   for split, names in report['missing'].items():
-    lines += ['', f'annotated in {split}, but not there: {len(names)}', *names]
+    lines += ['', f'annotated in {split}, but not there: {len(names)}', *map(one_line, names)]
   return '\n'.join(lines) + '\n'
 
 

@@ -135,7 +135,9 @@ def _blame(dataset: Mixture, workdir: pathlib.Path) -> list[list[Any]]:
     stacks = stacks_path.read_text(errors='replace')
     process = stacks_path.stem.partition('-')[2]
     if stacks:
-      _log.warning(f'process {process} of the last start ended by a signal:\n{stacks}')
+      title = f'process {process} of the last start ended by a signal:'
+      for line in [title, *stacks.splitlines()]:
+        _log.warning(line)
     # What the watchdog ended begins with its message.
     fatal = FATAL.match(stacks)
     reading = fatal and _crashed_reading(stacks, _files(workdir, process)[1])

@@ -177,7 +177,8 @@ class Loader(Generic[Buffer, Moved]):
     with tempfile.TemporaryFile('w+') as file:
       faulthandler.dump_traceback(file, all_threads=True)
       file.seek(0)
-      _log.error(f'the loader hangs; all threads of this process:\n{file.read()}')
+      for line in ['the loader hangs; all threads of this process:', *file.read().splitlines()]:
+        _log.error(line)
     raise LoaderStalled(
       f'no batch came within data.stall_seconds={self._stall_seconds:g}; the stacks above show'
       ' where this process waits. Check the storage of config.data_dir, or raise'

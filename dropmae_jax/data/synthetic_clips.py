@@ -229,7 +229,9 @@ def main() -> None:
       raise UserError(f'--{name}={getattr(options, name)} must be even, as h264 needs, and >= 16.')
   new = write_clips(output, options)
   total = options.train + options.val
-  print(f'{output}: {new} clips written' if new else f'{output}: {total} clips are there already')
+  cli.print_line(
+    f'{output}: {new} clips written' if new else f'{output}: {total} clips are there already'
+  )
 
 
 def command() -> None:

@@ -285,7 +285,8 @@ def main() -> None:
   for index, weight in zip(indices, mixture.weights, strict=True):
     draws = max(1, round(GAP_DRAWS * weight / sum(mixture.weights)))
     counts.append(gap_counts(index.frames, options.frame_gap, seed=arguments.seed, draws=draws))
-    print(statistics(index, counts[-1]))
+    for line in statistics(index, counts[-1]).split('\n'):
+      cli.print_line(line)
   pairs = first_pairs(
     mixture,
     options,
@@ -294,11 +295,11 @@ def main() -> None:
     count=arguments.pairs,
   )
   for sentence in dict.fromkeys(each for pair in pairs for each in pair.drawn.damaged):
-    print(f'note: {sentence} Another video is taken instead.')
+    cli.print_line(f'note: {sentence} Another video is taken instead.')
   sheet = contact_sheet(pairs, indices, sum(counts))
   with atomic_file.staged(arguments.output, num_bytes=0, has_card=False) as partial:
     sheet.save(partial, format='PNG')
-  print(f'{arguments.output}: the first {len(pairs)} pairs of seed {arguments.seed}')
+  cli.print_line(f'{arguments.output}: the first {len(pairs)} pairs of seed {arguments.seed}')
 
 
 def command() -> None:

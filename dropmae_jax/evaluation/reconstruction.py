@@ -152,7 +152,9 @@ def main() -> None:
   )
   with atomic_file.staged(arguments.output, num_bytes=0, has_card=False) as partial:
     figure.save(partial, format='PNG')
-  print(f'{arguments.output}: frames {tuple(arguments.frames)}, checkpoint of step {weights.step}')
+  cli.print_line(
+    f'{arguments.output}: frames {tuple(arguments.frames)}, checkpoint of step {weights.step}'
+  )
 
 
 def command() -> None:

@@ -82,7 +82,7 @@ def main() -> int:
   else:
     lines, same = inspect.comparison(*source)
   for line in lines:
-    print(line, flush=True)
+    cli.print_line(line)
   return 0 if same else 1
 
 

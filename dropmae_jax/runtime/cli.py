@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import pathlib
 import re
@@ -13,6 +14,19 @@ from types import FrameType
 from typing import NoReturn
 
 from dropmae_jax.runtime.errors import RunFailed, UserError, did_you_mean
+from tfds_kinetics.messages import one_line, print_stack
+
+
+class LineFormatter(logging.Formatter):
+  """Formats a record as one line, whatever text from outside is in it, and then its stack."""
+
+  def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+    """Returns the line."""
+    return one_line(super().formatMessage(record))
+
+  def formatException(self, ei: object) -> str:  # noqa: N802
+    """Returns the lines of the stack."""
+    return '\n'.join(map(one_line, super().formatException(ei).split('\n')))
 
 
 class Terminated(KeyboardInterrupt):
@@ -92,6 +106,8 @@ def run(main: Callable[[], int | None], *, end: Callable[[int], NoReturn] = sys.
   """
   signal.signal(signal.SIGTERM, _terminate)
   _open_closed_streams()
+  sys.excepthook = print_stack
+  logging.lastResort.setFormatter(LineFormatter())  # Of warnings until a run has its log.
   try:
     status = main()
     sys.stdout.flush()
@@ -101,7 +117,7 @@ def run(main: Callable[[], int | None], *, end: Callable[[int], NoReturn] = sys.
   except KeyboardInterrupt as error:
     number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
     with contextlib.suppress(OSError):
-      print(f'stopped by {number.name}', file=sys.stderr)
+      print(one_line(f'stopped by {number.name}'), file=sys.stderr)
     status = 128 + number
   except BrokenPipeError:
     if not _is_output_closed():
@@ -123,10 +139,15 @@ def _open_closed_streams() -> None:
       setattr(sys, name, stream)
 
 
+def print_line(text: str) -> None:
+  """Prints a line of results; what is in it from outside makes no other lines."""
+  print(one_line(text), flush=True)
+
+
 def print_error(message: str) -> None:
   """Prints an error where users look for it, if that can be written."""
   with contextlib.suppress(OSError):
-    print(f'error: {message}', file=sys.stderr, flush=True)
+    print(one_line(f'error: {message}'), file=sys.stderr, flush=True)
 
 
 def discard_output() -> None:

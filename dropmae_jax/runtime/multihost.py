@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any, NoReturn
@@ -192,7 +191,7 @@ def ending_together() -> Iterator['Failures']:
       # An error in JAX may be the consequence of another process's end.
       time.sleep(2 * POLL_SECONDS)
       failures.end_if_another_failed()
-      traceback.print_exc()
+      sys.excepthook(*sys.exc_info())
       status = ExitStatus.FAILED
       if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(message):
         status = ExitStatus.UNAVAILABLE

@@ -175,7 +175,7 @@ class Report:
       number = jax.process_index()
       formats = {logging.StreamHandler(sys.stderr): f'process {number}: %(message)s'}
     for handler, text in formats.items():
-      handler.setFormatter(logging.Formatter(text))
+      handler.setFormatter(cli.LineFormatter(text))
       _log.addHandler(handler)
     self._handlers = list(formats)
     _log.setLevel(logging.INFO if self._writes else logging.WARNING)

@@ -178,6 +178,16 @@ EXPORTS = [
 ]
 
 
+def test_names_of_tensors_forge_no_line(tmp_path, convert):
+  from safetensors.numpy import save_file
+
+  path, name = tmp_path / 'out.safetensors', 'a\nb  2 2  float32  0\x1b[2J\u202e'
+  save_file({name: np.ones(2, np.float32)}, path)
+  head, row, total = convert(f'--list={path}').splitlines()
+  assert row.startswith(r'a\nb  2 2  float32  0\u001b[2J\u202e')
+  assert (head + row + total).isprintable()
+
+
 def test_safetensors_hold_the_metadata_of_the_card(run, tmp_path, convert):
   path = tmp_path / 'out.safetensors'
   convert(f'--checkpoint={run}', f'--output={path}', '--layout=mae', '--no-verify')

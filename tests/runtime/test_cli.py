@@ -194,3 +194,36 @@ def test_a_path_may_begin_at_home(monkeypatch):
     assert parser.parse_args([f'--output={text}']).output == pathlib.Path(path)
   with pytest.raises(UserError, match='argument --output: ~nobody-here/x has no home folder; give'):
     parser.parse_args(['--output=~nobody-here/x'])
+
+
+FORGED = 'a\nerror: b\x1b[2J\u202e\udce9'
+SHOWN = r'a\nerror: b\u001b[2J\u202e\udce9'
+FAILING = """
+import logging
+from dropmae_jax.runtime import cli
+from dropmae_jax.runtime.errors import UserError
+
+def main():
+  logging.getLogger('dropmae_jax').warning({text!r})
+  raise {error}({text!r})
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+  ('error', 'status', 'last'),
+  [
+    ('UserError', 2, [f'error: {SHOWN}']),
+    ('OSError', 1, ['OSError: a', SHOWN.partition(r'\n')[2]]),  # After the lines of a stack.
+  ],
+)
+def test_messages_forge_no_line(error, status, last):
+  """Whatever library or file the text is from: in a warning, an error, an unexpected one."""
+  process = start(FAILING.replace('{error}', error).replace('{text!r}', ascii(FORGED)))
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == status
+  warning, *lines = errors.splitlines()
+  assert warning == SHOWN
+  assert lines[-len(last) :] == last
+  assert all(line.isprintable() for line in lines)

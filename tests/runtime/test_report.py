@@ -271,6 +271,22 @@ class Gone(Terminal):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
+def test_what_is_logged_forges_no_line(tmp_path, opened, capsys):
+  """A stack is several lines, but none of them are of the error's making."""
+  reporter = opened()
+  log.warning('video a\n2026-01-01 step 9\x1b[2J\u202e cannot be read')
+  try:
+    raise ValueError('b\x1b[2J')
+  except ValueError:
+    log.exception('c')
+  reporter.close()
+  for text in (capsys.readouterr().out, (tmp_path / 'log.txt').read_text()):
+    first, *stack = text.splitlines()
+    assert first.endswith(r'video a\n2026-01-01 step 9\u001b[2J\u202e cannot be read')
+    assert stack[0].endswith('c') and stack[-1] == r'ValueError: b\u001b[2J'
+    assert all(line.isprintable() for line in stack)
+
+
 @pytest.mark.parametrize('errors', [Gone, Terminal, io.StringIO])
 def test_a_terminal_that_is_closed_does_not_end_a_run(tmp_path, opened, monkeypatch, errors):
   monkeypatch.setattr(sys, 'stderr', Terminal())

@@ -23,9 +23,11 @@ DEFAULTS = FrameOptions()
 A, B, C, D, E = (letter * 11 for letter in 'abcde')
 KEPT, BROKEN = '', 'it cannot be opened: .*'
 AGAIN = f'the same clip as train/archery/{A}_000001_000011.mp4'
+# Forges a row, clears the terminal, and turns text around.
+FORGED, SHOWN = 'a\nkept\x1b[2J\x9b\x7f\u202e', r'a\nkept\u001b[2J\u009b\u007f\u202e'
 # Of every file of the tree: split, path, class, number of frames, and why it is left out.
 FILES = [
-  ('', 'elsewhere/line\nend.mp4', '', 0, 'it is in the folder of no split'),
+  ('', f'elsewhere/{FORGED}.mp4', '', 0, 'it is in the folder of no split'),
   ('', f'elsewhere/{E}.mp4', '', 0, 'it is in the folder of no split'),
   ('test', f'test/{A}.mp4', '', 2, KEPT),
   ('train', 'train/a folder.mp4', '', 0, 'it is a folder'),
@@ -38,7 +40,10 @@ FILES = [
   ('val', f'val/boxing/{D}_000003_000013.mp4', 'archery', 6, KEPT),
   ('val', f'val/boxing/{E}.mp4', 'boxing', 0, BROKEN),
 ]
-MISSING = {'train': [f'{D}_000001_000011', f'{E}_000007_000017'], 'val': [f'{A}_000000_000010']}
+MISSING = {
+  'train': [f'{D}_000001_000011', f'{E}_000007_000017'],
+  'val': ['\x1b[2J_000000_000010', f'{A}_000000_000010'],
+}
 ANNOTATIONS = {
   'train.csv': [
     f'archery,{A},1,11',
@@ -46,7 +51,7 @@ ANNOTATIONS = {
     f'archery,{E},7,17',
     f'archery,{D},1,11',
   ],
-  'val.csv': [f'archery,{D},3,13', f'boxing,{A},0,10'],
+  'val.csv': [f'archery,{D},3,13', f'boxing,{A},0,10', 'boxing,\x1b[2J,0,10'],
 }
 
 
@@ -96,7 +101,7 @@ def test_every_file_has_one_row_and_what_it_says_is_there(built):
   assert made['totals'] == {
     'videos': 5,
     'skipped': 5,
-    'missing': 3,
+    'missing': 4,
     'outside': 2,
     'frames': 20,
     'bytes': sum(path.stat().st_size for path in built.glob('*.array_record*')),
@@ -113,6 +118,7 @@ def test_every_file_has_one_row_and_what_it_says_is_there(built):
   # Line tools can read it.
   lines = (built / report.NAME).read_text().splitlines()
   assert [json.loads(line.strip(' ,')) for line in lines if '"outcome"' in line] == rows
+  assert all(line.isprintable() for line in lines)
 
 
 def test_the_table_says_what_the_report_does(built):
@@ -123,7 +129,7 @@ def test_the_table_says_what_the_report_does(built):
   assert head.splitlines() == [
     f'5 videos, 20 frames, {size:.1f} MB, 3 classes; 5 skipped;'
     f' {made["totals"]["seconds"]:.0f} s of work',
-    'note: 3 clips of the annotations are not there',
+    'note: 4 clips of the annotations are not there',
     'note: 2 videos are in the folder of no split, and left out',
     'note: a complete copy has 400 classes',
   ]
@@ -136,12 +142,14 @@ def test_the_table_says_what_the_report_does(built):
       str(row['frames']),
       f'{row["bytes"] / 1e6:.2f}',
       f'{row["seconds"]:.2f}',
-      row['path'].replace('\n', '\\n') + f': {row["reason"]}' * bool(row['reason']),
+      row['path'].replace(FORGED, SHOWN) + f': {row["reason"]}' * bool(row['reason']),
     ]
     for row in made['videos']
   )
   assert missing == [
-    '\n'.join([f'annotated in {split}, but not there: {len(names)}', *names])
+    '\n'.join([f'annotated in {split}, but not there: {len(names)}', *names]).replace(
+      '\x1b', r'\u001b'
+    )
     for split, names in MISSING.items()
   ]
 
