@@ -12,7 +12,14 @@ from dropmae_jax import optimizer
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.checkpoints.saved_weights import Weights
 from dropmae_jax.config import Architecture, Objective, OptimizerOptions
-from dropmae_jax.pytorch import adamw_state, file_metadata, import_model, layouts, weight_files
+from dropmae_jax.pytorch import (
+  adamw_state,
+  file_metadata,
+  import_model,
+  layouts,
+  trackers,
+  weight_files,
+)
 from dropmae_jax.pytorch.adamw_state import TorchAdamW
 from dropmae_jax.runtime import atomic_file
 from dropmae_jax.runtime.errors import UserError
@@ -32,6 +39,8 @@ class ExportOptions:
     verify: run the written network in PyTorch and compare; None does so if PyTorch is installed.
     image_size: in pixels; resample the position tables to this resolution. None keeps them for a
       model of 224 pixels and writes those for 224 pixels for any other.
+    fold_identities: sizes in pixels of the template and search images of a tracker, to write what
+      `trackers.fold_identities` returns; only in the encoder layout and a .pth.
   """
 
   layout: str = 'full'
@@ -39,6 +48,7 @@ class ExportOptions:
   with_optimizer: bool = False
   verify: bool | None = None
   image_size: int | None = None
+  fold_identities: tuple[int, int] | None = None
 
 
 def export(
@@ -66,8 +76,14 @@ def export(
       f'position tables: for {architecture.image_size} pixels'
       f' (trained at {weights.architecture.image_size})'
     )
-  tensors = layouts.in_layout(state, options.layout)
+  tensors = unfolded = layouts.in_layout(state, options.layout)
+  shapes = layouts.tensor_shapes(architecture, options.layout)
+  key = '' if options.layout == 'timm' else 'model'
   card = _card(weights, architecture, options.layout, file_format)
+  if options.fold_identities:
+    tensors, key = trackers.fold_identities(unfolded, options.fold_identities), 'net'
+    shapes = {name: array.shape for name, array in tensors.items()}
+    card['fold_identities'] = options.fold_identities
   entries = {}
   if file_format == 'safetensors':
     entries = {name: card[name] for name in ('layout', 'epoch', 'args', 'versions')}
@@ -77,19 +93,30 @@ def export(
       entries['optimizer'] = _optimizer_state(weights)
   num_bytes = sum(array.nbytes for array in tensors.values()) * (3 if options.with_optimizer else 1)
   with atomic_file.staged(path, num_bytes=num_bytes) as partial:
-    key = '' if options.layout == 'timm' else 'model'
     weight_files.write(partial, tensors, file_format=file_format, key=key, entries=entries)
     written = weight_files.read(partial).tensors
-    layouts.check_shapes(written, layouts.tensor_shapes(architecture, options.layout), architecture)
+    layouts.check_shapes(written, shapes, architecture)
     changed = [name for name in tensors if not np.array_equal(written[name], tensors[name])]
     if changed:
       raise UserError(
         f'--output={path} does not read back as written, first in {changed[0]}; try again.'
       )
     params = weights.params | {name: state[name] for name in layouts.POSITION_TABLES}
-    difference = yield from _verified(written, params, architecture, options.layout, options.verify)
+    network = unfolded if options.fold_identities else written  # No network of ours is folded.
+    difference = yield from _verified(network, params, architecture, options.layout, options.verify)
     atomic_file.write_card(partial, card | {'largest_relative_difference': difference})
   yield f'{path}: {len(tensors)} tensors of step {weights.step}, layout {options.layout}'
+  yield from _notes(weights, unfolded, entries, options)
+  yield from trackers.name_warnings(path, is_folded=bool(options.fold_identities))
+
+
+def _notes(
+  weights: Weights,
+  tensors: dict[str, np.ndarray],
+  entries: dict[str, Any],
+  options: ExportOptions,
+) -> Iterator[str]:
+  """Yields what to know of a file that was written."""
   fresh = [
     name for name in weights.description.get('source', {}).get('fresh', []) if name in tensors
   ]
@@ -104,15 +131,6 @@ def export(
     'See docs/convert.md for the missing and unexpected keys that each program prints for this'
     ' layout; they are expected.'
   )
-  if 'OSTrack' in path.name:
-    yield (
-      'Warning: trackers take a file with "OSTrack" in its name for one of their own checkpoints;'
-      f' rename {path.name}.'
-    )
-  if 'npz' in str(path.absolute()):
-    yield (
-      f'Warning: trackers take a path with "npz" in it for a file of another format; move {path}.'
-    )
 
 
 def import_(
@@ -177,6 +195,11 @@ def _checked_format(path: pathlib.Path, options: ExportOptions) -> str:
   if options.with_optimizer and (options.layout, file_format) != ('full', 'pth'):
     raise UserError(
       f'--with_optimizer goes with --layout=full and --format=pth, not with'
+      f' {options.layout} and {file_format}; leave it out.'
+    )
+  if options.fold_identities and (options.layout, file_format) != ('encoder', 'pth'):
+    raise UserError(
+      f'--fold_identities goes with --layout=encoder and --format=pth, not with'
       f' {options.layout} and {file_format}; leave it out.'
     )
   if file_format == 'pth':

@@ -8,6 +8,7 @@ dropmae-convert --compare FILE_OR_DIR FILE_OR_DIR
 
 import argparse
 import pathlib
+import re
 
 from dropmae_jax.model import vit
 from dropmae_jax.pytorch import convert, inspect, layouts, weight_files
@@ -16,11 +17,26 @@ from dropmae_jax.runtime.errors import UserError
 
 # The options of each job; any other option is an error.
 _OPTIONS = {
-  'checkpoint': {'output', 'step', 'layout', 'format', 'with_optimizer', 'verify', 'image_size'},
+  'checkpoint': {
+    'output',
+    'step',
+    'layout',
+    'format',
+    'with_optimizer',
+    'verify',
+    'image_size',
+    'fold_identities',
+  },
   'from_torch': {'output', 'model', 'with_optimizer', 'verify', 'image_size'},
   'list': {'step'},
   'compare': set(),
 }
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+  if not re.fullmatch(r'\d+,\d+', text):
+    raise argparse.ArgumentTypeError(f'{text!r} is not two sizes in pixels, such as 128,256')
+  return tuple(map(int, text.split(',')))
 
 
 def parse() -> argparse.Namespace:
@@ -54,6 +70,15 @@ def parse() -> argparse.Namespace:
     help='run both networks and compare them; done by default if PyTorch is installed',
   )
   add('--image_size', type=int, metavar='PIXELS', help='resample the position tables (bicubic)')
+  add(
+    '--fold_identities',
+    nargs='?',
+    type=_sizes,
+    const=(128, 256),
+    metavar='TEMPLATE,SEARCH',
+    help='for trackers that drop the frame identities: put them into position tables for images of'
+    ' these sizes (128,256); with --layout=encoder',
+  )
   return parser.parse_args()
 
 
@@ -70,6 +95,8 @@ def main() -> int:
   same = True
   if job == 'checkpoint':
     output, step = given.pop('output'), given.pop('step', None)
+    if 'fold_identities' in given:
+      given.setdefault('layout', 'encoder')
     if 'format' in given:
       given['file_format'] = given.pop('format')
     lines = convert.export(source, output, convert.ExportOptions(**given), step=step)

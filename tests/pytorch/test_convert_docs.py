@@ -72,7 +72,7 @@ def network(timm, program):
     net = timm.create_model(
       'vit_base_patch16_224', **{'num_classes': 0, **options.get(program, {})}
     )
-    if program in ('DropTrack', 'DropSeg'):
+    if program in ('DropTrack', 'HIPTrack', 'DropSeg'):
       for name in layouts.FRAME_IDENTITIES:
         net.register_parameter(name, torch.nn.Parameter(torch.zeros(1, 1, 768)))
     if program == 'DropSeg':
@@ -107,13 +107,18 @@ def as_written(keys):
     ('DropTrack', 'encoder'),
     ('OSTrack', 'full'),
     ('OSTrack', 'encoder'),
+    ('HIPTrack', 'full'),
+    ('HIPTrack', 'encoder'),
+    ('ARTrack', 'full'),
+    ('ODTrack', 'encoder'),
     ('DropSeg', 'full'),
     ('MAE, fine-tuning', 'mae'),
     ('timm 1.0', 'timm'),
   ],
 )
 def test_the_table_of_keys_is_what_loaders_print(timm, program, layout):
-  (row,) = [line for line in TEXT.splitlines() if line.startswith(f'| {program} |')]
+  table = TEXT.partition('## Options')[0]
+  (row,) = [line for line in table.splitlines() if line.startswith(f'| {program} |')]
   in_layouts, missing, unexpected = (cell.strip() for cell in row.split('|')[2:5])
   assert f'`{layout}`' in in_layouts
   loaded = keys_of(timm, program, layout)

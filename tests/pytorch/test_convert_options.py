@@ -18,7 +18,7 @@ from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Objective
 from dropmae_jax.model import position_embedding
 from dropmae_jax.optimizer import Moments
-from dropmae_jax.pytorch import layouts, weight_files
+from dropmae_jax.pytorch import layouts, trackers, weight_files
 from dropmae_jax.pytorch import main as convert_to_torch
 from dropmae_jax.runtime.errors import UserError
 
@@ -203,8 +203,11 @@ def test_safetensors_hold_the_metadata_of_the_card(run, tmp_path, convert):
   ('name', 'warning'),
   [
     ('OSTrack_b.safetensors', 'Warning: trackers take a file with "OSTrack" in its name'),
+    ('vit_DropTrack.safetensors', 'Warning: trackers take a file with "DropTrack" in its name'),
+    ('HIPTrack_ARTrackV2.safetensors', 'take a file with "HIPTrack" or "ARTrack" in its name'),
+    ('SOT.safetensors', 'Warning: trackers take a file with "SOT" in its name'),
     ('my_npz/out.safetensors', 'Warning: trackers take a path with "npz" in it'),
-    ('OSTrack/out.safetensors', ''),
+    ('OSTrack/tracking.safetensors', ''),
   ],
 )
 def test_names_that_trackers_misread_are_warned_of(run, tmp_path, convert, name, warning):
@@ -214,6 +217,46 @@ def test_names_that_trackers_misread_are_warned_of(run, tmp_path, convert, name,
   assert 'See docs/convert.md' in out
   assert warning in out
   assert out.count('Warning') == bool(warning)
+
+
+def test_frame_identities_are_folded_into_a_file_that_trackers_read(run, trees, tmp_path, convert):
+  torch = pytest.importorskip('torch', reason='.pth files need PyTorch')
+  said = {}
+  for name in ('OSTrack.pth', 'other.pth'):
+    said[name] = convert(
+      f'--checkpoint={run}', f'--output={tmp_path / name}', '--fold_identities=16,32'
+    )
+  assert 'Warning' not in said['OSTrack.pth']
+  assert 'Warning: OSTrack and ARTrack read such a file only if' in said['other.pth']
+  assert '\nverified: ' in f'\n{said["other.pth"]}'
+  content = torch.load(tmp_path / 'OSTrack.pth', weights_only=True)
+  assert list(content) == ['net']
+  state = layouts.to_torch(trees[STEP], ARCHITECTURE)
+  expected = trackers.fold_identities(layouts.in_layout(state, 'encoder'), (16, 32))
+  assert_same(content['net'], expected)
+  card = json.loads((tmp_path / 'OSTrack.pth.json').read_text())
+  assert (card['layout'], card['fold_identities']) == ('encoder', [16, 32])
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ('--fold_identities=20,32', '20 is not a multiple of the patch size 8; give the sizes'),
+    ('--fold_identities=16,0', '--fold_identities=16,0: 0 is not a multiple of the patch size 8'),
+    ('--fold_identities=16', "argument --fold_identities: '16' is not two sizes in pixels"),
+    ('--fold_identities --layout=full', '--fold_identities goes with --layout=encoder and'),
+    ('--fold_identities --format=safetensors', 'not with encoder and safetensors; leave it out'),
+  ],
+)
+def test_identities_that_cannot_be_folded_are_one_sentence(
+  run, tmp_path, convert, options, message
+):
+  pytest.importorskip('torch', reason='.pth files need PyTorch')
+  path = tmp_path / 'out.weights'
+  with pytest.raises(UserError) as refused:
+    convert(f'--checkpoint={run}', f'--output={path}', *options.split())
+  assert message in str(refused.value)
+  assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(('options', 'of', 'expected'), EXPORTS)
