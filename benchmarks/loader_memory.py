@@ -23,6 +23,7 @@ from dropmae_jax.data import frame_pairs, video_source
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 from tfds_kinetics import records
+from tfds_kinetics.digests import index_digest
 from tfds_kinetics.tree import Video
 
 DATASET = 'kinetics_frames/synthetic'
@@ -61,6 +62,7 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
   paths = np.array([f'train/class/video_{number:07d}.mp4' for number in range(num_videos)])
   first = np.cumsum(frames, dtype=np.int64) - frames
   index = {'first': first, 'frames': frames, 'path': paths, 'fingerprint': 'synthetic'}
+  index['shard_index_sha256'] = np.array([index_digest(real)] * num_shards)
   np.savez(folder / 'index-train.npz', **index)
   tfds.folder_dataset.write_metadata(
     data_dir=folder,

@@ -3,9 +3,9 @@ r"""Trains under random faults, and checks that they do not change the result.
     python -m benchmarks.soak --minutes=10
 
 A tiny model trains on generated clips. The faults are kill -9 of the trainer, SIGTERM, a damaged
-newest checkpoint after a kill, and a second start beside the trainer; after each, the same command
-resumes the run. The final parameters and moments must equal those of a run without faults, bit for
-bit. Then the next run starts, until the time is over.
+newest checkpoint after a kill, a second start beside the trainer, and a dataset that is replaced
+and put back; after each, the same command resumes the run. The final parameters and moments must
+equal those of a run without faults, bit for bit. Then the next run starts, until the time is over.
 """
 
 import collections
@@ -121,12 +121,34 @@ def start_second_trainer(trainer: Trainer, *_: object) -> bool:
   return kill_trainer(trainer)
 
 
+def replace_data(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
+  """Kills the trainer and swaps two shards, with which a start must be refused; swaps them back."""
+  if not kill_trainer(trainer):
+    return False
+  shards = rng.sample(sorted((workdir.parent / 'data').rglob('*-train.array_record*')), 2)
+  swap(*shards)
+  done = subprocess.run(trainer.process.args, cwd=ROOT, capture_output=True, text=True, check=False)
+  swap(*shards)
+  if done.returncode != ExitStatus.BAD_INPUT or 'is another file than the one' not in done.stderr:
+    raise AssertionError(f'status {done.returncode} with swapped shards:\n{done.stderr}')
+  return True
+
+
+def swap(one: pathlib.Path, other: pathlib.Path) -> None:
+  """Exchanges two files."""
+  aside = one.with_name('aside')
+  one.rename(aside)
+  other.rename(one)
+  aside.rename(other)
+
+
 # Each returns whether it happened: False if the run had ended before.
 FAULTS: dict[str, Callable[[Trainer, pathlib.Path, random.Random], bool]] = {
   'kill -9 of the trainer': kill_trainer,
   'SIGTERM': stop_trainer,
   'damaged checkpoint': damage_checkpoint,
   'second start': start_second_trainer,
+  'replaced data': replace_data,
 }
 
 

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-from tfds_kinetics import build, report
-from tfds_kinetics.configs import COLLECTIONS
+from tfds_kinetics import build, report, verify
+from tfds_kinetics.configs import COLLECTIONS, DATASET
 from tfds_kinetics.messages import BadInput, Stopped, log, one_line, print_stack
+from tfds_kinetics.shards import VERSION
 from tfds_kinetics.tree import printable
 from tfds_kinetics.video import FrameOptions
 from tfds_kinetics.workers import STOP_SIGNALS, write_shards
@@ -34,11 +35,11 @@ OPTION_HELP = {
 
 
 class _Parser(argparse.ArgumentParser):
-  """Escapes what it quotes of the command line, which a shell may have filled with file names."""
+  """An argument parser whose errors are one sentence, without the usage before it."""
 
-  def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-    """Prints a message, if there is one, and ends the process."""
-    super().exit(status, message and one_line(message.rstrip('\n')) + '\n')
+  def error(self, message: str) -> NoReturn:
+    """Ends the process."""
+    self.exit(2, one_line(f'error: {message}; --help lists what there is.') + '\n')
 
 
 def _name(text: str) -> str:
@@ -72,7 +73,7 @@ def _arguments() -> argparse.Namespace:
   )
   add = parser.add_argument
   add('--config', required=True, choices=list(COLLECTIONS))
-  add('--videos', required=True, type=_path, help='root of the video tree')
+  add('--videos', type=_path, help='root of the video tree')
   add('--data_dir', required=True, type=_text_path, help='TFDS data directory to write to')
   add('--annotations', type=_path, help="folder of Kinetics' csv files (default: in VIDEOS)")
   cores = len(os.sched_getaffinity(0))
@@ -80,14 +81,17 @@ def _arguments() -> argparse.Namespace:
   for field in dataclasses.fields(FrameOptions):
     help_text = f'{OPTION_HELP[field.name][2]} (default: %(default)s)'
     add(f'--{field.name}', type=field.type, default=field.default, help=help_text)
-  ways = parser.add_argument_group('on a cluster').add_mutually_exclusive_group()
+  ways = parser.add_argument_group('instead of a whole build').add_mutually_exclusive_group()
   ways.add_argument('--shard_range', metavar='I/N', help='write only range I of N (0 <= I < N)')
   ways.add_argument('--finalise', action='store_true', help='once all ranges are written')
   ways.add_argument(
     '--beam_runner', metavar='NAME', type=_name, help='write the shards by Apache Beam'
   )
+  ways.add_argument('--verify', action='store_true', help='read a dataset, compare its digests')
   add('--beam_options', metavar='FLAGS', help="the Beam runner's flags, in quotes")
   arguments = parser.parse_args()
+  if arguments.videos is None and not arguments.verify:
+    parser.error('the following arguments are required: --videos')
   if arguments.beam_runner is None and arguments.beam_options is not None:
     parser.exit(2, 'error: --beam_options has no meaning without --beam_runner; give that too.\n')
   if arguments.beam_runner is not None and arguments.workers is not None:
@@ -126,6 +130,9 @@ def _way(arguments: argparse.Namespace) -> Callable[[build.Plan], str]:
 
 def _run(arguments: argparse.Namespace) -> str:
   """Plans and carries out the build; returns the closing lines."""
+  if arguments.verify:
+    folder = arguments.data_dir / DATASET / arguments.config / VERSION
+    return verify.verify(folder, arguments.workers)
   way = _way(arguments)  # Checks flags: first, because listing the videos may take long.
   fields = (field.name for field in dataclasses.fields(FrameOptions))
   planned = build.plan(

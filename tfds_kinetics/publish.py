@@ -38,21 +38,17 @@ def put_in_place(
     kept = [table for job, table in tables.items() if job.split == split and table['videos']]
     if not kept:
       continue
-    template = tfds.core.ShardedFileTemplate(
-      data_dir=staging, dataset_name=DATASET, split=split, filetype_suffix='array_record'
-    )
     files = [row for table in kept for row in table['files']]
     for number, row in enumerate(files):
-      name = template.sharded_filepath(shard_index=number, num_shards=len(files))
-      _link(folder / row['name'], pathlib.Path(name))
+      _link(folder / row['name'], shard_path(staging, split, number, len(files)))
     rows = [video for table in kept for video in table['videos']]
-    _write_index(staging / f'index-{split}.npz', rows, report)
+    _write_index(staging / f'index-{split}.npz', rows, files, report)
     splits.append(
       tfds.core.SplitInfo(
         name=split,
         shard_lengths=[row['records'] for row in files],
         num_bytes=sum(row['bytes'] for row in files),
-        filename_template=template,
+        filename_template=_template(staging, split),
       )
     )
   for path in (folder / reports.NAME, folder / reports.TABLE, *folder.glob('build*.log')):
@@ -73,6 +69,18 @@ def put_in_place(
   records.sync(target.parent)
 
 
+def _template(folder: pathlib.Path, split: str) -> tfds.core.ShardedFileTemplate:
+  return tfds.core.ShardedFileTemplate(
+    data_dir=folder, dataset_name=DATASET, split=split, filetype_suffix='array_record'
+  )
+
+
+def shard_path(folder: pathlib.Path, split: str, number: int, count: int) -> pathlib.Path:
+  """Returns where a dataset has a shard; there are `count` of the split."""
+  path = _template(folder, split).sharded_filepath(shard_index=number, num_shards=count)
+  return pathlib.Path(path)
+
+
 def _link(source: pathlib.Path, destination: pathlib.Path) -> None:
   """Links, so that a build killed here loses nothing; copies where links are impossible."""
   try:
@@ -81,11 +89,17 @@ def _link(source: pathlib.Path, destination: pathlib.Path) -> None:
     shutil.copy(source, destination)
 
 
-def _write_index(path: pathlib.Path, rows: list[dict[str, Any]], report: dict[str, Any]) -> None:
+def _write_index(
+  path: pathlib.Path,
+  rows: list[dict[str, Any]],
+  files: list[dict[str, Any]],
+  report: dict[str, Any],
+) -> None:
   """Writes the index of a split: where the frames of each video are, and facts about it.
 
   Arrays, per video: `first` record, number of `frames`, `path`, `youtube_id`, and `label`, a
-  position in `classes`. Besides: `classes`, and the `fingerprint` of the whole dataset.
+  position in `classes`. Per shard file: `shard_sha256` and `shard_index_sha256` (see `digests`).
+  Besides: `classes`, and the `fingerprint` of the whole dataset.
   """
   frames = np.array([row['frames'] for row in rows], np.int32)
   classes = sorted({row['label'] for row in rows})
@@ -97,6 +111,8 @@ def _write_index(path: pathlib.Path, rows: list[dict[str, Any]], report: dict[st
     label=np.array([label[row['label']] for row in rows], np.int32),
     path=np.array([row['path'] for row in rows], np.str_),
     youtube_id=np.array([row['youtube_id'] for row in rows], np.str_),
+    shard_sha256=np.array([row['sha256'] for row in files], np.str_),
+    shard_index_sha256=np.array([row['index_sha256'] for row in files], np.str_),
     classes=np.array(classes, np.str_),
     fingerprint=np.array(report['fingerprint'], np.str_),
   )

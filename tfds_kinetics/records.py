@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
+from tfds_kinetics.digests import file_digest, index_digest
 from tfds_kinetics.tree import Video
 
 # The time to read a record is linear in the records of its file.
@@ -94,14 +95,14 @@ class FrameFiles:
       self._writer = None
 
   def close(self) -> list[dict[str, Any]]:
-    """Gives the files their final names; returns `name`, `records` and `bytes` of each."""
+    """Gives the files their final names; returns what `file_row` has of each."""
     self._finish_file()
     rows = []
     for number, (path, records) in enumerate(zip(self._temporary, self._records, strict=True)):
       final = self.folder / f'{self._name}-{number}.array_record'
       sync(path)
       os.replace(path, final)
-      rows.append({'name': final.name, 'records': records, 'bytes': final.stat().st_size})
+      rows.append(file_row(final, records))
     return rows
 
   def discard(self) -> None:
@@ -110,6 +111,17 @@ class FrameFiles:
       self._finish_file()
     for path in self._temporary:
       path.unlink(missing_ok=True)
+
+
+def file_row(path: pathlib.Path, num_records: int) -> dict[str, Any]:
+  """Returns `name`, `records`, `bytes`, `sha256` and `index_sha256` of a file; reads it."""
+  return {
+    'name': path.name,
+    'records': num_records,
+    'bytes': path.stat().st_size,
+    'sha256': file_digest(path),
+    'index_sha256': index_digest(path),
+  }
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

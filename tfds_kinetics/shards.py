@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tfds_kinetics.records import FrameFiles, write_text
+from tfds_kinetics.records import FrameFiles, file_row, write_text
 from tfds_kinetics.tree import Video, printable
 from tfds_kinetics.video import FrameOptions, UnusableVideo, read_jpegs
 
@@ -191,6 +191,8 @@ def finished_table(job: ShardJob, folder: pathlib.Path) -> dict[str, Any] | None
     table = json.loads((folder / f'{job.name}.json').read_text('utf-8'))
     whole = all((folder / row['name']).stat().st_size == row['bytes'] for row in table['files'])
     unread = [row['path'] for row in table['skipped'] if row.get('unread')]
+    if whole and not all('sha256' in row for row in table['files']):  # Of an older version.
+      table['files'] = [file_row(folder / row['name'], row['records']) for row in table['files']]
   except (OSError, ValueError, KeyError, TypeError):
     return None
   if not whole or table['fingerprint'] != job.fingerprint:

@@ -1,12 +1,13 @@
 """Datasets opened for reading single frames: those of tfds_kinetics, and classes of the user's own.
 
-Opening a dataset checks names, sizes and numbers. Other damage is found when a frame is read. Both
-are reported in one sentence that says what to do.
+Opening a dataset checks names, sizes, numbers and the index of every shard. Other damage is found
+when a frame is read. Both are reported in one sentence that says what to do.
 """
 
 import hashlib
 import importlib
 import inspect
+import logging
 import os
 import pathlib
 import re
@@ -20,7 +21,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dropmae_jax.data.shards import Shards
+from dropmae_jax.data.shards import ChangedDataset, Shards
 from dropmae_jax.runtime.errors import NO_DAMAGE, UserError
 
 # Major versions of the dataset that can be read; other parts of the version do not matter here.
@@ -29,6 +30,10 @@ SUPPORTED_VERSIONS = frozenset({2})
 RETRY_SECONDS = (0.05, 0.5)
 # How array_record reports a system call that failed.
 SYSTEM_CALL_FAILED = re.compile(r'\b(pread|read|open|fstat|lseek)\(\) failed')
+# The array of an index file with the digest of every shard; datasets of older builders have none.
+DIGESTS = 'shard_index_sha256'
+
+_log = logging.getLogger('dropmae_jax')
 
 
 class DamagedRecord(UserError):
@@ -98,8 +103,19 @@ class TfdsVideos:
         f'{folder} has no split {split!r} that tfds_kinetics wrote; there are: {", ".join(splits)}.'
       )
     self._check_shards(names, int(info.num_bytes))
-    self._records = Shards(info.file_instructions, num_datasets=num_datasets)
-    self._first, self._frames, self.fingerprint = self._read_index()
+    index = self._read_index()
+    self.fingerprint = str(index['fingerprint'])
+    digests = index[DIGESTS].tolist() if DIGESTS in index else None
+    if digests is None:
+      _log.warning(
+        f'{folder} was built before datasets had digests, so that its shards are not compared with'
+        ' those that were built; a dataset that is built again has them.'
+      )
+    try:
+      self._records = Shards(info.file_instructions, digests, num_datasets=num_datasets)
+    except ValueError as error:  # ChangedDataset, or there are more or fewer digests than shards.
+      raise _damaged(folder, str(error)) from error
+    self._first, self._frames = self._checked(index['first'], index['frames'])
 
   def _check_shards(self, names: list[str], num_bytes: int) -> None:
     """Compares the shard files with the names and sizes in the metadata, without reading them."""
@@ -117,16 +133,21 @@ class TfdsVideos:
         f'the shards of {self._split} hold {found} bytes, not the {num_bytes} that were written',
       )
 
-  def _read_index(self) -> tuple[np.ndarray, np.ndarray, str]:
-    """Returns each video's first record and number of frames, and the dataset's fingerprint."""
+  def _read_index(self, *more: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of the index file that every reader needs, and further ones."""
     name = f'index-{self._split}.npz'
     try:
       with np.load(self.folder / name) as index:
-        first, frames, fingerprint = (index[key] for key in ('first', 'frames', 'fingerprint'))
+        names = ['first', 'frames', 'fingerprint', *more]
+        return {key: index[key] for key in (*names, *index.keys() & {DIGESTS})}
     except NO_DAMAGE:
       raise
     except Exception as error:  # zipfile, zlib, pickle and numpy each raise their own types.
       raise _damaged(self.folder, f'{name}: {_reason(error)}') from error
+
+  def _checked(self, first: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each video's first record and number of frames, if they fit the shards."""
+    name = f'index-{self._split}.npz'
     consistent = first.dtype.kind == frames.dtype.kind == 'i' and first.shape == frames.shape
     if not (consistent and first.ndim == 1 and len(first)):
       raise _damaged(self.folder, f'{name} does not list videos: {first.shape}, {frames.shape}')
@@ -134,7 +155,7 @@ class TfdsVideos:
       raise _damaged(
         self.folder, f'{name} points outside of the {len(self._records)} records of the split'
       )
-    return first, frames, str(fingerprint)
+    return first, frames
 
   def __len__(self) -> int:
     return len(self._frames)
@@ -145,22 +166,27 @@ class TfdsVideos:
 
   def paths(self) -> np.ndarray:
     """The path of every video, relative to the root of the videos; reads the index file again."""
-    with np.load(self.folder / f'index-{self._split}.npz') as index:
-      return index['path']
+    index = self._read_index('path')
+    if str(index['fingerprint']) != self.fingerprint:
+      raise ChangedDataset(
+        f'{self.folder} was replaced by another dataset while it was in use; put it back and give'
+        ' the same command again.'
+      )
+    return index['path']
 
   def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
     """Reads one record and decodes its JPEG to RGB.
 
     Raises:
       DamagedRecord: the record does not hold a JPEG.
-      UserError: an I/O error.
+      UserError: an I/O error, or the record's file was replaced.
     """
     record = int(self._first[video]) + number
     for pause in (*RETRY_SECONDS, None):
       try:
         features = tf_example_pb2.Example.FromString(self._records[record]).features.feature
         return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
-      except NO_DAMAGE:
+      except (*NO_DAMAGE, ChangedDataset):
         raise
       except Exception as error:  # Of array_record, protobuf or simplejpeg.
         if pause is None:
@@ -174,6 +200,10 @@ class TfdsVideos:
         f'{self.folder} cannot be read ({error}); check its storage, and give the same command'
         ' again.'
       )
+    try:
+      self._records.check(record)
+    except OSError as failure:
+      return self._unreadable(video, record, failure)
     try:
       path = str(self.paths()[video])
     except Exception:  # The user has to see the error of the record.

@@ -44,7 +44,7 @@ def test_the_builder_understands(monkeypatch):
 
 
 def test_every_option_is_explained():
-  for name in [*builder.OPTION_HELP, 'workers', 'annotations', 'shard_range', 'finalise']:
+  for name in [*builder.OPTION_HELP, 'workers', 'annotations', 'shard_range', 'finalise', 'verify']:
     assert f'`--{name}`' in TEXT
 
 

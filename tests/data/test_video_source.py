@@ -239,7 +239,7 @@ def test_an_io_error_is_not_damage(data_dir, monkeypatch):
   expected, records, faults = dataset.frame(2, 1), dataset._records, []
 
   class Failing:
-    file_of = records.file_of
+    file_of, check = records.file_of, records.check
 
     def __getitem__(self, record):
       if faults:

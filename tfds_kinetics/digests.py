@@ -1,0 +1,45 @@
+"""Digests of the files of a dataset: written when it is built, compared when it is read."""
+
+import hashlib
+import os
+import pathlib
+import re
+
+# An ArrayRecord file ends with a block of this size, near the beginning of which stands where the
+# index of the records begins: a varint, followed by a magic number.
+END_BYTES = 1 << 16
+END_READ = 1024
+INDEX_BEGINS = re.compile(rb'\x08([\x80-\xff]*[\x00-\x7f])\x10\xde\xc0\xeb\xfe\x84\xce\xc3\xc9\x71')
+# The index begins with its size and checksum: 40 bytes, or 64 if a block begins among them.
+INDEX_HEADER = 64
+
+
+def index_digest(path: str | os.PathLike[str]) -> str:
+  """Returns the sha256 of an ArrayRecord file's size and of the checksum of its index.
+
+  The index has place and size of every record. So two files of frames differ in it, as frames are
+  encoded to sizes of their own. Damage of a record is not seen: that has a checksum of its own.
+
+  Raises:
+    OSError: the file cannot be read.
+  """
+  with open(path, 'rb', buffering=0) as file:
+    size = os.fstat(file.fileno()).st_size
+    digest = hashlib.sha256(f'{size} '.encode())
+    end = os.pread(file.fileno(), END_READ, max(0, size - END_BYTES))
+    digest.update(end)
+    begins = INDEX_BEGINS.search(end)
+    if begins:  # Otherwise it is no such file, which the digest tells all the same.
+      place = sum((byte & 0x7F) << (7 * number) for number, byte in enumerate(begins[1][:9]))
+      digest.update(os.pread(file.fileno(), INDEX_HEADER, place))
+  return digest.hexdigest()
+
+
+def file_digest(path: pathlib.Path) -> str:
+  """Returns the sha256 of a file.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
