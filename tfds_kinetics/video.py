@@ -15,6 +15,8 @@ import numpy as np
 import simplejpeg
 from av.stream import Disposition
 
+from tfds_kinetics import shortages
+
 av.logging.set_level(av.logging.PANIC)
 
 # A title that is not UTF-8 is no reason to skip a video. PyAV before 19 raises without this
@@ -29,10 +31,14 @@ class UnusableVideo(Exception):
 
 
 class MachineFault(Exception):
-  """The machine could not read a video: too many open files, no memory."""
+  """The machine could not read a video; the message says what it was short of, and the remedy."""
 
 
-MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ESTALE}
+MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ESTALE}
+# FFmpeg allocates no more at once (INT_MAX), whatever there is: a damaged header may ask for more.
+LARGEST_ALLOCATION = 1 << 31
+# Where there is less, decoders call whole files invalid.
+LEAST_MEMORY = 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +78,17 @@ def _encode(frame: av.VideoFrame, options: FrameOptions) -> bytes:
   pixels = frame.reformat(width, height, 'rgb24', interpolation='BICUBIC').to_ndarray()
   # Phones store unrotated frames and an angle; players rotate them, the decoder does not.
   upright = np.rot90(pixels, round(frame.rotation / 90))
-  return simplejpeg.encode_jpeg(
-    np.ascontiguousarray(upright),
-    quality=options.jpeg_quality,
-    colorspace='RGB',
-    colorsubsampling='420',
-  )
+  try:
+    return simplejpeg.encode_jpeg(
+      np.ascontiguousarray(upright),
+      quality=options.jpeg_quality,
+      colorspace='RGB',
+      colorsubsampling='420',
+    )
+  except ValueError as error:
+    if shortages.shortage(error) is not None:  # Of libjpeg.
+      raise MemoryError(str(error)) from error
+    raise
 
 
 def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
@@ -89,22 +100,36 @@ def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
   Raises:
     UnusableVideo: it cannot be opened, has no video stream or no frame, takes too long, or too
       much of it is damaged. The content of a file raises nothing else.
-    MachineFault: the machine could not read it.
+    MachineFault: the machine could not read it, or has too little memory for a verdict.
     Exception: any other, such as a TypeError, is a bug in a program and not the video's fault.
   """
   try:
     if not stat.S_ISREG(os.stat(path).st_mode):
       raise UnusableVideo('it is not a file')  # Reading a pipe would never end.
     yield from _read_jpegs(path, options)
-  except MemoryError as error:
-    # FFmpeg raises its own where a damaged header asks for more memory than there is.
-    if isinstance(error, av.error.FFmpegError):
-      raise UnusableVideo(f'it cannot be opened: {error.strerror}') from error
-    raise MachineFault(f'{path}: {error}') from error
-  except (av.error.FFmpegError, OSError) as error:
-    if error.errno in MACHINE_ERRORS:
-      raise MachineFault(f'{path}: {error.strerror}') from error
+  except UnusableVideo as verdict:
+    if shortages.is_memory_short(LEAST_MEMORY):
+      raise machine_fault(path, MemoryError(f'too little memory to tell why: {verdict}')) from None
+    raise
+  except (av.error.FFmpegError, OSError, MemoryError) as error:
+    if _is_of_the_machine(error):
+      raise machine_fault(path, error) from error
     raise UnusableVideo(f'it cannot be opened: {error.strerror}') from error
+
+
+def machine_fault(path: str, error: BaseException) -> MachineFault:
+  """Returns the exception that says that the machine cannot read a video, and the remedy."""
+  reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+  remedy = shortages.REMEDIES[shortages.shortage(error)]
+  return MachineFault(f'{path} cannot be read now ({reason}), which is not its fault; {remedy}')
+
+
+def _is_of_the_machine(error: av.error.FFmpegError | OSError | MemoryError) -> bool:
+  """Whether an error says nothing about the video."""
+  if isinstance(error, MemoryError):
+    is_of_ffmpeg = isinstance(error, av.error.FFmpegError)
+    return not is_of_ffmpeg or shortages.is_memory_short(LARGEST_ALLOCATION)
+  return error.errno in MACHINE_ERRORS
 
 
 @contextlib.contextmanager
@@ -147,6 +172,8 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
           packets += packet.size > 0  # The last, empty packet flushes the decoder.
           frames = packet.decode()
       except av.error.FFmpegError as error:
+        if _is_of_the_machine(error):
+          raise
         # A demuxer that failed is at its end, so the next iteration stops.
         failures[error.strerror] += 1
         continue

@@ -16,17 +16,21 @@ from typing import Any
 
 import tqdm
 
-from tfds_kinetics import shards
+from tfds_kinetics import shards, shortages
 from tfds_kinetics.messages import BadInput, ProgramError, Stopped, log, say
 from tfds_kinetics.shards import ShardJob
 from tfds_kinetics.tree import Video, printable
-from tfds_kinetics.video import MachineFault
+from tfds_kinetics.video import MachineFault, machine_fault
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+# Exit codes of processes that were ended from outside; None is not known.
+KILLS = {-signal.SIGKILL, -signal.SIGTERM, None}
 # Decoding checks the time limit (processor time) at each frame. A process that hangs inside the
 # decoder is ended after this many times the limit on the clock, plus these seconds.
 GRACE = (3.0, 5.0)
 TICK = 0.5
+# How a video can hang: the decoder computes for longer than the time limit, or its process waits.
+SPINNING, WAITING = 'spinning', 'waiting'
 MOST_UNEXPLAINED = 3
 
 
@@ -37,8 +41,9 @@ class KilledAgain(RuntimeError):
 class ShardProcess:
   """Writes shards in a process of its own; if that is killed, one video is lost at most.
 
-  A video that was being read when the process was killed is read once more, because the kill may
-  have had another cause (too little memory, an administrator). The second time it is skipped.
+  A video that was being read when the process ended is read once more. The second time it is
+  skipped, unless the machine may be the cause: the process was killed (too little memory, an
+  administrator), had a limit of memory, or got too little processor time.
 
   Args:
     folder: of the shards.
@@ -54,12 +59,13 @@ class ShardProcess:
 
     Raises:
       KilledAgain: the process is killed before it reads any video, again and again.
-      MachineFault: the machine cannot read a video now.
+      MachineFault: the machine cannot read a video now, or kills the process that reads it.
       ProgramError: a bug in a program; the shard can be written once that is fixed.
       OSError: the folder cannot be written, or a video changed meanwhile.
     """
     verdicts: dict[str, str] = {}
     kills: Counter[str | None] = Counter()
+    process = None
     while not self._stop.is_set():
       self._pool = self._pool or concurrent.futures.ProcessPoolExecutor(
         1,
@@ -68,6 +74,7 @@ class ShardProcess:
         initargs=(self._stop, os.getpid()),
       )
       try:
+        process = _process(self._pool.submit(os.getpid).result())
         return self._pool.submit(_write, job, self._folder, verdicts).result()
       except BrokenProcessPool:
         self.close()
@@ -75,14 +82,16 @@ class ShardProcess:
         break
       path, stuck = _last_read(job, self._folder)
       kills[path] += 1
+      if path is not None and kills[path] == 2:
+        _raise_unless_its_own_fault(path, stuck, process and process.exitcode, job)
       if path is None and kills[path] == MOST_UNEXPLAINED:
         raise KilledAgain('its processes are killed again and again, by no single video')
-      if path is not None and stuck:
+      if path is not None and stuck == SPINNING:
         limit = job.options.time_limit
         verdicts[path] = f'it takes longer than --time_limit={limit:g} seconds, at one point of it'
       elif path is not None and kills[path] == 2:
-        verdicts[path] = 'the process that read it was killed, twice'
-      say(f'a process was killed at {path or "no video"}; {job.name} is started again')
+        verdicts[path] = 'the process that read it crashed, twice'
+      say(f'a process ended at {path or "no video"}; {job.name} is started again')
     return None
 
   def close(self) -> None:
@@ -90,6 +99,33 @@ class ShardProcess:
     if self._pool is not None:
       self._pool.shutdown(cancel_futures=True)
       self._pool = None
+
+
+def _process(pid: int) -> multiprocessing.process.BaseProcess | None:
+  """Returns the child of that number; `concurrent.futures` does not say how one has ended."""
+  return next((each for each in multiprocessing.active_children() if each.pid == pid), None)
+
+
+def _raise_unless_its_own_fault(
+  path: str, stuck: str, exit_code: int | None, job: ShardJob
+) -> None:
+  """Raises MachineFault where it may be the machine that keeps a video from being read."""
+  path = printable(path)
+  if stuck == WAITING:
+    raise MachineFault(
+      f'{path} was not read within {GRACE[0] * job.options.time_limit + GRACE[1]:g} s, as its'
+      ' process got too little processor time, which is not its fault; check the storage, or use'
+      ' fewer --workers'
+    )
+  if not stuck and (exit_code in KILLS or shortages.is_memory_limited()):
+    raise MachineFault(
+      f'the process that read {path} was ended twice ({_name_of(exit_code)}), as where memory is'
+      ' short, which is not its fault; free memory, raise its limit, or use fewer --workers'
+    )
+
+
+def _name_of(exit_code: int | None) -> str:
+  return signal.Signals(-exit_code).name if exit_code and exit_code < 0 else f'status {exit_code}'
 
 
 def write_shards(
@@ -127,10 +163,7 @@ def write_shards(
       ' from there'
     ) from None
   except MachineFault as error:
-    raise BadInput(
-      f'a video cannot be read now, which is not its own fault ({error}); fix that and give the'
-      ' command again. What is finished is kept.'
-    ) from error
+    raise BadInput(f'{error}, and give the command again. What is finished is kept.') from error
   except KilledAgain:
     raise BadInput(
       'the processes of this build are killed again and again, by no single video; free'
@@ -140,7 +173,13 @@ def write_shards(
     raise BadInput(
       f'{error}; leave the videos alone while they are read, and give the command again.'
     ) from error
-  except (OSError, RuntimeError) as error:
+  except (OSError, RuntimeError, MemoryError) as error:
+    number = shortages.shortage(error)
+    if number is not None:
+      raise BadInput(
+        f'the build cannot go on ({error}); {shortages.REMEDIES[number]}, or use fewer than'
+        f' --workers={workers}, and give the command again. What is finished is kept.'
+      ) from error
     raise BadInput(
       f'{folder} cannot be written: {error}; what is finished is kept, and the same command'
       ' resumes from there.'
@@ -215,13 +254,13 @@ def _marker(job: ShardJob, folder: pathlib.Path) -> pathlib.Path:
   return folder / f'{job.name}.current'
 
 
-def _last_read(job: ShardJob, folder: pathlib.Path) -> tuple[str | None, bool]:
-  """Returns the video that was being read when the process ended, and whether it hung there."""
+def _last_read(job: ShardJob, folder: pathlib.Path) -> tuple[str | None, str]:
+  """Returns the video that was being read when the process ended, and how it hung there, if so."""
   marker = _marker(job, folder)
   try:
     content = json.loads(marker.read_text())
   except (FileNotFoundError, ValueError):
-    return None, False
+    return None, ''
   marker.unlink()
   return content['path'], content['stuck']
 
@@ -238,12 +277,13 @@ class _Watch:
   def __init__(self, stop: Any, builder: int) -> None:
     self._stop, self._builder = stop, builder
     self._reading: tuple[pathlib.Path, str] | None = None
-    self._left = 0.0
+    self._left = self._limit = self._processor_time = 0.0
 
-  def read(self, seconds: float, marker: pathlib.Path, path: str) -> None:
-    """Starts the clock of a video."""
-    marker.write_text(json.dumps({'path': path, 'stuck': False}))
-    self._left, self._reading = seconds, (marker, path)
+  def read(self, limit: float, marker: pathlib.Path, path: str) -> None:
+    """Starts the clock of a video, of which `limit` is the time limit."""
+    marker.write_text(json.dumps({'path': path, 'stuck': ''}))
+    self._limit, self._processor_time = limit, time.process_time()
+    self._left, self._reading = limit * GRACE[0] + GRACE[1], (marker, path)
 
   def rest(self) -> None:
     """Stops the clock: no video is being read."""
@@ -254,8 +294,10 @@ class _Watch:
     while os.getppid() == self._builder and not self._stop.is_set():
       reading = self._reading
       if reading and self._left < 0:
+        used = time.process_time() - self._processor_time
+        stuck = SPINNING if used >= self._limit else WAITING
         with contextlib.suppress(OSError):
-          reading[0].write_text(json.dumps({'path': reading[1], 'stuck': True}))
+          reading[0].write_text(json.dumps({'path': reading[1], 'stuck': stuck}))
         break
       time.sleep(TICK)
       self._left -= TICK  # Counted, as a clock would go on while the process is suspended.
@@ -280,12 +322,14 @@ def _write(job: ShardJob, folder: pathlib.Path, verdicts: dict[str, str]) -> dic
   def before_video(video: Video) -> None:
     nonlocal reading
     reading = video.path
-    _watch.read(job.options.time_limit * GRACE[0] + GRACE[1], marker, video.path)
+    _watch.read(job.options.time_limit, marker, video.path)
 
   try:
     return shards.write_shard(job, folder, verdicts=verdicts, before_video=before_video)
   except (MachineFault, OSError):
     raise
+  except MemoryError as error:
+    raise machine_fault(printable(reading), error) from error
   except Exception as error:
     raise ProgramError(
       f'{type(error).__name__}: {error} (while reading {printable(reading)}; no video is skipped'

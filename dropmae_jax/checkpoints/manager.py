@@ -21,7 +21,13 @@ from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.optimizer import TrainState
 from dropmae_jax.runtime import multihost
-from dropmae_jax.runtime.errors import PROGRAM_ERRORS, RunFailed, UserError, first_line
+from dropmae_jax.runtime.errors import (
+  PROGRAM_ERRORS,
+  RunFailed,
+  UserError,
+  first_line,
+  remedy_of,
+)
 
 _log = logging.getLogger('dropmae_jax')
 
@@ -53,6 +59,7 @@ class Checkpoints:
     self._pending: int | None = None
     self._has_saved = False
     self._given_up: set[int] = set()
+    self._remedy = 'make room'  # Of the last save that failed.
 
   @property
   def latest_step(self) -> int | None:
@@ -105,9 +112,11 @@ class Checkpoints:
     self._remove_given_up()
     self._manager.reload()
     reason, newest = first_line(error), self.latest_step or 0
+    self._remedy = remedy_of(error, 'make room')
     _log.warning(
       f'the checkpoint of step {step} could not be written ({reason}); the newest one is of step'
-      f' {newest}, and training goes on. Make room before the next one.'
+      f' {newest}, and training goes on. {self._remedy[0].upper()}{self._remedy[1:]} before'
+      ' the next one.'
     )
 
   def _remove_given_up(self) -> None:
@@ -128,8 +137,8 @@ class Checkpoints:
     if self.latest_step != step:
       before = self.latest_step or 0
       raise NotSaved(
-        f'step {step} could not be saved in {self._folder}; make room and give the same command,'
-        f' which resumes from step {before}.'
+        f'step {step} could not be saved in {self._folder}; {self._remedy} and give the same'
+        f' command, which resumes from step {before}.'
       )
 
   def restore(self, abstract: TrainState) -> tuple[TrainState, list[str]]:

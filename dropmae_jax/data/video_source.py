@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dropmae_jax.data.shards import ChangedDataset, Shards
-from dropmae_jax.runtime.errors import NO_DAMAGE, UserError
+from dropmae_jax.runtime.errors import NO_DAMAGE, UserError, remedy_of
 
 # Major versions of the dataset that can be read; other parts of the version do not matter here.
 SUPPORTED_VERSIONS = frozenset({2})
@@ -95,6 +95,7 @@ class TfdsVideos:
     except NO_DAMAGE:
       raise
     except Exception as error:  # On damaged metadata TFDS raises whatever its parsers raise.
+      _raise_if_short(folder, error)
       raise _damaged(folder, f'dataset_info.json: {error}') from error
     if version.major not in SUPPORTED_VERSIONS:
       raise _other_version(folder, str(version))
@@ -143,6 +144,7 @@ class TfdsVideos:
     except NO_DAMAGE:
       raise
     except Exception as error:  # zipfile, zlib, pickle and numpy each raise their own types.
+      _raise_if_short(self.folder, error)
       raise _damaged(self.folder, f'{name}: {_reason(error)}') from error
 
   def _checked(self, first: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -195,6 +197,7 @@ class TfdsVideos:
     raise AssertionError('unreachable')
 
   def _unreadable(self, video: int, record: int, error: Exception) -> UserError:
+    _raise_if_short(self.folder, error)
     if isinstance(error, OSError) or SYSTEM_CALL_FAILED.search(str(error)):
       return UserError(
         f'{self.folder} cannot be read ({error}); check its storage, and give the same command'
@@ -219,6 +222,15 @@ def _reason(error: Exception) -> str:
   """Returns type and message of an error on one line; the message alone may say nothing."""
   text = ' '.join(str(error).split())
   return f'{type(error).__name__}: {text}' if text else type(error).__name__
+
+
+def _raise_if_short(folder: pathlib.Path, error: Exception) -> None:
+  """Raises a UserError if the machine is short of something, which is no damage."""
+  remedy = remedy_of(error, '')
+  if remedy:
+    raise UserError(
+      f'{folder} cannot be read ({_reason(error)}); {remedy}, and give the same command again.'
+    ) from error
 
 
 def _remedy(folder: pathlib.Path) -> str:
@@ -258,9 +270,9 @@ def open_dataset(
       return _open_class(data_dir, dataset, split)
     return _open_tfds(data_dir, dataset, split, num_datasets)
   except OSError as error:  # Names the file, which may be a link in data_dir.
+    remedy = remedy_of(error, 'give another data_dir, or fix its permissions and links')
     raise UserError(
-      f'{error.filename or data_dir} cannot be opened ({error.strerror or error}); give another'
-      ' data_dir, or fix its permissions and links.'
+      f'{error.filename or data_dir} cannot be opened ({error.strerror or error}); {remedy}.'
     ) from error
 
 

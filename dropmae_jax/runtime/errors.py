@@ -10,6 +10,8 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 
+from tfds_kinetics import shortages
+
 
 class ExitStatus(enum.IntEnum):
   """How a command ends; above BAD_INPUT, the same command of training may get further."""
@@ -55,12 +57,19 @@ def os_errors_as_user_errors(what: str, remedy: str) -> Iterator[None]:
 
   Args:
     what: begins the sentence with what cannot be done; the system's reason follows in parentheses.
-    remedy: ends the sentence.
+    remedy: ends the sentence, unless the machine is short of something (`remedy_of`).
   """
   try:
     yield
   except OSError as error:
-    raise UserError(f'{what} ({error.strerror or error}); {remedy}') from error
+    remedy = remedy_of(error, remedy.removesuffix('.'))
+    raise UserError(f'{what} ({error.strerror or error}); {remedy}.') from error
+
+
+def remedy_of(error: BaseException, otherwise: str) -> str:
+  """Returns what to do if a machine is short of open files, processes or memory, or `otherwise`."""
+  number = shortages.shortage(error)
+  return otherwise if number is None else shortages.REMEDIES[number]
 
 
 def first_line(error: Exception) -> str:

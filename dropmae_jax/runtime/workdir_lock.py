@@ -17,7 +17,7 @@ from typing import BinaryIO
 import jax
 
 from dropmae_jax.runtime import multihost
-from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError
+from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError, remedy_of
 
 FILE = 'lock'
 
@@ -63,9 +63,9 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
     # Not truncated before it is locked, as it says who holds it.
     file = (workdir / FILE).open('ab+', buffering=0)
   except OSError as error:
+    remedy = remedy_of(error, 'give another one, make room, or change its permissions')
     raise UserError(
-      f'--workdir={workdir} cannot be written ({error.strerror}); give another one, make room, or'
-      ' change its permissions.'
+      f'--workdir={workdir} cannot be written ({error.strerror}); {remedy}.'
     ) from error
   with file:
     try:

@@ -250,9 +250,17 @@ def test_an_io_error_is_not_damage(data_dir, monkeypatch):
   faults += 2 * [OSError(errno.EIO, 'Input/output error')]
   np.testing.assert_array_equal(dataset.frame(2, 1), expected)
   faults += 3 * [OSError(errno.ESTALE, 'Stale file handle')]
-  with pytest.raises(UserError, match=r'cannot be read \(.*Stale file handle\); check') as raised:
+  with pytest.raises(UserError, match=r'cannot be read \(.*Stale file handle\); mount') as raised:
     dataset.frame(2, 1)
   assert not isinstance(raised.value, video_source.DamagedRecord)
+  for fault, remedy in (
+    (RuntimeError('open() failed: Too many open files; reading a.array_record'), 'ulimit -n'),
+    (ValueError('Insufficient memory (case 4)'), 'free memory'),
+  ):
+    faults += 3 * [fault]
+    with pytest.raises(UserError, match=rf'cannot be read \(.*{remedy}.*again') as raised:
+      dataset.frame(2, 1)
+    assert not isinstance(raised.value, video_source.DamagedRecord)
   faults += 3 * [RuntimeError('pread() failed: Bad file descriptor; reading a.array_record')]
   with pytest.raises(UserError, match=r'cannot be read \(pread.*check its storage'):
     dataset.frame(2, 1)

@@ -1,5 +1,6 @@
 """How commands read their options, and how they end: by signals, and when nobody reads on."""
 
+import errno
 import os
 import pathlib
 import signal
@@ -11,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from dropmae_jax.runtime import cli
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors, remedy_of
 
 EXPORT = """
 import pathlib, sys, time
@@ -184,6 +185,23 @@ def test_bad_options(arguments, message):
   with pytest.raises(UserError) as refused:
     parser.parse_args(arguments.split())
   assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+  ('error', 'remedy'),
+  [
+    (OSError(errno.EMFILE, 'Too many open files'), 'raise the limit of open files (ulimit -n)'),
+    (OSError(errno.EAGAIN, 'Try again'), 'raise the limits of processes and memory'),
+    (OSError(errno.ENOSPC, 'No space left on device'), 'make room'),
+  ],
+)
+def test_what_is_short_is_said(error, remedy):
+  with pytest.raises(UserError) as refused, os_errors_as_user_errors('x cannot be', 'make room.'):
+    raise error
+  assert str(refused.value).startswith(f'x cannot be ({error.strerror}); {remedy}')
+  # Libraries raise errors of their own, with that of the system in the text.
+  other = RuntimeError(f'write() failed: {os.strerror(error.errno)}')
+  assert remedy_of(other, 'make room').startswith(remedy)
 
 
 def test_a_path_may_begin_at_home(monkeypatch):

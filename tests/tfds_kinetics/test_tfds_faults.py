@@ -25,7 +25,7 @@ SCRIPT = """
 import os, signal, sys, time
 from tfds_kinetics import __main__ as command, shards, workers
 real = shards.read_jpegs
-workers.GRACE = 1.0, 0.5
+workers.GRACE = {grace}
 def read_jpegs(path, options):
   if '{name}' in path:
     {deed}
@@ -44,22 +44,22 @@ def report_of(folder):
   ('deed', 'options', 'reason'),
   [
     (
-      'os.kill(os.getpid(), signal.SIGKILL)',
+      'os.kill(os.getpid(), signal.SIGSEGV)',
       [],
-      'the process that read it was killed, twice',
+      'the process that read it crashed, twice',
     ),
     (
-      'time.sleep(1e6)',
-      ['--time_limit=1'],
-      'it takes longer than --time_limit=1 seconds, at one point of it',
+      'while True: pass',
+      ['--time_limit=0.5'],
+      'it takes longer than --time_limit=0.5 seconds, at one point of it',
     ),
   ],
 )
-def test_a_video_that_kills_or_blocks_its_reader_is_listed_like_any_other(
+def test_a_video_that_crashes_or_blocks_its_reader_is_listed_like_any_other(
   clips, tmp_path, deed, options, reason
 ):
   script = tmp_path / 'build.py'
-  script.write_text(SCRIPT.format(name='swaying', deed=deed))
+  script.write_text(SCRIPT.format(name='swaying', deed=deed, grace=(6.0, 0.5)))
   done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2', *options)
   assert done.returncode == 0, done.stderr
   reasons = {pathlib.Path(path).name: reason for path, reason in skipped_of(tmp_path).items()}
@@ -69,6 +69,40 @@ def test_a_video_that_kills_or_blocks_its_reader_is_listed_like_any_other(
   assert {reasons[name] for name in culprits} == {reason}
   assert report_of(tmp_path)['totals']['videos'] == 8 - len(culprits)
   assert not list(tmp_path.glob('kinetics_frames/folder/*.partial'))
+
+
+@pytest.mark.parametrize(
+  ('deed', 'options', 'message'),
+  [
+    (
+      'os.kill(os.getpid(), signal.SIGKILL)',
+      '',
+      'was ended twice (SIGKILL), as where memory is sh',
+    ),
+    (
+      'time.sleep(1e6)',
+      '--time_limit=1',
+      'was not read within 1.5 s, as its process got too littl',
+    ),
+    (
+      "raise OSError(24, 'not now')",
+      '',
+      'the build cannot go on ([Errno 24] not now); raise the ',
+    ),
+  ],
+)
+def test_what_the_machine_does_to_a_video_is_no_verdict(clips, tmp_path, deed, options, message):
+  script = tmp_path / 'build.py'
+  script.write_text(SCRIPT.format(name='swaying', deed=deed, grace=(1.0, 0.5)))
+  done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2', *options.split())
+  assert done.returncode == 2, done.stderr
+  assert message in done.stderr.splitlines()[-1]
+  assert 'Traceback' not in done.stderr
+  tables = [json.loads(path.read_text()) for path in (tmp_path / PARTIAL).glob('*-0*.json')]
+  assert not [row for table in tables for row in table['skipped'] if 'swaying' in row['path']]
+  done = run_python(*command(clips, tmp_path, *options.split()))
+  assert done.returncode == 0, done.stderr
+  assert list(skipped_of(tmp_path)) == ['train/bouncing/broken.mp4']
 
 
 def unprivileged(*arguments):
@@ -123,10 +157,10 @@ def test_a_process_that_is_killed_once_costs_nothing(data_dir, clips, tmp_path):
     "      open(flag, 'w').close()\n"
     '      os.kill(os.getpid(), signal.SIGKILL)'
   )
-  script.write_text(SCRIPT.format(name='swaying', deed=deed))
+  script.write_text(SCRIPT.format(name='swaying', deed=deed, grace=(1.0, 0.5)))
   done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2')
   assert done.returncode == 0, done.stderr
-  assert 'a process was killed at train/swaying/' in done.stderr
+  assert 'a process ended at train/swaying/' in done.stderr
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
@@ -140,7 +174,7 @@ def test_a_process_that_is_killed_once_costs_nothing(data_dir, clips, tmp_path):
 )
 def test_a_mistake_in_a_program_ends_the_build_and_is_no_verdict(data_dir, clips, tmp_path, deed):
   script = tmp_path / 'build.py'
-  script.write_text(SCRIPT.format(name='swaying', deed=deed))
+  script.write_text(SCRIPT.format(name='swaying', deed=deed, grace=(1.0, 0.5)))
   done = run_python(script, *command(clips, tmp_path)[2:], '--workers=2')
   assert done.returncode == 1, done.stderr
   assert ': planted (while reading ' in done.stderr.splitlines()[-1]
@@ -302,7 +336,7 @@ def test_a_full_disk_is_no_fault_of_the_video(clips, tmp_path, monkeypatch):
 def started(clips, folder, *, deed, options=()):
   """A builder in a process group of its own, in whose processes something happens at each video."""
   script = folder / 'build.py'
-  script.write_text(SCRIPT.format(name='', deed=deed))
+  script.write_text(SCRIPT.format(name='', deed=deed, grace=(1.0, 0.5)))
   return subprocess.Popen(
     [sys.executable, script, *command(clips, folder, '--workers=2', *options)[2:]],
     cwd=ROOT,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import simplejpeg
 from av.stream import Disposition
+from conftest import run_python
 
 from dropmae_jax.evaluation import reconstruction
 from tfds_kinetics import video
@@ -321,15 +322,70 @@ def failing_with(error):
 @pytest.mark.parametrize(
   'error',
   [
-    *(OSError(number, 'not now') for number in (errno.EMFILE, errno.ENFILE, errno.ESTALE)),
-    MemoryError('no memory'),
+    *(
+      OSError(number, 'not now')
+      for number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ESTALE)
+    ),
+    MemoryError('not now'),
   ],
 )
 def test_faults_of_the_machine_are_no_verdict(tmp_path, monkeypatch, error):
   path = write_video(tmp_path / 'a.mp4')
   monkeypatch.setattr(video.av, 'open', failing_with(error))
-  with pytest.raises(MachineFault, match=r'a\.mp4: '):
+  with pytest.raises(MachineFault, match=r'a\.mp4 cannot be read now \(not now\), .* fault; \w+ '):
     list(read_jpegs(path, FrameOptions()))
+
+
+@pytest.mark.parametrize('is_short', [True, False])
+def test_more_memory_than_there_is_is_a_verdict_where_memory_is_not_short(
+  tmp_path, monkeypatch, is_short
+):
+  """A damaged header may ask for any amount."""
+  path = write_video(tmp_path / 'a.mp4')
+  monkeypatch.setattr(video.shortages, 'is_memory_short', lambda num_bytes: is_short)
+  error = av.error.MemoryError(errno.ENOMEM, 'Cannot allocate memory')
+  monkeypatch.setattr(video.av, 'open', failing_with(error))
+  with pytest.raises(MachineFault if is_short else UnusableVideo, match='Cannot allocate memory'):
+    list(read_jpegs(path, FrameOptions()))
+
+
+# Reads videos with less and less memory: in each process MB more than it has, from none on.
+LIMITED = """
+import os, resource, sys
+from tfds_kinetics import shards, video
+def size():
+  return next(int(l.split()[1]) << 10 for l in open('/proc/self/status') if l.startswith('VmSize'))
+for path in sys.argv[1:]:
+  for more in range(0, 60, 2):
+    reader, writer = os.pipe()
+    if not os.fork():
+      resource.setrlimit(resource.RLIMIT_AS, (size() + (more << 20),) * 2)
+      try:
+        said = f'{len(list(video.read_jpegs(path, video.FrameOptions())))} frames'
+      except BaseException as error:
+        said = f'{type(error).__name__}: {error}'
+      os.write(writer, said.encode())
+      os._exit(0)
+    os.close(writer)
+    print(os.path.basename(path), os.read(reader, 10000).decode() or 'crashed')
+    os.wait()
+"""
+
+
+def test_a_video_is_never_called_unusable_for_want_of_memory(tmp_path):
+  large = pictures(720, 1280)
+  videos = [
+    write_video(tmp_path / 'a.mp4', 'libx264', 'yuv420p', large),
+    write_video(tmp_path / 'a.avi', 'mpeg4', 'yuv420p', large),
+  ]
+  done = run_python('-c', LIMITED, *videos)
+  assert done.returncode == 0, done.stderr
+  said = done.stdout.splitlines()
+  assert len(said) == 60
+  assert not [each for each in said if 'UnusableVideo' in each]
+  for name in ('a.mp4', 'a.avi'):
+    assert f'{name} MachineFault: {tmp_path / name} cannot be read now (' in done.stdout
+    assert f'{name} {len(large)} frames' in done.stdout
 
 
 def test_what_pyav_cannot_represent_is_a_verdict(tmp_path, monkeypatch):
