@@ -23,7 +23,6 @@ from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import DataOptions
 from dropmae_jax.data import augment, frame_pairs
 from dropmae_jax.data.video_source import open_dataset
-from dropmae_jax.evaluation import reconstruction
 from dropmae_jax.train_step import derive_seeds
 
 
@@ -267,27 +266,6 @@ def test_an_address_is_no_path(run_here, tmp_path, monkeypatch, module, argument
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-  ('override', 'message'),
-  [
-    ('--config.sede=1', 'there is no option --config.sede; did you mean --config.seed=1?'),
-    ('--batch_size=8', 'there is no option --batch_size; did you mean --config.batch_size=8?'),
-    ('--config.seed=abc', "argument --config.seed: invalid int value: 'abc'"),
-    ('--config.optimizer.beta2=nan', 'config.optimizer.beta2=nan is out of range; use at least 0'),
-    ('--config.objective.mask_ratio=0.99', 'leaves 0 of 32 tokens visible'),
-    ('--config.data_dir=/none', 'build it with: python -m tfds_kinetics --config=folder'),
-    ('--config=configs/none.py', '--config=configs/none.py is neither a file nor the name of'),
-    ('--conifg=x', 'there is no option --conifg; did you mean --config=x?'),
-    ('stray', "argument 'stray' is not understood"),
-    ('--config.batch_size=4', 'batch_size=4 is not divisible by 8 devices'),
-  ],
-)
-def test_bad_training_input(data_dir, tmp_path, run_train, override, message):
-  workdir = tmp_path / 'run'
-  assert_one_sentence(run_train(data_dir, workdir, override), message)
-  assert not workdir.exists()
-
-
 def test_a_workdir_of_another_model(begun, data_dir, run_train):
   before = sorted((begun / 'checkpoints').iterdir())
   done = run_train(data_dir, begun, '--config.model.image_size=64')
@@ -336,22 +314,6 @@ def test_a_run_does_not_go_on_with_another_dataset_of_the_same_name(begun, clips
   done = run_python(*arguments)
   assert_one_sentence(done, f'holds another run (data_fingerprint: {old} -> {new}); give its datas')
   assert run_python(*arguments, '--allow_changes').returncode == 0
-
-
-@pytest.mark.parametrize(
-  ('arguments', 'message'),
-  [
-    ('--checkpoint={tmp} --video=v --output=o', 'holds no checkpoint'),
-    ('--checkpoint={run} --video={tmp}/v --output=o', 'is not a file'),
-    ('--checkpoint={run} --video=README.md --output=o', 'cannot be decoded'),
-    ('--checkpoint={run} --video=v --output=o --frames 5 2', '--frames='),
-    ('--checkpoint={tmp} --video=v --output={tmp}', 'is a folder'),  # Seen first.
-  ],
-)
-def test_bad_input_of_figures(trained, tmp_path, run_here, arguments, message):
-  places = {'tmp': tmp_path, 'run': trained}
-  done = run_here(reconstruction.main, *arguments.format(**places).split())
-  assert_one_sentence(done, message)
 
 
 @pytest.mark.parametrize(

@@ -100,15 +100,17 @@ def _arguments() -> argparse.Namespace:
     arguments.workers = cores
   limits = {'workers': (1, 4096)} | {name: row[:2] for name, row in OPTION_HELP.items()}
   for name, (low, high) in limits.items():
-    if not low <= getattr(arguments, name) <= high:
-      parser.exit(2, f'error: --{name}={getattr(arguments, name)} is not in {low}..{high}.\n')
+    value = getattr(arguments, name)
+    if not low <= value <= high:
+      remedy = 'give a number from there'
+      parser.exit(2, f'error: --{name}={value} is not in {low}..{high}; {remedy}.\n')
   return arguments
 
 
 def _range(text: str) -> tuple[int, int]:
   match = re.fullmatch(r'(\d+)/(\d+)', text)
   if not match or not int(match[1]) < int(match[2]):
-    raise BadInput(f'--shard_range={text} is not I/N with I in 0..N-1, such as 0/16.')
+    raise BadInput(f'--shard_range={text} is not I/N with I in 0..N-1; give for example 0/16.')
   return int(match[1]), int(match[2])
 
 

@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dropmae_jax.runtime import cli
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors
 
 FRAMES_PER_SECOND = 24
 SPRITE = 96  # Pixels along a side of the canvas that a shape is drawn on.
@@ -227,7 +227,8 @@ def main() -> None:
   for name in ('height', 'width'):
     if getattr(options, name) < 16 or getattr(options, name) % 2:
       raise UserError(f'--{name}={getattr(options, name)} must be even, as h264 needs, and >= 16.')
-  new = write_clips(output, options)
+  with os_errors_as_user_errors(f'--output={output} cannot be written', 'give another folder.'):
+    new = write_clips(output, options)
   total = options.train + options.val
   cli.print_line(
     f'{output}: {new} clips written' if new else f'{output}: {total} clips are there already'

@@ -1,0 +1,185 @@
+"""Wrong inputs of all commands: one sentence that names value and remedy, and status 2."""
+
+import importlib
+import os
+
+import pytest
+from conftest import ROOT, TINY, assert_one_sentence
+from test_structure import ENTRY_POINTS
+
+from dropmae_jax import main
+from tfds_kinetics.messages import log
+
+# What is given besides, unless a row has it.
+COMPLETE = {
+  'dropmae-train': ['--config=quickstart', '--workdir={tmp}/new', *TINY],
+  'dropmae-build': ['--config=folder', '--videos={tmp}/junk', '--data_dir={tmp}/new'],
+  'dropmae-convert': ['--checkpoint={run}', '--output={tmp}/new.pth', '--no-verify'],
+  'dropmae-figures': ['--checkpoint={run}', '--video={video}', '--output={tmp}/new.png'],
+  'dropmae-inspect': ['--data_dir={data}', '--output={tmp}/new.png'],
+  'dropmae-clips': ['--output={tmp}/new'],
+}
+# Command, arguments, and a part of the answer; `-NAME` takes an argument of COMPLETE away.
+WRONG = """
+train | --config.sede=1                     | there is no option --config.sede; did you mean --config.seed=1?
+train | --batch_size=8                      | there is no option --batch_size; did you mean --config.batch_size=8?
+train | --conifg=x                          | there is no option --conifg; did you mean --config=x?
+train | stray                               | argument 'stray' is not understood; --help lists
+train | -config                             | are required: --config; --help lists
+train | -workdir                            | are required: --workdir; --help lists
+train | --workdir=                          | argument --workdir: it is empty; --help lists
+train | --workdir=gs://b/run                | gs://b/run is an address, not a path of this machine; mount
+train | --workdir=~nobody-here/x            | ~nobody-here/x has no home folder; give the whole path
+train | --workdir={tmp}/file                | {tmp}/file
+train | --workdir={run} --config.model.image_size=64 | holds another model (image_size is 32 there and 64 here); give
+train | --config=none                       | --config=none is neither a file nor the name of a config; valid are
+train | --config=quickstrat                 | did you mean 'quickstart'?
+train | --config={tmp}/none.py              | --config={tmp}/none.py is neither a file nor
+train | --config={tmp}/broken.py            | --config={tmp}/broken.py cannot be read (invalid syntax
+train | --config={tmp}/empty.py             | --config={tmp}/empty.py defines no get_config(); configs/ has
+train | --config.seed=abc                   | argument --config.seed: invalid int value: 'abc'; --help lists
+train | --config.data.shared_augmentation=1 | '1' is neither true nor false; --help lists
+train | --config.optimizer.beta2=nan        | config.optimizer.beta2=nan is out of range; use at least 0
+train | --config.objective.mask_ratio=0.99  | leaves 0 of 32 tokens visible
+train | --config.objective.masking=rows     | config.objective.masking='rows' is unknown; valid are
+train | --config.model.size=Q               | config.model.size='Q' is unknown; valid are
+train | --config.data.resize=fats           | config.data.resize='fats' is unknown; did you mean 'fast'?
+train | --config.remat=al                   | config.remat='al' is unknown; valid are
+train | --config.num_steps=0                | config.num_steps=0 is out of range; use at least 1
+train | --config.batch_size=12              | batch_size=12 is not divisible by 8 devices
+train | --config.mesh.fsdp=3                | fsdp=3
+train | --config.data_dir={tmp}/none        | there is no dataset kinetics_frames/folder in data_dir='{tmp}/none'; build it with
+train | --config.dataset=a=1,b              | dataset='a=1,b' is not understood at 'b'; give one name
+train | --config.dataset=no_such:Videos     | dataset='no_such:Videos' cannot be imported (No module named 'no_such'); give
+train | --config.split=tset                 | has no split 'tset' that tfds_kinetics wrote; there are: train, val
+train | --config.init_from={tmp}/none.pth   | {tmp}/none.pth
+train | --config.init_from={tmp}/junk.pth   | {tmp}/junk.pth
+train | --local_processes=0                 | --local_processes=0 is not a number of processes; give 1 or more
+train | --local_processes=2 --process_id=1  | --local_processes=2 starts all processes of a run itself; give it alone
+train | --num_processes=2                   | --num_processes
+build | -videos                             | are required: --videos; --help lists
+build | --videos=                           | argument --videos: it is empty; --help lists
+build | --videos={tmp}/none                 | --videos={tmp}/none is not a folder; give the root of the video tree
+build | --videos={tmp}/folder               | --videos={tmp}/folder holds no video; files that end in .mp4
+build | --videos={tmp}/line%nend            | line\\nend is not a folder; give
+build | --data_dir=s3://b/x                 | s3://b/x is an address, not a path of this machine; mount that storage
+build | --data_dir={tmp}/file               | Not a directory: '{tmp}/file
+build | --data_dir={tmp}/o\udce9            | o\\xe9 is not valid UTF-8; rename that folder
+build | --config=kinetics500                | argument --config: invalid choice: 'kinetics500'
+build | --config=kinetics400                | has no train folder, which --config=kinetics400 needs
+build | --workers=x                         | argument --workers: invalid int value: 'x'; --help lists
+build | --workers=0                         | --workers=0 is not in 1..4096; give a number from there
+build | --short_side=0                      | --short_side=0 is not in 16..4096; give a number from there
+build | --max_damage=2                      | --max_damage=2.0 is not in 0..1; give a number from there
+build | --time_limit=nan                    | --time_limit=nan is not in 0.001..1000000; give a number from there
+build | --short_sied=3                      | unrecognized arguments: --short_sied=3; --help lists
+build | --shard_range=3/3                   | --shard_range=3/3 is not I/N with I in 0..N-1; give for example 0/16
+build | --shard_range=                      | --shard_range= is not I/N
+build | --shard_range=0/2 --finalise        | argument --finalise: not allowed with argument --shard_range; --help
+build | --beam_options=--x                  | --beam_options has no meaning without --beam_runner; give that too
+build | --beam_runner=x --workers=2         | --workers is not for --beam_runner; set it in --beam_options
+build | --finalise                          | 1 of 1 shards are not in {tmp}/new
+build | --verify                            | there is no dataset in {tmp}/new/kinetics_frames/folder/2.0.0; give
+build | --annotations=gs://b/x              | gs://b/x is an address, not a path of this machine; mount that storage
+convert | -checkpoint                       | one of the arguments --checkpoint --from_torch --list --compare is required
+convert | -output                           | --checkpoint needs --output, the path to write to
+convert | --output={tmp}/none/o.pth         | the folder of --output={tmp}/none/o.pth does not exist; make it first
+convert | --output={tmp}/folder             | --output={tmp}/folder
+convert | --checkpoint={tmp}/folder         | {tmp}/folder holds no checkpoint; give the --workdir of a training run
+convert | --checkpoint={tmp}/none           | {tmp}/none holds no checkpoint; give
+convert | --step=3                          | {run} has no step 3; it has 4, 8
+convert | --step=x                          | argument --step: invalid int value: 'x'; --help lists
+convert | --layout=timn                     | argument --layout: invalid choice: 'timn'
+convert | --format=zip                      | argument --format: invalid choice: 'zip'
+convert | --image_size=33                   | image_size=33
+convert | --model=B                         | --model does not go with --checkpoint; leave it out
+convert | --list={tmp}/junk.pth             | not allowed with argument
+convert | -checkpoint -output -no-verify --list={tmp}/none.pth | {tmp}/none.pth is not a file; give a .pth or .safetensors
+convert | -checkpoint -output -no-verify --list={tmp}/junk.pth | {tmp}/junk.pth
+convert | -checkpoint -output -no-verify --list={tmp}/junk.pth --step=3 | --step=3 is for checkpoints, and {tmp}/junk.pth is a file; leave
+convert | -checkpoint -no-verify --from_torch={tmp}/junk.safetensors --output={tmp}/new | {tmp}/junk.safetensors
+convert | -checkpoint -output -no-verify --compare {run} | argument --compare: expected 2 arguments; --help lists
+figures | -video                            | are required: --video; --help lists
+figures | --checkpoint={tmp}/folder         | {tmp}/folder holds no checkpoint; give the --workdir
+figures | --video={tmp}/none.mp4            | --video={tmp}/none.mp4 is not a file; give a video
+figures | --video={tmp}/junk/a.mp4          | --video={tmp}/junk/a.mp4 cannot be decoded (
+figures | --output={tmp}/folder             | {tmp}/folder is a folder
+figures | --output={tmp}/none/o.png         | the folder of --output={tmp}/none/o.png does not exist; make it first
+figures | --frames 5 2                      | --frames=[5, 2] must be an earlier and a later frame, from 0 on
+figures | --frames=3                        | argument --frames: expected 2 arguments; --help lists
+figures | --sede=2                          | there is no option --sede; did you mean --seed=2?
+inspect | -data_dir                         | are required: --data_dir; --help lists
+inspect | --data_dir={tmp}/folder           | there is no dataset kinetics_frames/folder in data_dir='{tmp}/folder'; build it with
+inspect | --output={tmp}/folder             | {tmp}/folder is a folder
+inspect | --pairs=0                         | --pairs=0 is not in 1..
+inspect | --frame_gap=1                     | --frame_gap=1 is not in 2..
+inspect | --image_size=x                    | argument --image_size: invalid int value: 'x'; --help lists
+inspect | --resize=fats                     | --resize='fats' is unknown; did you mean 'fast'?
+inspect | --split=test                      | has no split 'test' that tfds_kinetics wrote; there are: train, val
+inspect | --dataset=a=0,b=1                 | dataset='a=0,b=1' is not understood at 'a=0'; give one name
+clips | -output                             | are required: --output; --help lists
+clips | --output={tmp}/junk                 | --output={tmp}/junk holds something other than these clips; remove it or name another
+clips | --output={tmp}/file/clips           | --output={tmp}/file/clips cannot be written (Not a directory); give another folder
+clips | --frames=0                          | --frames=0 is too small; give at least
+clips | --height=17                         | --height=17 must be even, as h264 needs, and >= 16
+clips | --frames=many                       | argument --frames: invalid int value: 'many'; --help lists
+""".strip().splitlines()  # noqa: E501
+ROWS = [[part.strip() for part in row.split('|', 2)] for row in WRONG]
+
+
+def test_they_are_many_and_of_every_command():
+  assert len(ROWS) >= 60
+  assert {f'dropmae-{command}' for command, *_ in ROWS} == ENTRY_POINTS.keys()
+
+
+@pytest.fixture
+def places(trained, data_dir, clips, tmp_path):
+  """What the rows name; `tmp` holds folders and files that are none of what is asked for."""
+  tmp = tmp_path / 'tmp'
+  for folder in ('folder', 'junk'):
+    (tmp / folder).mkdir(parents=True)
+  for name in ('junk/a.mp4', 'junk.pth', 'junk.safetensors', 'file'):
+    (tmp / name).write_bytes(b'junk of some length')
+  (tmp / 'broken.py').write_text('def get_config(:')
+  (tmp / 'empty.py').write_text('')
+  video = next(clips.glob('val/*/*.mp4'))
+  return {'tmp': tmp, 'run': trained, 'data': data_dir, 'video': video}
+
+
+def files_in(folders):
+  """All files but locks, which say who held them."""
+  files = (path for folder in folders for path in folder.rglob('*') if path.is_file())
+  return {
+    path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.name != 'lock'
+  }
+
+
+@pytest.mark.parametrize(('command', 'arguments', 'answer'), ROWS, ids=map(' '.join, ROWS))
+def test_a_wrong_input_is_one_sentence_and_costs_nothing(
+  places, run_here, monkeypatch, command, arguments, answer
+):
+  monkeypatch.chdir(ROOT)
+  logger = main.logging.get_absl_logger()
+  monkeypatch.setattr(logger, 'filters', list(logger.filters))
+  monkeypatch.setattr(main.logging, 'set_verbosity', lambda _: None)
+  monkeypatch.setattr(log, 'handlers', [])
+  given = list(COMPLETE[f'dropmae-{command}'])
+  if command == 'train':
+    given += ['--config.data_dir={data}', '--config.batch_size=8']
+  for argument in arguments.split():
+    if argument.startswith('-') and not argument.startswith('--'):
+      given = [each for each in given if each.lstrip('-').partition('=')[0] != argument[1:]]
+    else:
+      given.append(argument.replace('%n', '\n'))
+  kept = [places[name] for name in ('tmp', 'run', 'data')]
+  before = files_in(kept)
+  module = importlib.import_module(ENTRY_POINTS[f'dropmae-{command}'].partition(':')[0])
+  done = run_here(module.main, *(each.format(**places) for each in given))
+  assert_one_sentence(done, answer.format(**places))
+  sentence = done.stderr.splitlines()[-1]
+  assert sentence.startswith('error: ')
+  # Or a command that can be copied.
+  assert sentence[-1] in '.?' or 'build it with: ' in sentence
+  assert 'usage' not in done.stderr
+  assert files_in(kept) == before
+  assert not os.path.exists('gs:')
