@@ -3,12 +3,14 @@ r"""Trains under random faults, and checks that they do not change the result.
     python -m benchmarks.soak --minutes=10
 
 A tiny model trains on generated clips. The faults are kill -9 of the trainer, SIGTERM, a damaged
-newest checkpoint after a kill, a second start beside the trainer, and a dataset that is replaced
-and put back; after each, the same command resumes the run. The final parameters and moments must
-equal those of a run without faults, bit for bit. Then the next run starts, until the time is over.
+newest checkpoint after a kill, a second start beside the trainer, a dataset that is replaced and
+put back, and a disk that is full for a while (where a file system may be mounted, as by root); after
+each, the same command resumes the run. The final parameters and moments must equal those of a run
+without faults, bit for bit. Then the next run starts, until the time is over.
 """
 
 import collections
+import contextlib
 import os
 import pathlib
 import random
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -125,7 +127,7 @@ def replace_data(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) ->
   """Kills the trainer and swaps two shards, with which a start must be refused; swaps them back."""
   if not kill_trainer(trainer):
     return False
-  shards = rng.sample(sorted((workdir.parent / 'data').rglob('*-train.array_record*')), 2)
+  shards = rng.sample(sorted((workdir.parents[1] / 'data').rglob('*-train.array_record*')), 2)
   swap(*shards)
   done = subprocess.run(trainer.process.args, cwd=ROOT, capture_output=True, text=True, check=False)
   swap(*shards)
@@ -142,6 +144,23 @@ def swap(one: pathlib.Path, other: pathlib.Path) -> None:
   aside.rename(other)
 
 
+def fill_disk(trainer: Trainer, workdir: pathlib.Path, rng: random.Random) -> bool:
+  """Fills the disk of the workdir for some seconds, which must not end the run; then kills it."""
+  filler = workdir.parent / 'filler'
+  with contextlib.suppress(OSError), filler.open('wb', buffering=0) as file:
+    while True:
+      file.write(bytes(4096))
+  time.sleep(rng.uniform(0, LONGEST_CALM))
+  status = trainer.process.poll()
+  filler.unlink()
+  if status == ExitStatus.FAILED and 'could not be saved' in trainer.output():
+    return True  # It came to its end meanwhile.
+  if status:
+    raise AssertionError(f'status {status} on a full disk:\n{trainer.output()}')
+  time.sleep(rng.uniform(0, LONGEST_CALM / 4))
+  return kill_trainer(trainer)
+
+
 # Each returns whether it happened: False if the run had ended before.
 FAULTS: dict[str, Callable[[Trainer, pathlib.Path, random.Random], bool]] = {
   'kill -9 of the trainer': kill_trainer,
@@ -149,7 +168,22 @@ FAULTS: dict[str, Callable[[Trainer, pathlib.Path, random.Random], bool]] = {
   'damaged checkpoint': damage_checkpoint,
   'second start': start_second_trainer,
   'replaced data': replace_data,
+  'full disk': fill_disk,
 }
+
+
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path) -> Iterator[None]:
+  """Makes a folder, and mounts a small file system there if that is allowed."""
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=64m', 'tmpfs', str(folder)]
+  if subprocess.run(mount, capture_output=True, check=False).returncode:
+    print('no file system can be mounted here, so that no disk will be full', flush=True)
+  try:
+    yield
+  finally:
+    if folder.is_mount():
+      subprocess.run(['umount', '--lazy', str(folder)], check=True)
 
 
 def make_data(folder: pathlib.Path) -> None:
@@ -187,7 +221,7 @@ def disturb(
 ) -> collections.Counter[str]:
   """Runs the training under faults to its end; after the deadline without; counts the faults."""
   survived: collections.Counter[str] = collections.Counter()
-  log = workdir.with_suffix('.log')
+  log = workdir.parents[1] / f'{workdir.name}.log'
   while time.monotonic() < deadline:
     trainer = Trainer(arguments, log)
     while trainer.process.poll() is None and not trainer.is_training():
@@ -200,7 +234,7 @@ def disturb(
       return survived
     if status is not None:
       raise AssertionError(f'status {status} without a fault:\n{trainer.output()}')
-    name = rng.choice(list(FAULTS))
+    name = rng.choice([name for name in FAULTS if name != 'full disk' or workdir.parent.is_mount()])
     if not FAULTS[name](trainer, workdir, rng):
       continue
     survived[name] += 1
@@ -237,7 +271,7 @@ def soak(folder: pathlib.Path, *, minutes: float, num_steps: int, seed: int) -> 
   survived: collections.Counter[str] = collections.Counter()
   runs = 0
   while time.monotonic() < deadline:
-    workdir = folder / f'run_{runs}'
+    workdir = folder / 'disk' / f'run_{runs}'
     survived += disturb([*common, f'--workdir={workdir}'], workdir, rng=rng, deadline=deadline)
     wrong = differences(workdir, undisturbed)
     if wrong:
@@ -260,12 +294,13 @@ def main() -> None:
   if arguments.minutes <= 0 or arguments.steps < 1:
     raise UserError('--minutes and --steps must be positive; the defaults are 10 and 1500.')
   with tempfile.TemporaryDirectory(prefix='dropmae_soak') as folder:
-    found = soak(
-      pathlib.Path(folder),
-      minutes=arguments.minutes,
-      num_steps=arguments.steps,
-      seed=arguments.seed,
-    )
+    with small_disk(pathlib.Path(folder, 'disk')):
+      found = soak(
+        pathlib.Path(folder),
+        minutes=arguments.minutes,
+        num_steps=arguments.steps,
+        seed=arguments.seed,
+      )
   for name, count in found.items():
     print(f'{name}: {count}')
 
