@@ -1,7 +1,8 @@
 """Writes the checkpoints of a run in the background, and restores the newest when it resumes.
 
 Disk faults do not end a run. A checkpoint that cannot be written is reported and skipped. One that
-cannot be read is renamed, and the run resumes from the one before it.
+cannot be read is renamed, and the run resumes from the one before it. An older one is deleted only
+when all files of a newer one are on the disk; orbax would delete it before.
 """
 
 import contextlib
@@ -14,13 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import orbax.checkpoint.checkpoint_managers as checkpoint_managers
 from flax import traverse_util
 
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.optimizer import TrainState
-from dropmae_jax.runtime import multihost
+from dropmae_jax.runtime import atomic_file, multihost
 from dropmae_jax.runtime.errors import (
   PROGRAM_ERRORS,
   RunFailed,
@@ -28,6 +28,9 @@ from dropmae_jax.runtime.errors import (
   first_line,
   remedy_of,
 )
+
+# In the names of folders that orbax removes when it starts.
+TEMPORARY = '.orbax-checkpoint-tmp'
 
 _log = logging.getLogger('dropmae_jax')
 
@@ -46,16 +49,13 @@ class Checkpoints:
     self, workdir: pathlib.Path, options: CheckpointOptions, description: dict[str, Any]
   ) -> None:
     self.description = description
-    policies: list[Any] = [checkpoint_managers.LatestN(options.keep_last)]
-    if options.keep_every:
-      policies.append(checkpoint_managers.EveryNSteps(options.keep_every))
-    self._options = ocp.CheckpointManagerOptions(
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-      cleanup_tmp_directories=True,  # Left by a process that was killed while it saved.
-    )
+    self._options = options
     self._folder = (workdir / saved_weights.FOLDER).absolute()
-    self._manager = ocp.CheckpointManager(self._folder, options=self._options)
-    self._every_steps = options.every_steps
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      # Left by a process that was killed while it saved or deleted.
+      options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+    )
     self._pending: int | None = None
     self._has_saved = False
     self._given_up: set[int] = set()
@@ -68,7 +68,7 @@ class Checkpoints:
 
   def is_due(self, step: int) -> bool:
     """Returns whether a checkpoint is to be saved at this step."""
-    return step % self._every_steps == 0
+    return step % self._options.every_steps == 0
 
   def save(self, step: int, state: TrainState) -> None:
     """Copies the state off the devices and writes it in the background; once per step."""
@@ -76,6 +76,7 @@ class Checkpoints:
     self._remove_given_up()
     if step == self.latest_step:
       return
+    self._given_up.discard(step)
     # The training loop forbids implicit transfers, but orbax copies from the devices by them.
     with jax.transfer_guard('allow'):
       arrays = {'params': state.params, 'opt_state': state.opt_state}
@@ -90,13 +91,39 @@ class Checkpoints:
         self._give_up(error)
 
   def _settle(self) -> None:
-    """Waits for what is being written."""
+    """Waits until what is being written is on the disk, and then deletes what is too old.
+
+    After a power cut, a file is whole only if it was synced before. Orbax syncs the arrays, but no
+    json and no folder.
+    """
+    failure = None
     try:
       self._manager.wait_until_finished()
-      self._has_saved |= self._pending is not None
-      self._pending = None
+      if self._pending is not None:
+        atomic_file.sync(self._folder / str(self._pending))
     except Exception as error:  # As in `save`.
-      self._give_up(error)
+      failure = error
+    with jax.transfer_guard('allow'):
+      failed_somewhere = multihost.any_of(failure is not None)
+    if failed_somewhere:
+      self._give_up(failure or OSError('another process could not write it'))
+    elif self._pending is not None:
+      self._has_saved, self._pending = True, None
+      self._delete_old()
+
+  def _delete_old(self) -> None:
+    """Deletes what the options do not keep; each at once for those who look into the folder."""
+    if jax.process_index():
+      return
+    steps = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
+    keep_last, keep_every = self._options.keep_last, self._options.keep_every
+    for step in steps[:-keep_last]:
+      if not keep_every or step % keep_every:
+        old = self._folder / str(step)
+        try:
+          shutil.rmtree(old.rename(f'{old}{TEMPORARY}'))
+        except OSError as error:
+          _log.warning(f'{old} cannot be deleted ({error.strerror}); training goes on.')
 
   def _give_up(self, error: Exception) -> None:
     """Frees the room of a checkpoint that could not be written; those before it are kept.
@@ -123,7 +150,7 @@ class Checkpoints:
     """Removes the files of all failed saves; threads of orbax may still write after a failure."""
     if jax.process_index() == 0:
       for step in self._given_up:
-        for remains in self._folder.glob(f'{step}.*-tmp*'):
+        for remains in (self._folder / str(step), *self._folder.glob(f'{step}.*-tmp*')):
           shutil.rmtree(remains, ignore_errors=True)
 
   def finish(self, step: int, state: TrainState) -> None:

@@ -267,6 +267,7 @@ def save_weights(
       with ocp.CheckpointManager(staged) as manager:
         manager.save(step, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
+      atomic_file.sync(staged)
       folder.mkdir(exist_ok=True)
       staged.replace(folder / FOLDER)
   except (OSError, ValueError) as error:

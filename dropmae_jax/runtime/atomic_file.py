@@ -1,4 +1,4 @@
-"""Writes files atomically: checks the path first, writes a temporary file, then renames it.
+"""Writes files atomically: checks the path first, writes a temporary file, syncs and renames it.
 
 Each weight file gets `<file>.sha256`, for `sha256sum -c`, and `<file>.json`, a card that describes
 it.
@@ -125,11 +125,26 @@ def staged(path: pathlib.Path, *, num_bytes: int, has_card: bool = True) -> Iter
     partial = pathlib.Path(temporary) / target.name
     yield partial
     check_file(path, has_card=has_card)
+    sync(partial.parent)
     if has_card:
       # If the process is killed here, no file is left with the sha256 of another one.
       sha256_path(target).unlink(missing_ok=True)
     for written in [partial, *sorted(set(partial.parent.iterdir()) - {partial})]:
       written.replace(target.with_name(written.name))
+
+
+def sync(path: pathlib.Path) -> None:
+  """Waits until a file, or a folder with all that is in it, is on its disk; then its name too.
+
+  Raises:
+    OSError: it could not be written.
+  """
+  for each in (*path.rglob('*'), path, path.parent):
+    descriptor = os.open(each, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
 
 
 def write_card(path: pathlib.Path, card: Mapping[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """Which checkpoints are kept, what is restored, and what is refused."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,7 +18,7 @@ from test_commands import assert_same_weights, losses
 
 from dropmae_jax import optimizer, sharding
 from dropmae_jax.checkpoints import saved_weights
-from dropmae_jax.checkpoints.manager import Checkpoints
+from dropmae_jax.checkpoints.manager import Checkpoints, NotSaved
 from dropmae_jax.config import (
   CheckpointOptions,
   MeshOptions,
@@ -70,6 +72,49 @@ def saved(of_twelve_steps, tmp_path):
 def test_the_last_few_and_every_kth_are_kept(saved):
   steps = sorted(int(p.name) for p in (saved / saved_weights.FOLDER).iterdir())
   assert steps == [4, 8, 10, 12]
+
+
+def steps_in(folder):
+  return {path.name for path in folder.iterdir()}
+
+
+def test_a_checkpoint_goes_when_every_file_of_a_newer_one_is_on_the_disk(tmp_path, monkeypatch):
+  """After a power cut, only what was synced is there for certain."""
+  folder, real, synced = tmp_path / saved_weights.FOLDER, os.fsync, []
+
+  def fsync(descriptor):
+    synced.append((os.readlink(f'/proc/self/fd/{descriptor}'), steps_in(folder)))
+    real(descriptor)
+
+  monkeypatch.setattr(os, 'fsync', fsync)
+  checkpoints = Checkpoints(tmp_path, CheckpointOptions(keep_last=1), DESCRIPTION)
+  checkpoints.save(2, state_at(2))
+  checkpoints.finish(4, state_at(4))
+  checkpoints.close()
+  assert steps_in(folder) == {'4'}
+  files = {str(path) for path in (folder / '4').rglob('*')} | {str(folder / '4'), str(folder)}
+  meanwhile = [steps for path, steps in synced if path in files and '4' in steps]
+  assert files <= {path for path, _ in synced}
+  assert all('2' in steps for steps in meanwhile)
+
+
+def test_a_checkpoint_that_does_not_reach_the_disk_is_not_kept(tmp_path, monkeypatch, caplog):
+  """As where a quota or a network file system says so only when a file is synced."""
+
+  def fsync(_):
+    raise OSError(errno.EDQUOT, 'Disk quota exceeded')
+
+  checkpoints = Checkpoints(tmp_path, CheckpointOptions(keep_last=1), DESCRIPTION)
+  checkpoints.finish(2, state_at(2))
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'fsync', fsync)
+    with pytest.raises(NotSaved, match='step 4 could not be saved .* resumes from step 2'):
+      checkpoints.finish(4, state_at(4))
+  assert 'the checkpoint of step 4 could not be written' in caplog.text
+  assert steps_in(tmp_path / saved_weights.FOLDER) == {'2'}
+  checkpoints.finish(4, state_at(4))
+  checkpoints.close()
+  assert steps_in(tmp_path / saved_weights.FOLDER) == {'4'}
 
 
 @pytest.mark.parametrize(
