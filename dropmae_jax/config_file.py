@@ -74,7 +74,10 @@ def load(name: str) -> ConfigDict:
     UserError: there is no such file, or it has no get_config.
   """
   name, _, argument = name.partition(':')
-  path = pathlib.Path(name)
+  try:
+    path = cli.local_path(name)
+  except UserError as error:
+    raise UserError(f'--config={name}: {error}.') from error
   if '/' not in name and path.suffix != '.py':
     path = PRESETS / f'{name}.py'
   if not path.is_file():

@@ -39,6 +39,11 @@ def test_a_pair_is_encoded_jointly(encoder, trained, pair):
   assert np.abs(other[0] - features[0]).max() > 1e-3
 
 
+def test_an_address_is_refused():
+  with pytest.raises(UserError, match=r'gs://bucket/run is an address, not a path'):
+    load_encoder('gs://bucket/run')
+
+
 def test_a_frame_alone_has_no_identity(encoder, pair):
   features = encoder.encode(pair[0])
   assert features.shape == (4, 4, 64)

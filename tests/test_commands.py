@@ -71,7 +71,7 @@ def test_a_finished_run_says_so_and_changes_nothing(begun, data_dir):
   before = (begun / 'metrics.jsonl').read_text()
   done = run_python(*train_arguments(data_dir, begun, '--config.num_steps=8'))
   assert done.returncode == 0, done.stderr
-  assert 'resuming after step 8 of 8' in done.stdout
+  assert 'step 8 is done, so nothing is left to do' in done.stdout
   assert (begun / 'metrics.jsonl').read_text() == before
 
 
@@ -240,6 +240,9 @@ def test_a_device_that_is_not_there_is_one_sentence(data_dir, tmp_path, monkeypa
   assert not (tmp_path / 'run').exists()
 
 
+ADDRESSES = 'gs://bucket/run', 'file:///run', 's3:/bucket'
+
+
 @pytest.mark.parametrize(
   ('module', 'arguments'),
   [
@@ -255,13 +258,21 @@ def test_a_device_that_is_not_there_is_one_sentence(data_dir, tmp_path, monkeypa
     ('dropmae_jax.pytorch.main', '--from_torch=f.pth --output={}'),
   ],
 )
-@pytest.mark.parametrize('address', ['gs://bucket/run', 'file:///run', 's3:/bucket'])
-def test_an_address_is_no_path(run_here, tmp_path, monkeypatch, module, arguments, address):
+@pytest.mark.parametrize(
+  ('address', 'message'),
+  [
+    *((each, 'is an address, not a path of this machine; mount that') for each in ADDRESSES),
+    ('~nobody-here/x', 'has no home folder; give the whole path'),
+  ],
+)
+def test_an_address_is_no_path(
+  run_here, tmp_path, monkeypatch, module, arguments, address, message
+):
   """It would become a folder of that name here."""
   monkeypatch.chdir(tmp_path)
   done = run_here(importlib.import_module(module).main, *arguments.format(address).split())
   assert done.returncode == 2
-  assert f'{address} is an address, not a path of this machine; mount that' in done.stderr
+  assert f'{address} {message}' in done.stderr
   assert 'Traceback' not in done.stderr
   assert not list(tmp_path.iterdir())
 

@@ -35,6 +35,7 @@ train | --workdir={run} --config.model.image_size=64 | holds another model (imag
 train | --config=none                       | --config=none is neither a file nor the name of a config; valid are
 train | --config=quickstrat                 | did you mean 'quickstart'?
 train | --config={tmp}/none.py              | --config={tmp}/none.py is neither a file nor
+train | --config=~nobody-here/x.py           | --config=~nobody-here/x.py: ~nobody-here/x.py has no home
 train | --config={tmp}/broken.py            | --config={tmp}/broken.py cannot be read (invalid syntax
 train | --config={tmp}/empty.py             | --config={tmp}/empty.py defines no get_config(); configs/ has
 train | --config.seed=abc                   | argument --config.seed: invalid int value: 'abc'; --help lists

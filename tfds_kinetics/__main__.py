@@ -55,7 +55,12 @@ def _path(text: str) -> pathlib.Path:
       f'{printable(text)} is an address, not a path of this machine; mount that storage as a folder'
       ' (buckets: gcsfuse, mountpoint-s3), and give the path of the folder'
     )
-  return pathlib.Path(_name(text)).expanduser()
+  try:
+    return pathlib.Path(_name(text)).expanduser()
+  except RuntimeError as error:  # There is no such user.
+    raise argparse.ArgumentTypeError(
+      f'{printable(text)} has no home folder; give the whole path'
+    ) from error
 
 
 def _text_path(text: str) -> pathlib.Path:
