@@ -11,6 +11,7 @@ import pathlib
 import sys
 from typing import NoReturn
 
+import jax
 from absl import logging
 
 from dropmae_jax import config_file
@@ -61,8 +62,6 @@ def main() -> int:
   # What goes wrong in orbax comes as exceptions too, which become a sentence.
   logging.get_absl_logger().addFilter(lambda record: '/orbax/' not in record.pathname)
   # After the checks, which are then answered at once.
-  import jax
-
   from dropmae_jax import train
 
   multihost.join(
@@ -113,8 +112,9 @@ def _end(status: int) -> NoReturn:
   another one that has failed, and nothing public cancels them.
   """
   Watchdog(END_SECONDS, remedy='').watch('the end of the process')
-  if 'jax' in sys.modules:
-    sys.modules['jax'].distributed.shutdown()  # Waits for the other processes.
+  # Waits for the other processes; what became of this one is known already.
+  with contextlib.suppress(RuntimeError):
+    jax.distributed.shutdown()
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError):
       stream.flush()
