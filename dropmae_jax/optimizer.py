@@ -1,5 +1,9 @@
 """AdamW as published: what decays, and the learning rate of every update."""
 
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -7,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from dropmae_jax.config import OptimizerOptions
+from dropmae_jax.config import Config, OptimizerOptions
 
 # Position tables get no gradient and must not decay; AdamW then never moves them.
 FIXED = ('pos_embed', 'decoder_pos_embed')
@@ -32,6 +36,41 @@ def learning_rate(
     decay_steps=max(num_steps, warmup_steps + 1),
     end_value=floor,
   )
+
+
+def schedule_of(config: Mapping[str, Any]) -> optax.Schedule:
+  """Returns the schedule of a config as a dict, such as a checkpoint holds; in steps."""
+  options = config['optimizer']
+  return learning_rate(
+    peak=options['base_learning_rate'] * config['batch_size'] / 256,
+    floor=options['min_learning_rate'],
+    warmup_steps=options['warmup_steps'],
+    num_steps=config['num_steps'],
+  )
+
+
+def warnings_of_schedule(config: Config, stored: Mapping[str, Any], step: int) -> list[str]:
+  """Returns what a user may not expect of the learning rate after a step.
+
+  Args:
+    config: of the run.
+    stored: the config of its last checkpoint; {} if there is none, or it does not tell.
+    step: of that checkpoint.
+  """
+  lines, warmup_steps = [], config.optimizer.warmup_steps
+  if warmup_steps >= config.num_steps:
+    lines.append(
+      f'config.optimizer.warmup_steps={warmup_steps} is not below config.num_steps='
+      f'{config.num_steps}, so the learning rate never reaches its peak'
+    )
+  with contextlib.suppress(KeyError, TypeError):  # Of other code.
+    before, now = (float(schedule_of(each)(step)) for each in (stored, dataclasses.asdict(config)))
+    if not math.isclose(before, now, rel_tol=1e-5):
+      lines.append(
+        f'the learning rate of step {step + 1} is {now:.3g}; with the config of that checkpoint it'
+        f' would be {before:.3g}'
+      )
+  return lines
 
 
 def is_decayed(params: dict) -> dict:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dropmae_jax import sharding
+from dropmae_jax import optimizer, sharding
 from dropmae_jax.checkpoints.manager import Checkpoints
 from dropmae_jax.checkpoints.saved_weights import Weights, describe
 from dropmae_jax.config import Config, may_change
@@ -27,10 +27,22 @@ from dropmae_jax.evaluation import scores
 from dropmae_jax.model import mae
 from dropmae_jax.pytorch import init_from
 from dropmae_jax.runtime import multihost, workdir_lock
-from dropmae_jax.runtime.errors import RunFailed, UserError, first_line, os_errors_as_user_errors
+from dropmae_jax.runtime.errors import (
+  UserError,
+  memory_errors_as_failures,
+  os_errors_as_user_errors,
+)
 from dropmae_jax.runtime.report import NonFiniteLoss, Report
 from dropmae_jax.runtime.watchdog import Watchdog
-from dropmae_jax.train_step import SEED_VERSION, Metrics, Model, TrainState, build, derive_seeds
+from dropmae_jax.train_step import (
+  SEED_VERSION,
+  Metrics,
+  Model,
+  Seeds,
+  TrainState,
+  build,
+  derive_seeds,
+)
 
 # How long the loader may take to end by its own limit.
 LOADER_SECONDS = 60.0
@@ -63,15 +75,13 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
   with interruption.watched(), contextlib.ExitStack() as stack:
     stack.callback(watchdog.close)
     watchdog.watch('opening the dataset', is_slow=True)
-    with multihost.ending_together() as failures, _shortages_in_one_sentence():
+    with multihost.ending_together() as failures, memory_errors_as_failures():
       scores.parse_names(config.scores)
       dataset = open_dataset(config, workdir, allow_changes=allow_changes)
       seeds = derive_seeds(config.seed)
       mesh = make_mesh(config)
       model = build(config, mesh)
-      with os_errors_as_user_errors(
-        f'--workdir={workdir} cannot be written', 'make room there, or give another one.'
-      ):
+      with _faults_of(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(workdir_lock.held(workdir))
         failures.share(workdir)
@@ -83,65 +93,46 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
           config, workdir, model, checkpoints, key=seeds.init, allow_changes=allow_changes
         )
         first_step = checkpoints.latest_step or 0
-        report = Report(
-          workdir,
-          first_step=first_step,
-          num_steps=config.num_steps,
-          batch_size=config.batch_size,
-          log_every=config.log_every,
-        )
+        report = open_report(config, workdir, first_step)
         stack.callback(report.close)
         dataset = stack.enter_context(crashes.left_out(dataset, workdir, watchdog))
-      _log.info(
-        f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
-        f' {steps_per_epoch(config, dataset)} steps per epoch,'
-        f' {mesh.size} x {jax.devices()[0].device_kind}'
-      )
-      for note in notes:
-        _log.info(note)
-
+      for line in (description_of(config, dataset, mesh, state), *notes):
+        _log.info(line)
+      if first_step >= config.num_steps:
+        return True
+      is_interrupted = interruption.is_requested
       batches = start_loader(
-        config,
-        dataset,
-        mesh,
-        seed=seeds.data,
-        first_step=first_step,
-        is_interrupted=interruption.is_requested,
+        config, dataset, mesh, seed=seeds.data, first_step=first_step, is_interrupted=is_interrupted
       )
       stack.push(functools.partial(_close_loader, batches, interruption))
       step_key = sharding.put_everywhere(seeds.steps, mesh)
       run = Run(model.step, step_key, batches, checkpoints, report, watchdog, interruption)
-      try:
-        with jax.transfer_guard('disallow'):
-          return loop(config, run, state, first_step)
-      except NonFiniteLoss as error:
-        _log.warning(str(error))
-        watchdog.watch('listing the pairs of the batch', is_slow=True)
-        listed = non_finite_batch.write(
-          workdir, config, dataset, error.step, data_seed=seeds.data, step_key=seeds.steps
-        )
-        raise NonFiniteLoss(f'{error} {listed}', error.step) from error
-      finally:
-        watchdog.watch('closing the run', is_slow=True)
+      with _ending(config, workdir, dataset, seeds, watchdog), jax.transfer_guard('disallow'):
+        return loop(config, run, state, first_step)
+
+
+def _faults_of(workdir: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  return os_errors_as_user_errors(
+    f'--workdir={workdir} cannot be written', 'make room there, or give another one.'
+  )
 
 
 @contextlib.contextmanager
-def _shortages_in_one_sentence() -> Iterator[None]:
-  """Raises RunFailed if memory runs out inside, on this machine or on a device."""
+def _ending(
+  config: Config, workdir: pathlib.Path, dataset: Mixture, seeds: Seeds, watchdog: Watchdog
+) -> Iterator[None]:
+  """Lists the batch of a loss that is not finite, and watches over the end of the run."""
   try:
     yield
-  except MemoryError as error:
-    raise RunFailed(
-      f'this machine has no memory left ({error}); lower config.batch_size or'
-      ' config.data.num_threads, or use more processes.'
-    ) from error
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    raise RunFailed(
-      f'a device has no memory left ({first_line(error)}); lower config.batch_size, raise'
-      ' config.accumulation_steps, set config.remat=full, or shard the state by config.mesh.fsdp.'
-    ) from error
+  except NonFiniteLoss as error:
+    _log.warning(str(error))
+    watchdog.watch('listing the pairs of the batch', is_slow=True)
+    listed = non_finite_batch.write(
+      workdir, config, dataset, error.step, data_seed=seeds.data, step_key=seeds.steps
+    )
+    raise NonFiniteLoss(f'{error} {listed}', error.step) from error
+  finally:
+    watchdog.watch('closing the run', is_slow=True)
 
 
 class Run(NamedTuple):
@@ -293,11 +284,15 @@ def first_state(
     UserError: the checkpoint is of another run, and changes are not allowed.
   """
   if checkpoints.latest_step is None:
+    notes = optimizer.warnings_of_schedule(config, {}, 0)
     if not config.init_from:
-      return model.init(key), []
+      return model.init(key), notes
     start = init_from.read(pathlib.Path(config.init_from), config.model)
+    # Of a run that is training, processes could find different checkpoints.
+    multihost.agree({'weights of config.init_from': start.digest()})
     state = model.init(key)
-    return state.replace(params=init_from.replace(state.params, start.params)), start.report
+    params = init_from.replace(state.params, start.params)
+    return state.replace(params=params), start.report + notes
   state, notes = checkpoints.restore(model.abstract_state)
   changes = checkpoints.changes()
   refused = [f'{name}: {change}' for name, change in changes.items() if not may_change(name)]
@@ -306,9 +301,40 @@ def first_state(
       f'--workdir={workdir} holds another run ({", ".join(refused)}); give its dataset and config'
       ' again, or another --workdir, or --allow_changes to resume from it all the same.'
     )
-  notes.append(f'resuming after step {checkpoints.latest_step} of {config.num_steps}')
+  step = checkpoints.latest_step
+  notes.append(
+    f'resuming after step {step} of {config.num_steps}'
+    if step < config.num_steps
+    else f'step {step} is done, so nothing is left to do for config.num_steps={config.num_steps};'
+    ' give more steps to train on'
+  )
   notes += [f'changed since that checkpoint: {name}: {text}' for name, text in changes.items()]
+  if 'init_from' in changes:
+    notes.append(f'config.init_from is not read, because {workdir} has a checkpoint of its own')
+  if step < config.num_steps:
+    stored = checkpoints.stored_description().get('config', {})
+    notes += optimizer.warnings_of_schedule(config, stored, step)
   return state, notes
+
+
+def open_report(config: Config, workdir: pathlib.Path, first_step: int) -> Report:
+  """Opens log.txt, metrics.jsonl and the like."""
+  return Report(
+    workdir,
+    first_step=first_step,
+    num_steps=config.num_steps,
+    batch_size=config.batch_size,
+    log_every=config.log_every,
+  )
+
+
+def description_of(config: Config, dataset: Mixture, mesh: Mesh, state: TrainState) -> str:
+  """Returns the first line of the log: sizes of model, data and machine."""
+  return (
+    f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
+    f' {steps_per_epoch(config, dataset)} steps per epoch,'
+    f' {mesh.size} x {jax.devices()[0].device_kind}'
+  )
 
 
 def start_loader(

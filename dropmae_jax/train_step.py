@@ -1,5 +1,6 @@
 """One optimizer update, a pure function of (state, batch, seed key), and `build`, which jits it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -199,12 +200,7 @@ def build(config: Config, mesh: Mesh) -> Model:
   except ValueError as error:
     raise UserError(f'config: {error}') from error
   graphdef, _ = mae.abstract_model(config.model, dtype=jnp.dtype(config.dtype), remat=config.remat)
-  schedule = optimizer.learning_rate(
-    peak=config.peak_learning_rate,
-    floor=config.optimizer.min_learning_rate,
-    warmup_steps=config.optimizer.warmup_steps,
-    num_steps=config.num_steps,
-  )
+  schedule = optimizer.schedule_of(dataclasses.asdict(config))
   tx = optimizer.adamw(schedule, config.optimizer)
   step = functools.partial(
     train_step,

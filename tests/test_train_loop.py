@@ -501,6 +501,61 @@ def test_what_does_not_make_another_run_may_change(fakes, tmp_path, monkeypatch)
       assert text in log_of(tmp_path)
 
 
+# What the next start is given after eleven steps, or four, and what it says.
+CONSEQUENCES = {
+  'the end moves on': (
+    11, {'num_steps': 22}, 'the learning rate of step 12 is 2.34e-06; with the config of that check'
+  ),
+  'another peak': (
+    4, {'optimizer.base_learning_rate': 3e-4}, 'the learning rate of step 5 is 6.63e-06; with the'
+  ),
+  'warm-up alone': (
+    4, {'optimizer.warmup_steps': 11}, 'warmup_steps=11 is not below config.num_steps=11, so the'
+  ),
+  'a start that is over': (4, {'init_from': 'other'}, 'config.init_from is not read, because '),
+  'the same again': (11, {}, 'step 11 is done, so nothing is left to do for config.num_steps=11; '),
+  'fewer steps': (11, {'num_steps': 6}, 'step 11 is done, so nothing is left to do for config.num'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', CONSEQUENCES)
+def test_what_follows_from_a_change_is_said(fakes, tmp_path, case):
+  steps, changes, message = CONSEQUENCES[case]
+  if steps < RECIPE.num_steps:
+    fakes.at[steps] = stop_by(signal.SIGTERM)
+  train.train(RECIPE, tmp_path)
+  first = log_of(tmp_path)
+  fakes.at.clear()
+  fakes.feeds.clear()
+  assert train.train(changed(RECIPE, changes), tmp_path)
+  log = log_of(tmp_path).removeprefix(first)
+  assert message in log
+  other = 'learning rate' if 'learning' not in message else 'nothing is left'
+  assert (other in log) == ('warm' in case)
+  # Nothing is loaded where nothing is left to do.
+  assert len(fakes.feeds) == ('nothing' not in message)
+
+
+def test_warm_up_alone_is_said_at_the_start_and_a_usual_run_says_nothing(fakes, tmp_path):
+  for warmup_steps in (10, 11):
+    recipe = changed(RECIPE, {'num_steps': 11, 'optimizer.warmup_steps': warmup_steps})
+    train.train(recipe, tmp_path / str(warmup_steps))
+    log = log_of(tmp_path / str(warmup_steps))
+    assert ('learning rate' in log) == (warmup_steps == 11)
+
+
+def test_epochs_before_a_change_count_as_they_were(fakes, tmp_path):
+  """25 videos: three steps make an epoch, and one step of 16 pairs does."""
+  for batch_size, steps, epochs in ((8, 4, 4 / 3), (16, 6, 4 / 3 + 2), (16, 7, 4 / 3 + 3)):
+    fakes.at = {steps: stop_by(signal.SIGTERM)}
+    train.train(changed(RECIPE, {'batch_size': batch_size}), tmp_path, allow_changes=True)
+    folder = tmp_path / saved_weights.FOLDER / str(steps)
+    described = json.loads((folder / 'description' / 'metadata').read_text())
+    assert saved_weights.epochs(described, steps) == pytest.approx(epochs)
+  assert saved_weights.epochs({'epoch': 4}, 9) == 5
+  assert saved_weights.epochs({}, 9) is None
+
+
 def too_large_for_this_machine():
   bytearray(2**60)
 
@@ -643,3 +698,19 @@ def test_the_exit_status_says_how_a_run_ended(tmp_path, monkeypatch, capsys, out
     'process_id': 3, 'local_device_ids': None,
   }  # fmt: skip
   assert given == [joined, (2800, tmp_path, True)]
+
+
+@pytest.mark.parametrize('status', [0, 75])
+def test_a_process_that_is_lost_at_the_end_does_not_change_the_status(monkeypatch, status):
+  def shutdown():
+    raise jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED: Barrier timed out')
+
+  def end(number):
+    raise SystemExit(number)
+
+  monkeypatch.setattr(main, 'Watchdog', lambda *_, **__: types.SimpleNamespace(watch=lambda _: 0))
+  monkeypatch.setattr(jax.distributed, 'shutdown', shutdown)
+  monkeypatch.setattr(os, '_exit', end)
+  with pytest.raises(SystemExit) as ended:
+    main._end(status)
+  assert ended.value.code == status

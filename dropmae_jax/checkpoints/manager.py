@@ -26,6 +26,7 @@ from dropmae_jax.runtime.errors import (
   RunFailed,
   UserError,
   first_line,
+  lacks_memory,
   remedy_of,
 )
 
@@ -236,13 +237,23 @@ class Checkpoints:
       _, error = _on_all_processes(check_arrays)
     if error:
       return None, error
+    self._continue_epochs(step, stored)
     count = jax.device_put(np.int32(step), abstract.step.sharding)
     return TrainState(step=count, params=restored.params, opt_state=restored.opt_state), None
+
+  def _continue_epochs(self, step: int, stored: dict[str, Any]) -> None:
+    before = stored.get('epochs_before')
+    if stored.get('steps_per_epoch') != self.description.get('steps_per_epoch'):
+      before = [step, saved_weights.epochs(stored, step)]
+    if before and before[1] is not None:
+      self.description = {**self.description, 'epochs_before': before}
 
   def _check_same_model(self, step: int, stored: dict[str, Any]) -> None:
     here, there = self.description['architecture'], stored['architecture']
     changed = [
-      f'{k} is {there.get(k)} there and {here[k]} here' for k in here if here[k] != there.get(k)
+      f'{k} is {there.get(k)} there and {here.get(k)} here'
+      for k in {**here, **there}
+      if here.get(k) != there.get(k)
     ]
     if changed:
       raise UserError(
@@ -264,18 +275,21 @@ class Checkpoints:
     items = ocp.args.Composite(description=ocp.args.JsonRestore())
     return saved_weights.verify_digest(self._manager.restore(step, args=items).description)
 
+  def stored_description(self) -> dict[str, Any]:
+    """Returns the description of the newest checkpoint."""
+    return self._stored_description(self.latest_step)
+
   def changes(self) -> dict[str, str]:
     """Returns the config fields that differ from the newest checkpoint's: name to 'old -> new'.
 
     Also `data_fingerprint` if the dataset has changed, and `seed_version` if this version of the
     code draws other random numbers from the same seed.
     """
-    stored = self._stored_description(self.latest_step)
     old, new = (
       traverse_util.flatten_dict(description.get('config', {}), sep='.')
       | ({'seed_version': description.get('seed_version', 1)} if 'config' in description else {})
       | {key: description[key] for key in ('data_fingerprint',) if description.get(key)}
-      for description in (stored, self.description)
+      for description in (self.stored_description(), self.description)
     )
     return {
       name: f'{old[name]} -> {new[name]}' for name in new if old.get(name, new[name]) != new[name]
@@ -302,11 +316,10 @@ def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
   except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
     failure = error
   failed_somewhere = multihost.any_of(failure is not None)
-  lacks_memory = isinstance(failure, MemoryError) or 'RESOURCE_EXHAUSTED' in str(failure)
-  lack_memory = multihost.any_of(lacks_memory)
-  if isinstance(failure, UserError) or lacks_memory:
+  memory_is_short = multihost.any_of(lacks_memory(failure))
+  if isinstance(failure, UserError) or lacks_memory(failure):
     raise failure
-  if lack_memory:
+  if memory_is_short:
     raise RunFailed('another process of this run has too little memory to read the checkpoint.')
   if failed_somewhere and not failure:
     failure = OSError('another process cannot read it')

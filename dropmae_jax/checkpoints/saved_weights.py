@@ -25,7 +25,14 @@ from dropmae_jax.config import Architecture, Objective
 from dropmae_jax.model import mae
 from dropmae_jax.optimizer import Moments
 from dropmae_jax.runtime import atomic_file
-from dropmae_jax.runtime.errors import NO_DAMAGE, UserError, first_line, os_errors_as_user_errors
+from dropmae_jax.runtime.errors import (
+  PROGRAM_ERRORS,
+  RunFailed,
+  UserError,
+  first_line,
+  lacks_memory,
+  os_errors_as_user_errors,
+)
 
 FOLDER = 'checkpoints'
 # Arrays of zeros are stored in a thousandth of their bytes, trained weights in nine tenths.
@@ -51,6 +58,24 @@ def describe(architecture: Architecture, objective: Objective, **other: Any) -> 
     'objective': dataclasses.asdict(objective),
     **other,
   }
+
+
+def epochs(description: dict[str, Any], step: int) -> float | None:
+  """Returns how many epochs a checkpoint was trained for; None if that is not known.
+
+  Steps before the batch or the dataset of a run was changed count with what they had.
+
+  Args:
+    description: of the checkpoint. `epochs_before` is the step of the last change, and the epochs
+      before it; `epoch` is the last finished one, from 0, of imported weights.
+    step: of the checkpoint.
+  """
+  if description.get('epoch') is not None:
+    return description['epoch'] + 1
+  if 'steps_per_epoch' not in description:
+    return None
+  start, before = description.get('epochs_before', (0, 0))
+  return before + (step - start) / description['steps_per_epoch']
 
 
 def checksums(tree: Any) -> list[int]:
@@ -125,7 +150,7 @@ def check(name: str, tree: Any, description: dict[str, Any]) -> None:
 def load_weights(
   folder: pathlib.Path, *, step: int | None = None, with_moments: bool = False
 ) -> Weights:
-  """Reads the parameters of a run.
+  """Reads the parameters of a run, which may be training meanwhile.
 
   Args:
     folder: a run's workdir, its checkpoints folder, or the folder of one step.
@@ -135,32 +160,51 @@ def load_weights(
   Raises:
     UserError: there is no checkpoint, not this step, it has no moments, or it cannot be read.
   """
+  while True:
+    root, chosen, others = _choose(folder, step, with_moments)
+    try:
+      with ocp.CheckpointManager(root) as manager:
+        return _restore_weights(manager, chosen, with_moments)
+    except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
+      failure = error
+    # A run that goes on deletes checkpoints, also one that is being read.
+    if (root / str(chosen)).is_dir():
+      break
+  reason, remedy = first_line(failure), 'it is the only one; give another run'
+  if others:
+    remedy = f'give another step: {", ".join(map(str, others))}'
+  if lacks_memory(failure):
+    raise RunFailed(f'there is too little memory to read step {chosen} of {folder} ({reason}).')
+  # Errors such as TypeError are usually bugs, but damaged json makes orbax raise them too. A bug
+  # fails for every checkpoint; damage does not.
+  steps = [chosen, *others]
+  if isinstance(failure, PROGRAM_ERRORS) and not _can_read_any(root, steps, with_moments):
+    failure.add_note(f'If step {chosen} of {folder} is damaged, {remedy}.')
+    raise failure
+  raise UserError(f'step {chosen} of {folder} cannot be read ({reason}); {remedy}.') from failure
+
+
+def _choose(
+  folder: pathlib.Path, step: int | None, with_moments: bool
+) -> tuple[pathlib.Path, int, list[int]]:
+  """Returns the folder of a run's checkpoints, the step to read, and the others that there are."""
   with os_errors_as_user_errors(f'{folder} cannot be read', 'give another folder.'):
     root, steps = _stored_steps(folder.absolute())
   if not steps:
     raise UserError(
       f'{folder} holds no checkpoint; give the --workdir of a training run that has saved one.'
     )
-  step = max(steps) if step is None else step
-  others = ', '.join(str(each) for each in sorted(steps) if each != step)
-  if step not in steps:
-    raise UserError(f'{folder} has no step {step}; it has {others}.')
-  if with_moments and not (root / str(step) / 'opt_state').is_dir():
+  chosen = max(steps) if step is None else step
+  others = sorted(each for each in steps if each != chosen)
+  if chosen not in steps:
+    raise UserError(f'{folder} has no step {chosen}; it has {", ".join(map(str, others))}.')
+  stored = root / str(chosen)
+  if with_moments and stored.is_dir() and not (stored / 'opt_state').is_dir():
     raise UserError(
-      f'step {step} of {folder} holds weights without optimizer state; leave --with_optimizer out.'
+      f'step {chosen} of {folder} holds weights without optimizer state; leave --with_optimizer'
+      ' out.'
     )
-  remedy = f'give another step: {others}' if others else 'it is the only one; give another run'
-  try:
-    with ocp.CheckpointManager(root) as manager:
-      return _restore_weights(manager, step, with_moments)
-  except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
-    # Errors such as TypeError are usually bugs, but damaged json makes orbax raise them too. A bug
-    # fails for every checkpoint; damage does not.
-    if isinstance(error, NO_DAMAGE) and not _can_read_any(root, steps, with_moments):
-      error.add_note(f'If step {step} of {folder} is damaged, {remedy}.')
-      raise
-    reason = first_line(error)
-    raise UserError(f'step {step} of {folder} cannot be read ({reason}); {remedy}.') from error
+  return root, chosen, others
 
 
 def _can_read_any(root: pathlib.Path, steps: list[int], with_moments: bool) -> bool:

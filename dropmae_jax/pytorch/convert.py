@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import pathlib
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -227,13 +228,8 @@ def _optimizer_state(weights: Weights) -> dict[str, Any]:
   if groups is None:
     config = weights.description['config']
     options = OptimizerOptions(**config['optimizer'])
-    schedule = optimizer.learning_rate(
-      peak=options.base_learning_rate * config['batch_size'] / 256,
-      floor=options.min_learning_rate,
-      warmup_steps=options.warmup_steps,
-      num_steps=config['num_steps'],
-    )
-    groups = adamw_state.group_options(float(schedule(weights.step)), options)
+    rate = float(optimizer.schedule_of(config)(weights.step))
+    groups = adamw_state.group_options(rate, options)
   return adamw_state.to_torch(TorchAdamW(weights.moments, groups), weights.architecture)
 
 
@@ -242,10 +238,9 @@ def _card(
 ) -> dict[str, Any]:
   """Returns what the .json beside a file says about its weights."""
   description = weights.description
-  epoch = description.get('epoch')
-  if epoch is None and 'steps_per_epoch' in description:
-    # As in the published code: the last finished epoch, counted from 0.
-    epoch = weights.step // description['steps_per_epoch'] - 1
+  epochs = saved_weights.epochs(description, weights.step)
+  # As in the published code: the last finished epoch, counted from 0. Rounded, as 1/3 + 2/3 is 1.
+  epoch = None if epochs is None else math.floor(round(epochs, 6)) - 1
   shape = dataclasses.asdict(architecture)
   return {
     'layout': layout,

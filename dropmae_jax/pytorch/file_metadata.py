@@ -71,11 +71,17 @@ def _is_source(value: Any) -> bool:
   return isinstance(fresh, list) and all(isinstance(name, str) for name in fresh)
 
 
+def _is_step_and_epochs(value: Any) -> bool:
+  is_pair = isinstance(value, list | tuple) and len(value) == 2
+  return is_pair and _is_a(value[0], int) and _is_a(value[1], float) and min(value) >= 0
+
+
 _STEP = _integer_from(0)
 # Older files have a score too, which is not read.
 _DESCRIPTION = {
   'frame_gap': _integer_from(2),
   'steps_per_epoch': _integer_from(1),
+  'epochs_before': _Check(_is_step_and_epochs, 'a step and a number of epochs'),
   'epoch': _integer_from(-1),
   'config': _Check(lambda value: isinstance(value, dict), 'a dict of plain values'),
   'data_fingerprint': _Check(lambda value: value is None or isinstance(value, str), 'a string'),

@@ -1,5 +1,6 @@
 """Initialises a run from the weights of another run or of a weight file."""
 
+import hashlib
 import pathlib
 from typing import NamedTuple
 
@@ -23,6 +24,13 @@ class InitialParams(NamedTuple):
 
   params: dict[tuple[str | int, ...], np.ndarray]
   report: list[str]
+
+  def digest(self) -> str:
+    """Returns a hash of all values."""
+    digest = hashlib.sha256()
+    for array in self.params.values():
+      digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:

@@ -51,6 +51,30 @@ PROGRAM_ERRORS = (TypeError, AttributeError, NameError, ImportError)
 NO_DAMAGE = (*PROGRAM_ERRORS, MemoryError)
 
 
+def lacks_memory(error: BaseException | None) -> bool:
+  """Whether an error says that memory ran out, on this machine or on a device."""
+  return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
+
+
+@contextlib.contextmanager
+def memory_errors_as_failures() -> Iterator[None]:
+  """Raises RunFailed if memory runs out inside, on this machine or on a device."""
+  try:
+    yield
+  except Exception as error:
+    if isinstance(error, UserError | RunFailed) or not lacks_memory(error):
+      raise
+    if isinstance(error, MemoryError):
+      raise RunFailed(
+        f'this machine has no memory left ({error}); lower config.batch_size or'
+        ' config.data.num_threads, or use more processes.'
+      ) from error
+    raise RunFailed(
+      f'a device has no memory left ({first_line(error)}); lower config.batch_size, raise'
+      ' config.accumulation_steps, set config.remat=full, or shard the state by config.mesh.fsdp.'
+    ) from error
+
+
 @contextlib.contextmanager
 def os_errors_as_user_errors(what: str, remedy: str) -> Iterator[None]:
   """Turns an OSError inside, such as a missing permission, into a `UserError`.

@@ -149,7 +149,7 @@ class Report:
     self._writes = jax.process_index() == 0
     self._bar = tqdm.tqdm(
       total=num_steps,
-      initial=first_step,
+      initial=min(first_step, num_steps),
       unit='step',
       disable=not (self._writes and sys.stderr.isatty()),
     )

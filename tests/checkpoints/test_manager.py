@@ -108,7 +108,7 @@ def test_a_checkpoint_that_does_not_reach_the_disk_is_not_kept(tmp_path, monkeyp
   checkpoints.finish(2, state_at(2))
   with monkeypatch.context() as patch:
     patch.setattr(os, 'fsync', fsync)
-    with pytest.raises(NotSaved, match='step 4 could not be saved .* resumes from step 2'):
+    with pytest.raises(NotSaved, match=r'step 4 could not be saved .* resumes from step 2'):
       checkpoints.finish(4, state_at(4))
   assert 'the checkpoint of step 4 could not be written' in caplog.text
   assert steps_in(tmp_path / saved_weights.FOLDER) == {'2'}
@@ -180,6 +180,26 @@ def test_another_model_is_refused(saved):
 
 
 @pytest.mark.parametrize(
+  ('here', 'there', 'message'),
+  [
+    ({'num_heads': 4}, {}, 'num_heads is 2 there and 4 here'),
+    ({}, {'of_later': 1}, 'of_later is 1'),
+  ],
+)
+def test_what_shapes_do_not_show_is_another_model_too(tmp_path, here, there, message):
+  def described(changes):
+    return DESCRIPTION | {'architecture': DESCRIPTION['architecture'] | changes}
+
+  first = Checkpoints(tmp_path, CheckpointOptions(), described(there))
+  first.finish(2, state_at(2))
+  first.close()
+  second = Checkpoints(tmp_path, CheckpointOptions(), described(here))
+  with pytest.raises(UserError, match=message):
+    second.restore(abstract_on(sharding.make_mesh()))
+  second.close()
+
+
+@pytest.mark.parametrize(
   ('then', 'change'), [({}, {'seed_version': '1 -> 2'}), ({'seed_version': 2}, {})]
 )
 def test_code_that_draws_otherwise_from_a_seed_makes_another_run(tmp_path, then, change):
@@ -203,6 +223,28 @@ def test_weights_alone_are_read_but_not_trained_on(tmp_path):
   with pytest.raises(UserError, match='holds weights without optimizer state'):
     checkpoints.restore(abstract_on(sharding.make_mesh()))
   checkpoints.close()
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_not_missed(saved, monkeypatch, capfd):
+  """As when training goes on: the newest one is another by then."""
+  folder, real, reads = saved / saved_weights.FOLDER, ocp.CheckpointManager.restore, []
+
+  def restore(self, step, *arguments, **options):
+    reads.append(step)
+    if len(reads) == 1:
+      shutil.rmtree(folder / '12')
+      if not (folder / '16').exists():
+        (folder / '10').rename(folder / '16')
+    return real(self, step, *arguments, **options)
+
+  monkeypatch.setattr(ocp.CheckpointManager, 'restore', restore)
+  weights = saved_weights.load_weights(saved, with_moments=True)
+  assert (weights.step, weights.moments.count) == (16, 0)
+  assert capfd.readouterr().err == ''
+  reads.clear()
+  shutil.copytree(folder / '8', folder / '12')
+  with pytest.raises(UserError, match=r'has no step 12; it has 4, 8, 16\.'):
+    saved_weights.load_weights(saved, step=12)
 
 
 def test_an_empty_folder_is_refused(tmp_path):

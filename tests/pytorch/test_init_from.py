@@ -116,6 +116,27 @@ def test_other_heads_are_another_encoder(workdir, tmp_path):
   assert len(told) == 1
 
 
+def test_processes_begin_with_the_same_weights(workdir, monkeypatch, tmp_path):
+  """Of a run that is training, each could find another newest checkpoint; `agree` compares."""
+  other = tmp_path / 'other'
+  saved_weights.save_weights(other, drawn(TINY, 2), 7, saved_weights.describe(TINY, Objective()))
+  told, model = [], train.Model(lambda _: None, None, None)
+
+  def agree(facts):
+    told.append(facts)
+    raise UserError('they differ')
+
+  monkeypatch.setattr(train.multihost, 'agree', agree)
+  for source in (workdir, workdir, other):
+    begun = Config(data_dir='', num_steps=1, batch_size=1, model=TINY, init_from=str(source))
+    checkpoints = Checkpoints(tmp_path / 'run', CheckpointOptions(), {})
+    with pytest.raises(UserError, match='they differ'):
+      train.first_state(
+        begun, tmp_path, model, checkpoints, key=jax.random.key(3), allow_changes=False
+      )
+  assert told[0] == told[1] != told[2]
+
+
 def test_tables_of_another_grid_are_resampled(workdir, params):
   other = dataclasses.replace(TINY, image_size=48)
   start = init_from.read(workdir, other)
@@ -188,7 +209,7 @@ def test_the_command_begins_with_what_it_is_given(trained, data_dir, tmp_path):
   assert f'init_from {trained}: step 8' in done.stdout
   assert losses(tmp_path)[0][1] < losses(trained)[0][1] - 0.02
   again = run_python(*arguments)
-  assert 'resuming after step 8 of 8' in again.stdout
+  assert 'step 8 is done' in again.stdout
   assert 'init_from' not in again.stdout
   wrong = run_python(
     *train_arguments(data_dir, tmp_path / 'new', '--config.init_from=/nowhere.safetensors')
