@@ -4,9 +4,9 @@ r"""Trains under random faults, and checks that they do not change the result.
 
 A tiny model trains on generated clips. The faults are kill -9 of the trainer, SIGTERM, a damaged
 newest checkpoint after a kill, a second start beside the trainer, a dataset that is replaced and
-put back, and a disk that is full for a while (where a file system may be mounted, as by root); after
-each, the same command resumes the run. The final parameters and moments must equal those of a run
-without faults, bit for bit. Then the next run starts, until the time is over.
+put back, and a disk that is full for a while (where a file system may be mounted, as by root);
+after each, the same command resumes the run. The final parameters and moments must equal those of a
+run without faults, bit for bit. Then the next run starts, until the time is over.
 """
 
 import collections
@@ -293,14 +293,16 @@ def main() -> None:
   arguments = parser.parse_args()
   if arguments.minutes <= 0 or arguments.steps < 1:
     raise UserError('--minutes and --steps must be positive; the defaults are 10 and 1500.')
-  with tempfile.TemporaryDirectory(prefix='dropmae_soak') as folder:
-    with small_disk(pathlib.Path(folder, 'disk')):
-      found = soak(
-        pathlib.Path(folder),
-        minutes=arguments.minutes,
-        num_steps=arguments.steps,
-        seed=arguments.seed,
-      )
+  with (
+    tempfile.TemporaryDirectory(prefix='dropmae_soak') as folder,
+    small_disk(pathlib.Path(folder, 'disk')),
+  ):
+    found = soak(
+      pathlib.Path(folder),
+      minutes=arguments.minutes,
+      num_steps=arguments.steps,
+      seed=arguments.seed,
+    )
   for name, count in found.items():
     print(f'{name}: {count}')
 
