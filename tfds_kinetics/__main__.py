@@ -15,7 +15,8 @@ from typing import NoReturn
 
 from tfds_kinetics import build, report, verify
 from tfds_kinetics.configs import COLLECTIONS, DATASET
-from tfds_kinetics.messages import BadInput, Stopped, log, one_line, print_stack
+from tfds_kinetics.escapes import one_line, print_stack
+from tfds_kinetics.messages import BadInput, Stopped, log
 from tfds_kinetics.shards import VERSION
 from tfds_kinetics.tree import printable
 from tfds_kinetics.video import FrameOptions
