@@ -107,8 +107,10 @@ def put_everywhere(value: jax.Array, mesh: Mesh) -> jax.Array:
 
 def gather(tree: Any) -> Any:
   """Returns arrays that lie on the devices of a mesh whole, as numpy arrays of every process."""
-  whole = jax.tree.map(lambda x: jax.device_put(x, replicated(x.sharding.mesh)), tree)
-  return jax.device_get(whole)
+  # One after the other, as together they may not fit on a device.
+  return jax.tree.map(
+    lambda x: jax.device_get(jax.device_put(x, replicated(x.sharding.mesh))), tree
+  )
 
 
 def abstract_on(mesh: Mesh, state: Any) -> Any:

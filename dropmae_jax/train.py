@@ -76,7 +76,6 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
     stack.callback(watchdog.close)
     watchdog.watch('opening the dataset', is_slow=True)
     with multihost.ending_together() as failures, memory_errors_as_failures():
-      scores.parse_names(config.scores)
       dataset = open_dataset(config, workdir, allow_changes=allow_changes)
       seeds = derive_seeds(config.seed)
       mesh = make_mesh(config)
@@ -201,6 +200,8 @@ def _score(config: Config, run: Run, step: int, state: TrainState) -> None:
     weights = Weights(params, step, config.model, config.objective, run.checkpoints.description)
     with run.report.paused(), jax.transfer_guard('allow'):
       run.report.write_scores(step, scores.take(scores.parse_names(config.scores), weights))
+  with jax.transfer_guard('allow'):
+    multihost.wait_for_all('scores')
 
 
 def _save_last(run: Run, step: int, state: TrainState) -> None:
@@ -218,6 +219,7 @@ def open_dataset(config: Config, workdir: pathlib.Path, *, allow_changes: bool) 
     '--allow_changes': str(allow_changes),
   }
   try:
+    scores.parse_names(config.scores)
     dataset = open_mixture(config.data_dir, config.dataset, config.split)
   except UserError:
     # The others must hear of it, or they would wait for this process.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tfds_kinetics import records, shards
+from tfds_kinetics import disk, records, shards
 from tfds_kinetics import report as reports
 from tfds_kinetics.configs import DATASET, VideoCollection
 from tfds_kinetics.shards import ShardJob
@@ -64,9 +64,9 @@ def put_in_place(
     citation=collection.citation,
   )
   for path in (*staging.iterdir(), staging):
-    records.sync(path)
+    disk.sync(path)
   os.rename(staging, target)
-  records.sync(target.parent)
+  disk.sync(target.parent)
 
 
 def _template(folder: pathlib.Path, split: str) -> tfds.core.ShardedFileTemplate:

@@ -13,6 +13,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from tfds_kinetics.digests import file_digest, index_digest
+from tfds_kinetics.disk import sync
 from tfds_kinetics.tree import Video
 
 # The time to read a record is linear in the records of its file.
@@ -130,12 +131,3 @@ def write_text(path: pathlib.Path, text: str) -> None:
   temporary.write_text(text, 'utf-8')
   sync(temporary)
   os.replace(temporary, path)
-
-
-def sync(path: pathlib.Path) -> None:
-  """Waits until a file or folder is stored on the disk (fsync)."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

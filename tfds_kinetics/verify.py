@@ -49,7 +49,7 @@ def _stored_digests(index: pathlib.Path) -> list[str]:
     with np.load(index) as arrays:
       if 'shard_sha256' in arrays:
         return arrays['shard_sha256'].tolist()
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+  except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise _damaged(index.parent, f'{index.name}: {error}') from error
   raise BadInput(
     f'{index.parent} was built before datasets had digests, so there is nothing to compare with;'

@@ -1,4 +1,8 @@
-"""Writes shards on all cores. No video that hangs or kills a process can stop the build."""
+"""Writes shards on all cores. A video that crashes or occupies its process is skipped.
+
+A process that is killed from outside, or gets no processor time, ends the build: that may be the
+machine's fault, and the video would be missing for ever.
+"""
 
 import concurrent.futures
 import contextlib
@@ -114,13 +118,14 @@ def _raise_unless_its_own_fault(
   if stuck == WAITING:
     raise MachineFault(
       f'{path} was not read within {GRACE[0] * job.options.time_limit + GRACE[1]:g} s, as its'
-      ' process got too little processor time, which is not its fault; check the storage, or use'
-      ' fewer --workers'
+      ' process got too little processor time, which may not be its fault; check the storage, use'
+      ' fewer --workers, or move this video away'
     )
   if not stuck and (exit_code in KILLS or shortages.is_memory_limited()):
     raise MachineFault(
       f'the process that read {path} was ended twice ({_name_of(exit_code)}), as where memory is'
-      ' short, which is not its fault; free memory, raise its limit, or use fewer --workers'
+      ' short, which may not be its fault; free memory, raise its limit, use fewer --workers, or'
+      ' move this video away'
     )
 
 

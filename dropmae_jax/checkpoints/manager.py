@@ -75,6 +75,8 @@ class Checkpoints:
     """Copies the state off the devices and writes it in the background; once per step."""
     self._settle()
     self._remove_given_up()
+    if self._given_up:
+      self._manager.reload()
     if step == self.latest_step:
       return
     self._given_up.discard(step)
@@ -94,13 +96,13 @@ class Checkpoints:
   def _settle(self) -> None:
     """Waits until what is being written is on the disk, and then deletes what is too old.
 
-    After a power cut, a file is whole only if it was synced before. Orbax syncs the arrays, but no
-    json and no folder.
+    After a power cut, a file is whole only if it was synced before. Orbax syncs the arrays of each
+    process, but no json and no folder, which the first process has written.
     """
     failure = None
     try:
       self._manager.wait_until_finished()
-      if self._pending is not None:
+      if self._pending is not None and jax.process_index() == 0:
         atomic_file.sync(self._folder / str(self._pending))
     except Exception as error:  # As in `save`.
       failure = error
@@ -116,15 +118,17 @@ class Checkpoints:
     """Deletes what the options do not keep; each at once for those who look into the folder."""
     if jax.process_index():
       return
-    steps = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
     keep_last, keep_every = self._options.keep_last, self._options.keep_every
-    for step in steps[:-keep_last]:
-      if not keep_every or step % keep_every:
-        old = self._folder / str(step)
-        try:
+    try:
+      for step in saved_weights.steps_in(self._folder)[:-keep_last]:
+        if not keep_every or step % keep_every:
+          old = self._folder / str(step)
           shutil.rmtree(old.rename(f'{old}{TEMPORARY}'))
-        except OSError as error:
-          _log.warning(f'{old} cannot be deleted ({error.strerror}); training goes on.')
+    except OSError as error:
+      _log.warning(
+        f'an old checkpoint in {self._folder} cannot be deleted ({error.strerror}); training goes'
+        ' on.'
+      )
 
   def _give_up(self, error: Exception) -> None:
     """Frees the room of a checkpoint that could not be written; those before it are kept.
@@ -308,7 +312,7 @@ def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
   Raises:
     UserError: raised by the stage; the other processes are told first that it failed here.
-    MemoryError: and the like, as one process has too little memory to read it.
+    RunFailed: a process is short of memory, open files or the like; so is MemoryError.
   """
   result = failure = None
   try:
@@ -316,11 +320,18 @@ def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
   except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
     failure = error
   failed_somewhere = multihost.any_of(failure is not None)
-  memory_is_short = multihost.any_of(lacks_memory(failure))
+  # What a machine is short of is no damage.
+  is_short = lacks_memory(failure) or bool(failure and remedy_of(failure, ''))
+  is_short_somewhere = multihost.any_of(is_short)
   if isinstance(failure, UserError) or lacks_memory(failure):
     raise failure
-  if memory_is_short:
-    raise RunFailed('another process of this run has too little memory to read the checkpoint.')
+  if is_short:
+    raise RunFailed(
+      f'the checkpoint cannot be read now ({first_line(failure)}); {remedy_of(failure, "")}, and'
+      ' give the same command again.'
+    ) from failure
+  if is_short_somewhere:
+    raise RunFailed('another process of this run cannot read the checkpoint; see its message.')
   if failed_somewhere and not failure:
     failure = OSError('another process cannot read it')
   return result, failure

@@ -160,7 +160,9 @@ def load_weights(
   Raises:
     UserError: there is no checkpoint, not this step, it has no moments, or it cannot be read.
   """
+  chosen = None
   while True:
+    before = chosen
     root, chosen, others = _choose(folder, step, with_moments)
     try:
       with ocp.CheckpointManager(root) as manager:
@@ -168,7 +170,7 @@ def load_weights(
     except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
       failure = error
     # A run that goes on deletes checkpoints, also one that is being read.
-    if (root / str(chosen)).is_dir():
+    if (root / str(chosen)).is_dir() or chosen == before:
       break
   reason, remedy = first_line(failure), 'it is the only one; give another run'
   if others:
@@ -221,7 +223,16 @@ def _stored_steps(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
   names = os.listdir(root) if root.is_dir() else []
   if root.name.isdecimal() and 'params' in names:
     root, names = root.parent, [root.name]
-  return root, [int(x) for x in names if x.isdecimal() and (root / x / 'params').is_dir()]
+  return root, [step for step in _steps(names) if (root / str(step) / 'params').is_dir()]
+
+
+def steps_in(root: pathlib.Path) -> list[int]:
+  """Returns the steps that a folder of checkpoints has folders of, in order."""
+  return _steps(os.listdir(root))
+
+
+def _steps(names: list[str]) -> list[int]:
+  return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 def _check_known(options: type, stored: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from dropmae_jax.config import Architecture, DataOptions, Objective
 from dropmae_jax.data import frame_pairs
 from dropmae_jax.data.mixture import open_mixture
 from dropmae_jax.data.pair_stream import pair_keys
+from dropmae_jax.data.video_source import TfdsVideos
 from dropmae_jax.model import mae, pixels
 from dropmae_jax.runtime.errors import UserError, check_name
 
@@ -33,7 +34,7 @@ def held_out(weights: Weights) -> dict[str, float]:
     weights: of a run; its description says which dataset.
 
   Raises:
-    UserError: the dataset has no such split, or cannot be read.
+    UserError: the dataset has no such split, cannot be read, or is not that of the run any more.
   """
   config = weights.description['config']
   frames = _held_out_pairs(
@@ -41,6 +42,7 @@ def held_out(weights: Weights) -> dict[str, float]:
     config['dataset'],
     DataOptions(**config['data']),
     weights.architecture.image_size,
+    weights.description.get('data_fingerprint'),
   )
   losses = [
     _held_out_loss(
@@ -57,9 +59,13 @@ def held_out(weights: Weights) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=1)
 def _held_out_pairs(
-  data_dir: str, dataset: str, options: DataOptions, image_size: int
+  data_dir: str, dataset: str, options: DataOptions, image_size: int, fingerprint: str | None
 ) -> UInt8[np.ndarray, 'b f h w c']:
   videos = open_mixture(data_dir, dataset, split='val')
+  # Splits of a class of the user's own need not have one fingerprint.
+  is_built = all(isinstance(each, TfdsVideos) for each in videos.datasets)
+  if is_built and videos.fingerprint != fingerprint:
+    raise UserError(f'{data_dir=} holds another dataset than the run was trained on; put it back.')
   keys, maker = pair_keys(videos, seed=0), frame_pairs.PairMaker(videos, options, image_size)
   frames = np.empty((HELD_OUT_PAIRS, 2, image_size, image_size, 3), np.uint8)
   for position, out in enumerate(frames):

@@ -91,7 +91,7 @@ def read(path: pathlib.Path) -> Content:
     return Content(value, _check_sizes(value, len(mapped)))
   except (
     LookupError, ValueError, TypeError, OverflowError, RecursionError, EOFError, struct.error,
-    zipfile.BadZipFile,
+    zipfile.BadZipFile, NotImplementedError,
   ) as error:  # fmt: skip
     raise UserError(
       f'{path} cannot be read as a PyTorch checkpoint ({first_line(error)}); give a complete file'
@@ -299,6 +299,8 @@ def _tensor(
   """
   if isinstance(storage, StandIn):
     return storage
+  if not isinstance(storage, _Storage) or not isinstance(dtype, StandIn | None):
+    raise ValueError('a tensor has no numbers, or no type')
   kind = storage.kind if dtype is None else dtype.name
   found = _dtype(kind)
   if found is None:

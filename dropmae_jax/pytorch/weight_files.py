@@ -159,7 +159,7 @@ def _has_checksums(path: pathlib.Path) -> bool:
   try:
     with zipfile.ZipFile(path) as archive:
       records = archive.infolist()
-  except zipfile.BadZipFile as error:
+  except (zipfile.BadZipFile, NotImplementedError) as error:
     raise UserError(f'{path} is truncated or damaged ({error}); download it again.') from error
   # They may be of any size when they are unpacked.
   if any(record.compress_type != zipfile.ZIP_STORED for record in records):

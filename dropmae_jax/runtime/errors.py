@@ -6,6 +6,7 @@ What the user can fix is a `UserError`: one sentence that names the value and th
 import contextlib
 import difflib
 import enum
+import errno
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -53,7 +54,10 @@ NO_DAMAGE = (*PROGRAM_ERRORS, MemoryError)
 
 def lacks_memory(error: BaseException | None) -> bool:
   """Whether an error says that memory ran out, on this machine or on a device."""
-  return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
+  if isinstance(error, MemoryError):
+    return True
+  # TensorStore calls too few open files so too.
+  return 'RESOURCE_EXHAUSTED' in str(error) and shortages.shortage(error) in (None, errno.ENOMEM)
 
 
 @contextlib.contextmanager
@@ -66,7 +70,7 @@ def memory_errors_as_failures() -> Iterator[None]:
       raise
     if isinstance(error, MemoryError):
       raise RunFailed(
-        f'this machine has no memory left ({error}); lower config.batch_size or'
+        f'this machine has no memory left ({first_line(error)}); lower config.batch_size or'
         ' config.data.num_threads, or use more processes.'
       ) from error
     raise RunFailed(

@@ -27,7 +27,7 @@ from dropmae_jax.config import (
   may_change,
 )
 from dropmae_jax.model.vit import architecture_of_size
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import RunFailed, UserError
 from dropmae_jax.train_step import TrainState, init_state
 
 # When one array is damaged, orbax does not wait for the reads of the others.
@@ -375,6 +375,46 @@ def test_a_shortage_of_memory_is_no_damage(saved, monkeypatch, stage):
       restored(saved)
   assert sorted(path.name for path in (saved / saved_weights.FOLDER).iterdir()) == before
   assert restored(saved)[0] == 12
+
+
+SHORTAGES = [
+  (OSError(errno.EMFILE, 'Too many open files'), 'raise the limit of open files'),
+  (OSError(errno.ESTALE, 'Stale file handle'), 'mount its storage again'),
+  # Of TensorStore.
+  (ValueError('RESOURCE_EXHAUSTED: Failed: Too many open files'), 'raise the limit of open files'),
+]
+
+
+@pytest.mark.parametrize(('error', 'remedy'), SHORTAGES)
+def test_what_a_machine_is_short_of_is_no_damage(saved, monkeypatch, error, remedy):
+  def fail(*_, **__):
+    raise error
+
+  before = sorted(path.name for path in (saved / saved_weights.FOLDER).iterdir())
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, 'restore', fail)
+    with pytest.raises(RunFailed, match=rf'cannot be read now \(.*\); {remedy}'):
+      restored(saved)
+  assert sorted(path.name for path in (saved / saved_weights.FOLDER).iterdir()) == before
+
+
+def test_folders_are_not_synced_where_that_cannot_be_done(tmp_path, monkeypatch):
+  def fsync(descriptor):
+    if os.path.isdir(f'/proc/self/fd/{descriptor}'):
+      raise OSError(errno.EINVAL, 'Invalid argument')
+
+  monkeypatch.setattr(os, 'fsync', fsync)
+  checkpoints = Checkpoints(tmp_path, CheckpointOptions(), DESCRIPTION)
+  checkpoints.finish(2, state_at(2))
+  checkpoints.close()
+  assert steps_in(tmp_path / saved_weights.FOLDER) == {'2'}
+
+
+def test_a_folder_that_is_no_step_is_not_read_as_one(saved, tmp_path):
+  copied = tmp_path / 'copied'
+  shutil.copytree(saved / saved_weights.FOLDER / '12', copied / saved_weights.FOLDER / '012')
+  with pytest.raises(UserError, match='holds no checkpoint'):
+    saved_weights.load_weights(copied)
 
 
 def test_a_mistake_in_a_program_is_no_damage(saved, monkeypatch):

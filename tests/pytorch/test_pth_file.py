@@ -148,6 +148,17 @@ LIES = {
   'lists of twice the list before': nested(64, b']', b'q\x00]h\x00ah\x00a'),
   'a list in a list in a list': nested(100_000, b']', b'\x85'),
   'a number of too many digits': b'I' + 10_000 * b'9' + b'\n',
+  'a number for a storage': b'ctorch._utils\n_rebuild_tensor_v2\n'
+  + plain((1, 0, (1,), (1,)))
+  + b'R',
+  'a number for a type': b'ctorch._utils\n_rebuild_tensor_v3\n('
+  + STORAGE
+  + plain(0)
+  + plain((1,))
+  + plain((1,))
+  + b'\x89N'
+  + plain(5)
+  + b'tR',
   'nothing': b'',
   'a mark without items': b'(e',
   'memory that was not filled': b'h\x07',
