@@ -131,8 +131,17 @@ def test_training_goes_on_from_what_came_through_pytorch(trained, data_dir, tmp_
 
 
 @needs_torch
-@pytest.mark.parametrize('file_format', weight_files.FORMATS)
-@pytest.mark.parametrize('layout', layouts.LAYOUTS)
+@pytest.mark.parametrize(
+  ('layout', 'file_format'),
+  [
+    # One of the formats of each layout; the others take as long.
+    pytest.param(
+      layout, kind, marks=() if (kind == 'pth') == (layout == 'encoder') else pytest.mark.slow
+    )
+    for layout in layouts.LAYOUTS
+    for kind in weight_files.FORMATS
+  ],
+)
 def test_every_layout_and_format_is_written_verified_and_read_in(
   tmp_path, command, layout, file_format
 ):

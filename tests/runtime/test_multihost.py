@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import run_python, train_arguments
 from processes import Processes
-from test_commands import assert_same_weights, losses
+from test_commands import assert_same_weights, losses, metrics_of
 
 from dropmae_jax.runtime import multihost
 from dropmae_jax.runtime.errors import UserError
@@ -35,7 +35,7 @@ def test_two_processes_are_one_run(trained, data_dir, tmp_path):
   arguments = train_arguments(
     data_dir, tmp_path / 'run', '--config.num_steps=8', '--config.mesh.fsdp=2',
     '--config.checkpoint.every_steps=2', '--config.checkpoint.keep_last=1',
-    '--config.checkpoint.keep_every=4',
+    '--config.checkpoint.keep_every=4', '--config.score_every=8',
   )  # fmt: skip
   program = RECORDING.replace('PREFIX', str(tmp_path / 'read'))
   ends = Processes(arguments, program=program).ends()
@@ -44,6 +44,8 @@ def test_two_processes_are_one_run(trained, data_dir, tmp_path):
   expected = [loss for _, loss in losses(trained)]
   assert steps == tuple(range(1, 9))
   np.testing.assert_allclose(values, expected, rtol=1e-5)
+  scored = [row for row in metrics_of(tmp_path / 'run') if 'held_out/loss' in row]
+  assert [row['step'] for row in scored] == [8]
   # Process 1 reports nothing.
   assert 'step 8/8' in ends[0][1]
   assert 'step 8/8' not in ends[1][1]

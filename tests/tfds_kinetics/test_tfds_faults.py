@@ -252,7 +252,7 @@ def test_a_thousand_damaged_videos(clips, tmp_path):
   [
     (signal.SIGKILL, 3),
     (signal.SIGTERM, 2),
-    (signal.SIGINT, 2),
+    pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
     pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
   ],
 )
