@@ -14,7 +14,7 @@ from tfds_kinetics.messages import log
 COMPLETE = {
   'dropmae-train': ['--config=quickstart', '--workdir={tmp}/new', *TINY],
   'dropmae-build': ['--config=folder', '--videos={tmp}/junk', '--data_dir={tmp}/new'],
-  'dropmae-convert': ['--checkpoint={run}', '--output={tmp}/new.pth', '--no-verify'],
+  'dropmae-convert': ['--checkpoint={run}', '--output={tmp}/new.safetensors', '--no-verify'],
   'dropmae-figures': ['--checkpoint={run}', '--video={video}', '--output={tmp}/new.png'],
   'dropmae-inspect': ['--data_dir={data}', '--output={tmp}/new.png'],
   'dropmae-clips': ['--output={tmp}/new'],
@@ -84,8 +84,8 @@ build | --verify                            | there is no dataset in {tmp}/new/k
 build | --annotations=gs://b/x              | gs://b/x is an address, not a path of this machine; mount that storage
 convert | -checkpoint                       | one of the arguments --checkpoint --from_torch --list --compare is required
 convert | -output                           | --checkpoint needs --output, the path to write to
-convert | --output={tmp}/none/o.pth         | the folder of --output={tmp}/none/o.pth does not exist; make it first
-convert | --output={tmp}/folder             | --output={tmp}/folder
+convert | --output={tmp}/none/o.safetensors | the folder of --output={tmp}/none/o.safetensors does not exist; make it first
+convert | --format=safetensors --output={tmp}/folder | --output={tmp}/folder
 convert | --checkpoint={tmp}/folder         | {tmp}/folder holds no checkpoint; give the --workdir of a training run
 convert | --checkpoint={tmp}/none           | {tmp}/none holds no checkpoint; give
 convert | --step=3                          | {run} has no step 3; it has 4, 8
