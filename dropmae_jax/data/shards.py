@@ -18,7 +18,7 @@ from dropmae_jax.runtime.errors import UserError
 from tfds_kinetics.digests import index_digest
 
 # Of all datasets of a process. An open shard of 8,000 records takes some 70 kB, most of it their
-# offsets. To open one takes some 0.5 ms, half as long as a pair of frames.
+# offsets. To open one took 0.4 ms before digests were compared, half as long as a pair of frames.
 MAX_OPEN = 4096
 # Files that the rest of the process may open.
 OTHER_FILES = 256
