@@ -203,7 +203,7 @@ def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_pa
       tmp_path,
       '--config.num_steps=50',
       '--config.checkpoint.every_steps=1',
-      '--config.optimizer.base_learning_rate=1e30',
+      '--config.optimizer.base_learning_rate=1e9',
     )
   )
   assert done.returncode == 1
