@@ -22,8 +22,8 @@ from dropmae_jax.config import DataOptions
 from dropmae_jax.data import frame_pairs, video_source
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
-from tfds_kinetics import records
-from tfds_kinetics.digests import index_digest
+from tfds_kinetics import shards
+from tfds_kinetics.files import index_digest
 from tfds_kinetics.tree import Video
 
 DATASET = 'kinetics_frames/synthetic'
@@ -48,7 +48,7 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
   # A smooth picture makes a small JPEG.
   picture = np.tile(np.linspace(0, 255, FRAME[1]).astype(np.uint8)[None, :, None], (FRAME[0], 1, 3))
   jpeg = simplejpeg.encode_jpeg(picture, colorspace='RGB')
-  record = records.frame_record(jpeg, Video('train/class/video.mp4', 'class', 0), 0)
+  record = shards.frame_record(jpeg, Video('train/class/video.mp4', 'class', 0), 0)
   for _ in range(RECORDS):
     writer.write(record)
   writer.close()
@@ -66,7 +66,7 @@ def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -
   np.savez(folder / 'index-train.npz', **index)
   tfds.folder_dataset.write_metadata(
     data_dir=folder,
-    features=records.frame_features(),
+    features=shards.frame_features(),
     split_infos=[
       tfds.core.SplitInfo(
         name='train',

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-from tfds_kinetics import build, report, verify
+from tfds_kinetics import build, publish, report
 from tfds_kinetics.configs import COLLECTIONS, DATASET
-from tfds_kinetics.escapes import one_line, print_stack
-from tfds_kinetics.messages import BadInput, Stopped, log
+from tfds_kinetics.messages import BadInput, Stopped, log, one_line, print_stack
 from tfds_kinetics.shards import VERSION
 from tfds_kinetics.tree import printable
 from tfds_kinetics.video import FrameOptions
@@ -140,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> str:
   """Plans and carries out the build; returns the closing lines."""
   if arguments.verify:
     folder = arguments.data_dir / DATASET / arguments.config / VERSION
-    return verify.verify(folder, arguments.workers)
+    return publish.verify(folder, arguments.workers)
   way = _way(arguments)  # Checks flags: first, because listing the videos may take long.
   fields = (field.name for field in dataclasses.fields(FrameOptions))
   planned = build.plan(

@@ -16,9 +16,8 @@ from typing import Any
 
 from tfds_kinetics import publish, report, shards
 from tfds_kinetics.configs import DATASET, VideoCollection
-from tfds_kinetics.escapes import one_line
-from tfds_kinetics.messages import BadInput, log, say
-from tfds_kinetics.records import write_text
+from tfds_kinetics.files import write_text
+from tfds_kinetics.messages import BadInput, log, one_line, say
 from tfds_kinetics.shards import VERSION, ShardJob
 from tfds_kinetics.tree import Listing, list_videos, split_folders
 from tfds_kinetics.video import FrameOptions

@@ -1,11 +1,14 @@
-"""Messages to the user, and the exceptions that end a build."""
+"""Messages to the user: escaped text, and the exceptions that end a build.
 
+Nothing heavy is imported here, as other programs use only the escapes.
+"""
+
+import contextlib
+import json
 import logging
 import sys
-
-import tqdm
-
-from tfds_kinetics.escapes import one_line
+import traceback
+from types import TracebackType
 
 log = logging.getLogger('tfds_kinetics')
 
@@ -26,9 +29,34 @@ class ProgramError(Exception):
   """
 
 
+def one_line(text: str) -> str:
+  """Escapes, in the way of JSON, every character that is not shown as itself.
+
+  All text from outside passes through here before it is shown or logged: names of files and
+  tensors, labels, metadata, messages of libraries. Line ends would forge rows of a table or a log,
+  escape sequences would command the terminal, and marks of direction show a name as another one.
+  """
+  if text.isprintable():
+    return text
+  # JSON leaves DEL as it is.
+  escaped = (c if c.isprintable() else json.dumps(c)[1:-1].replace('\x7f', '\\u007f') for c in text)
+  return ''.join(escaped)
+
+
+def print_stack(
+  kind: type[BaseException], error: BaseException, stack: TracebackType | None
+) -> None:
+  """Prints an unexpected error as Python does, but escaped; for `sys.excepthook`."""
+  with contextlib.suppress(OSError):
+    for line in ''.join(traceback.format_exception(kind, error, stack)).rstrip('\n').split('\n'):
+      print(one_line(line), file=sys.stderr, flush=True)
+
+
 def say(text: str) -> None:
   """Logs a line, and shows it on the terminal if there is one."""
   text = one_line(text)
   log.info(text)
   if sys.stderr.isatty():
+    import tqdm  # The one heavy import; see above.
+
     tqdm.tqdm.write(text, file=sys.stderr)

@@ -1,16 +1,22 @@
-"""Makes finished shards, an index and TFDS metadata one dataset, by a single rename."""
+"""Makes finished shards, an index and TFDS metadata one dataset; `verify` reads it again."""
 
+import concurrent.futures
 import os
 import pathlib
 import shutil
+import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+import tqdm
 
-from tfds_kinetics import disk, records, shards
 from tfds_kinetics import report as reports
+from tfds_kinetics import shards
 from tfds_kinetics.configs import DATASET, VideoCollection
+from tfds_kinetics.files import file_digest, sync
+from tfds_kinetics.messages import BadInput
 from tfds_kinetics.shards import ShardJob
 
 
@@ -55,7 +61,7 @@ def put_in_place(
     shutil.copy(path, staging)
   tfds.folder_dataset.write_metadata(
     data_dir=staging,
-    features=records.frame_features(),
+    features=shards.frame_features(),
     split_infos=splits,
     version=shards.VERSION,
     check_data=False,  # The check reads with TensorFlow.
@@ -64,9 +70,9 @@ def put_in_place(
     citation=collection.citation,
   )
   for path in (*staging.iterdir(), staging):
-    disk.sync(path)
+    sync(path)
   os.rename(staging, target)
-  disk.sync(target.parent)
+  sync(target.parent)
 
 
 def _template(folder: pathlib.Path, split: str) -> tfds.core.ShardedFileTemplate:
@@ -98,7 +104,7 @@ def _write_index(
   """Writes the index of a split: where the frames of each video are, and facts about it.
 
   Arrays, per video: `first` record, number of `frames`, `path`, `youtube_id`, and `label`, a
-  position in `classes`. Per shard file: `shard_sha256` and `shard_index_sha256` (see `digests`).
+  position in `classes`. Per shard file: `shard_sha256` and `shard_index_sha256` (see `files`).
   Besides: `classes`, and the `fingerprint` of the whole dataset.
   """
   frames = np.array([row['frames'] for row in rows], np.int32)
@@ -116,3 +122,59 @@ def _write_index(
     classes=np.array(classes, np.str_),
     fingerprint=np.array(report['fingerprint'], np.str_),
   )
+
+
+def verify(folder: pathlib.Path, workers: int) -> str:
+  """Compares a whole dataset with its digests; returns a sentence on what was compared.
+
+  Args:
+    folder: of the dataset.
+    workers: number of threads.
+
+  Raises:
+    BadInput: a file is missing or not the one that was written, or there are no digests.
+  """
+  expected: dict[pathlib.Path, str] = {}
+  for index in sorted(folder.glob('index-*.npz')):
+    digests = _stored_digests(index)
+    split = index.stem.removeprefix('index-')
+    for number, digest in enumerate(digests):
+      expected[shard_path(folder, split, number, len(digests))] = digest
+  if not expected:
+    raise BadInput(f'there is no dataset in {folder}; give the --config and --data_dir of one.')
+  with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+    digests = threads.map(_digest, expected)
+    bar = tqdm.tqdm(digests, total=len(expected), unit='shard', disable=None)
+    wrong = [path for path, digest in zip(expected, bar, strict=True) if digest != expected[path]]
+  wrong += sorted(set(folder.glob('*.array_record-*')) - expected.keys())
+  if wrong:
+    raise _damaged(
+      folder, f'{len(wrong)} shards are missing or not those that were written, as {wrong[0].name}'
+    )
+  size = sum(path.stat().st_size for path in expected)
+  return f'{folder}: all {len(expected)} shards ({size / 1e6:.1f} MB) are as they were written'
+
+
+def _stored_digests(index: pathlib.Path) -> list[str]:
+  try:
+    with np.load(index) as arrays:
+      if 'shard_sha256' in arrays:
+        return arrays['shard_sha256'].tolist()
+  except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    raise _damaged(index.parent, f'{index.name}: {error}') from error
+  raise BadInput(
+    f'{index.parent} was built before datasets had digests, so there is nothing to compare with;'
+    ' remove it and build it again to have them.'
+  )
+
+
+def _damaged(folder: pathlib.Path, what: str) -> BadInput:
+  return BadInput(f'{folder} is damaged ({what}); copy it again, or remove it and build it again.')
+
+
+def _digest(path: pathlib.Path) -> str | None:
+  """Returns the digest of a file, or None if it is missing."""
+  try:
+    return file_digest(path)
+  except FileNotFoundError:
+    return None

@@ -9,8 +9,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from tfds_kinetics.configs import DATASET, VideoCollection
-from tfds_kinetics.escapes import one_line
-from tfds_kinetics.records import write_text
+from tfds_kinetics.files import write_text
+from tfds_kinetics.messages import one_line
 from tfds_kinetics.shards import VERSION, ShardJob
 from tfds_kinetics.tree import Listing, printable
 from tfds_kinetics.video import FrameOptions

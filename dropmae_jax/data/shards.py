@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from array_record.python.array_record_module import ArrayRecordReader
 
 from dropmae_jax.runtime.errors import UserError
-from tfds_kinetics.digests import index_digest
+from tfds_kinetics.files import index_digest
 
 # Of all datasets of a process. An open shard of 8,000 records takes some 70 kB, most of it their
 # offsets. To open one took 0.4 ms before digests were compared, half as long as a pair of frames.

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors
-from tfds_kinetics import disk
+from tfds_kinetics import files
 
 # Of temporary folders; they hold the file under its own name, however long that is.
 PREFIX = '.partial.'
@@ -141,7 +141,7 @@ def sync(path: pathlib.Path) -> None:
     OSError: it could not be written.
   """
   for each in (*path.rglob('*'), path, path.parent):
-    disk.sync(each)
+    files.sync(each)
 
 
 def write_card(path: pathlib.Path, card: Mapping[str, Any]) -> None:

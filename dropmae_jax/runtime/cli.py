@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from dropmae_jax.runtime.errors import RunFailed, UserError, did_you_mean
-from tfds_kinetics.escapes import one_line, print_stack
+from tfds_kinetics.messages import one_line, print_stack
 
 
 class LineFormatter(logging.Formatter):

@@ -12,7 +12,7 @@ from dropmae_jax import train
 from dropmae_jax.data import shards, video_source
 from dropmae_jax.data.shards import ChangedDataset
 from dropmae_jax.runtime.errors import UserError
-from tfds_kinetics import verify
+from tfds_kinetics import publish
 from tfds_kinetics.messages import BadInput
 
 
@@ -135,23 +135,23 @@ def test_a_run_ends_when_its_data_are_replaced_and_goes_on_when_they_are_put_bac
 
 def test_verify_reads_what_opening_does_not(data):
   folder, (first, *_) = version_folder(data), files_of(data)
-  assert verify.verify(folder, 2).endswith('MB) are as they were written')
+  assert publish.verify(folder, 2).endswith('MB) are as they were written')
   with first.open('r+b') as file:
     file.seek(500)
     file.write(b'damage')
   assert len(opened(data)) == 6
   with pytest.raises(BadInput, match=f'1 shards are missing or not those .*, as {first.name}'):
-    verify.verify(folder, 2)
+    publish.verify(folder, 2)
   first.unlink()
   with pytest.raises(BadInput, match=f'1 shards are missing or not those .*, as {first.name}'):
-    verify.verify(folder, 2)
+    publish.verify(folder, 2)
   (folder / 'index-val.npz').rename(folder / 'val')  # Now nothing says what its shards should be.
   with pytest.raises(BadInput, match='3 shards are missing'):
-    verify.verify(folder, 2)
+    publish.verify(folder, 2)
   (folder / 'index-val.npz').write_bytes(b'no index')
   with pytest.raises(BadInput, match=r'is damaged \(index-val.npz: '):
-    verify.verify(folder, 2)
+    publish.verify(folder, 2)
   (folder / 'index-val.npz').unlink()
   without_digests(data)
   with pytest.raises(BadInput, match='was built before datasets had digests'):
-    verify.verify(folder, 2)
+    publish.verify(folder, 2)

@@ -7,8 +7,8 @@ import types
 
 import pytest
 from conftest import run_python
-from test_tfds_frames import build_here, flags, run_here
-from test_tfds_kinetics import DATASET, command, contents, write
+from test_tfds_build import DATASET, command, contents, write
+from test_tfds_shards import build_here, flags, run_here
 
 import tfds_kinetics
 from tfds_kinetics import build, shards, workers

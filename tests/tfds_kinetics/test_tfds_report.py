@@ -10,11 +10,11 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from test_tfds_frames import OPTIONS, build_here, stored, textured
-from test_tfds_kinetics import job_of, write
-from test_tfds_videos import write_video
+from test_tfds_build import job_of, write
+from test_tfds_shards import OPTIONS, build_here, stored, textured
+from test_tfds_video import write_video
 
-from tfds_kinetics import records, report, shards
+from tfds_kinetics import report, shards
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.tree import Video
 from tfds_kinetics.video import FrameOptions, read_jpegs
@@ -75,7 +75,7 @@ def built(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     # So that a shard holds several videos, and a video goes on in another file.
     patch.setattr(shards, 'LEAST_SHARDS', 2)
-    patch.setattr(records, 'RECORDS_PER_FILE', 4)
+    patch.setattr(shards, 'RECORDS_PER_FILE', 4)
     return build_here(root, root.parent, DEFAULTS, 'kinetics400')
 
 

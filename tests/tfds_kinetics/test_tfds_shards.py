@@ -16,8 +16,8 @@ from av.video.reformatter import VideoReformatter
 from conftest import run_python
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
-from test_tfds_kinetics import DATASET, command, write
-from test_tfds_videos import ROTATIONS, write_video
+from test_tfds_build import DATASET, command, write
+from test_tfds_video import ROTATIONS, write_video
 
 from tfds_kinetics import __main__ as command_line
 from tfds_kinetics import build, workers

@@ -1,9 +1,11 @@
-"""Digests of the files of a dataset: written when it is built, compared when it is read."""
+"""Files of a dataset: written whole and to the disk, with digests to compare when they are read."""
 
+import errno
 import hashlib
 import os
 import pathlib
 import re
+import secrets
 
 # An ArrayRecord file ends with a block of this size, near the beginning of which stands where the
 # index of the records begins: a varint, followed by a magic number.
@@ -12,6 +14,8 @@ END_READ = 1024
 INDEX_BEGINS = re.compile(rb'\x08([\x80-\xff]*[\x00-\x7f])\x10\xde\xc0\xeb\xfe\x84\xce\xc3\xc9\x71')
 # The index begins with its size and checksum: 40 bytes, or 64 if a block begins among them.
 INDEX_HEADER = 64
+# Of folders on file systems that cannot sync them.
+NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
 
 
 def index_digest(path: str | os.PathLike[str]) -> str:
@@ -43,3 +47,23 @@ def file_digest(path: pathlib.Path) -> str:
   """
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def sync(path: pathlib.Path) -> None:
+  """Waits until a file or folder is stored on the disk (fsync), where that can be done."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    if not path.is_dir() or error.errno not in NO_SYNC:
+      raise
+  finally:
+    os.close(descriptor)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a text file completely or not at all, even if the power fails."""
+  temporary = path.with_name(f'{path.name}.{secrets.token_hex(8)}.partial')
+  temporary.write_text(text, 'utf-8')
+  sync(temporary)
+  os.replace(temporary, path)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_python
 
-from tfds_kinetics import build, records, shards, workers
+from tfds_kinetics import build, shards, workers
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput, log
 from tfds_kinetics.tree import Video, list_videos
@@ -129,7 +129,7 @@ def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
 
 
 def test_long_videos_are_spread_over_files(clips, tmp_path, monkeypatch):
-  monkeypatch.setattr(records, 'RECORDS_PER_FILE', 5)
+  monkeypatch.setattr(shards, 'RECORDS_PER_FILE', 5)
   job = job_of(clips, 'val')
   table = write(job, tmp_path)
   assert [row['records'] for row in table['files']] == [5, 3]

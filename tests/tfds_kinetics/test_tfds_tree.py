@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 from conftest import run_python
-from test_tfds_frames import run_here
+from test_tfds_shards import run_here
 
-from tfds_kinetics import annotations, build, tree
+from tfds_kinetics import build, tree
 from tfds_kinetics.configs import COLLECTIONS
 from tfds_kinetics.messages import BadInput
 from tfds_kinetics.video import FrameOptions
@@ -96,7 +96,7 @@ def test_folders_called_like_videos_and_folders_that_cannot_be_listed(tmp_path, 
   ],
 )
 def test_names_of_clips(name, key):
-  assert annotations.clip_key(name) == key
+  assert tree.clip_key(name) == key
 
 
 def write_csv(path, rows, header='label,youtube_id,time_start,time_end,split'):
@@ -148,14 +148,14 @@ def test_which_annotations_are_taken(tmp_path, better, worse):
     write_csv(tmp_path / 'annotations' / name, ['archery,aaaaaaaaaaa,1,11,train'])
   for name in ('AVA-Kinetics/countix_train.csv', 'train_list.txt'):
     write_csv(tmp_path / 'annotations' / name, ['a,b'], 'video_id,class')
-  found = annotations.annotation_files(tmp_path)
+  found = tree.annotation_files(tmp_path)
   assert found == {'train': tmp_path / 'annotations' / better}
-  assert annotations.annotation_files(tmp_path, tmp_path / 'annotations') == found
+  assert tree.annotation_files(tmp_path, tmp_path / 'annotations') == found
 
 
 def test_lists_of_other_projects_are_no_annotations(tmp_path):
   (tmp_path / 'kinetics400_train_list_videos.txt').write_text('archery/a.mp4 0\n')
-  assert not annotations.annotation_files(tmp_path)
+  assert not tree.annotation_files(tmp_path)
 
 
 @pytest.mark.parametrize('folder', ['riding_a_bike', 'Riding a Bike'])

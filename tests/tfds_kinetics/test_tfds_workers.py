@@ -13,9 +13,9 @@ import time
 import mutations
 import pytest
 from conftest import ROOT, run_python
-from test_tfds_frames import build_here, flags
-from test_tfds_kinetics import DATASET, PARTIAL, command, contents, job_of, skipped_of, write
-from test_tfds_videos import pictures, write_video
+from test_tfds_build import DATASET, PARTIAL, command, contents, job_of, skipped_of, write
+from test_tfds_shards import build_here, flags
+from test_tfds_video import pictures, write_video
 
 from tfds_kinetics import shards
 from tfds_kinetics.video import FrameOptions, UnusableVideo
