@@ -3,7 +3,8 @@
 It has the same distribution and the same number of drops as the definition. Three things make it
 fast: pairs are selected by 16-bit ranks instead of a sort (`weighted_sampling`); attention is
 computed in chunks of heads and samples (`chunks`); and the backward pass rematerialises the logits,
-so that only one bit per within-frame pair is stored.
+so that only one bit per within-frame pair is stored. Chunks and the backward pass need the queries,
+keys and values, so `asad_attention` takes these, where `asad.asad` takes logits and returns drops.
 
 No query loses all of its keys: a token keeps itself and the keys of the other frame. Here, unlike
 in `asad`, logits are not yet scaled by the inverse root of the head width.
