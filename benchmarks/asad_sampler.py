@@ -32,6 +32,10 @@ from dropmae_jax.runtime.errors import UserError
 if TYPE_CHECKING:
   from torch import Tensor
 
+# A decoder layer of ViT-B at 224 pixels.
+HEADS, TOKENS, DROP_RATE = 16, 392, 0.1
+BATCH_SIZES = (1, 2, 4)
+
 
 def torch_weights(logits: 'Tensor') -> 'Tensor':
   """Returns the weights of within-frame pairs [b, f, m, i, n] from logits [b, m, l, l]."""
@@ -59,12 +63,10 @@ def torch_drops(logits: 'Tensor', count: int) -> 'Tensor':
   return dropped.view(weights.shape).transpose(1, 2)
 
 
-def make_logits(
-  batch_size: int, heads: int, tokens: int, chunks: ChunkCounts
-) -> tuple[Logits, np.ndarray]:
+def make_logits(batch_size: int, chunks: ChunkCounts) -> tuple[Logits, np.ndarray]:
   """Returns the same random logits twice: in chunks for ours, and as [b, m, l, l] for PyTorch."""
-  n = tokens // 2
-  own, other = np.random.default_rng(0).normal(size=(2, batch_size, 2, heads, n, n))
+  n = TOKENS // 2
+  own, other = np.random.default_rng(0).normal(size=(2, batch_size, 2, HEADS, n, n))
   own, other = own.astype(np.float32), other.astype(np.float32)
   earlier = np.concatenate([own[:, 0], other[:, 0]], axis=-1)
   later = np.concatenate([other[:, 1], own[:, 1]], axis=-1)
@@ -73,7 +75,7 @@ def make_logits(
   return Logits(*map(jnp.asarray, ours)), np.concatenate([earlier, later], axis=-2)
 
 
-def make_ways(batch_size: int, arguments: argparse.Namespace) -> dict[str, Way]:
+def make_ways(batch_size: int) -> dict[str, Way]:
   """Returns both samplers on the same logits."""
   torch = rounds.import_torch()
   is_cpu = jax.default_backend() == 'cpu'
@@ -82,9 +84,9 @@ def make_ways(batch_size: int, arguments: argparse.Namespace) -> dict[str, Way]:
       f'PyTorch {torch.__version__} does not see the {jax.default_backend()}; set'
       ' JAX_PLATFORMS=cpu to compare both on the CPU.'
     )
-  count = num_dropped(arguments.tokens // 2, arguments.drop_rate)
-  chunks = chunks_here(batch_size, arguments.heads, arguments.tokens)
-  logits, matrix = make_logits(batch_size, arguments.heads, arguments.tokens, chunks)
+  count = num_dropped(TOKENS // 2, DROP_RATE)
+  chunks = chunks_here(batch_size, HEADS, TOKENS)
+  logits, matrix = make_logits(batch_size, chunks)
   keys = jax.random.split(jax.random.key(0), batch_size)
   sample = jax.jit(functools.partial(drops, chunks=chunks, count=count))
   sample = sample.lower(keys, logits).compile()
@@ -96,14 +98,14 @@ def make_ways(batch_size: int, arguments: argparse.Namespace) -> dict[str, Way]:
   }
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(num_rounds: int) -> list[dict[str, Any]]:
   """Measures all batch sizes in turn in every round."""
   ways = {
     (name, batch_size): way
-    for batch_size in arguments.batch_sizes
-    for name, way in make_ways(batch_size, arguments).items()
+    for batch_size in BATCH_SIZES
+    for name, way in make_ways(batch_size).items()
   }
-  seconds, calls = rounds.interleave(ways, rounds=arguments.rounds, least_seconds=0.2)
+  seconds, calls = rounds.interleave(ways, rounds=num_rounds, least_seconds=0.2)
   return [
     {
       'batch_size': batch_size,
@@ -111,18 +113,18 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
       'calls_per_measurement': {name: calls[name, batch_size] for name in ('ours', 'torch')},
       'speedup': rounds.ratios(seconds['torch', batch_size], seconds['ours', batch_size]),
     }
-    for batch_size in arguments.batch_sizes
+    for batch_size in BATCH_SIZES
   ]
 
 
-def show(result: dict[str, Any], count: int) -> str:
-  """Returns the table as text; `count` pairs of a head are dropped."""
-  about, host = result['arguments'], result['machine']
+def show(result: dict[str, Any]) -> str:
+  """Returns the table as text."""
+  count, host = num_dropped(TOKENS // 2, DROP_RATE), result['machine']
   lines = [
     f'{host["device"]}, {host["cpu"]}, {host["cores"]} cores, as many PyTorch threads; jax'
     f' {host["libraries"]["jax"]}, torch {host["libraries"]["torch"]}',
-    f'{about["heads"]} heads, {about["tokens"]} tokens, {count} pairs of a head dropped;'
-    f' {about["rounds"]} rounds: median (range)',
+    f'{HEADS} heads, {TOKENS} tokens, {count} pairs of a head dropped;'
+    f' {result["arguments"]["rounds"]} rounds: median (range)',
     f'{"samples":<9}{"ours, ms":<26}{"PyTorch, ms":<28}times as fast',
   ]
   for row in result['rows']:
@@ -137,33 +139,11 @@ def show(result: dict[str, Any], count: int) -> str:
 def parse() -> argparse.Namespace:
   """Reads and checks the command line."""
   parser = cli.Parser(description=__doc__.splitlines()[0])
-  parser.add_argument('--batch_sizes', default='1,2,4', help='samples (%(default)s)')
-  parser.add_argument('--heads', type=int, default=16, help='(%(default)s)')
-  parser.add_argument('--tokens', type=int, default=392, help='of both frames (%(default)s)')
-  parser.add_argument('--drop_rate', type=float, default=0.1, help='P (%(default)s)')
   parser.add_argument('--rounds', type=int, default=5, help='(%(default)s)')
   parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
   arguments = parser.parse_args()
-  try:
-    arguments.batch_sizes = [int(number) for number in arguments.batch_sizes.split(',')]
-  except ValueError as error:
-    raise UserError(
-      f'--batch_sizes={arguments.batch_sizes} is not a list of numbers such as 1,2,4.'
-    ) from error
-  least = {'batch_sizes': min(arguments.batch_sizes), 'heads': arguments.heads}
-  for name, value in (least | {'rounds': arguments.rounds}).items():
-    if value < 1:
-      raise UserError(f'--{name}={value} is too small; give at least 1.')
-  if arguments.tokens < 4 or arguments.tokens % 2:
-    raise UserError(
-      f'--tokens={arguments.tokens} are not those of two frames; give an even number.'
-    )
-  if not 0 < arguments.drop_rate <= 1:
-    raise UserError(f'--drop_rate={arguments.drop_rate} is not above 0 and at most 1; give 0.1.')
-  if num_dropped(arguments.tokens // 2, arguments.drop_rate) == 0:
-    raise UserError(
-      f'--drop_rate={arguments.drop_rate} drops nothing; give more of it, or --tokens.'
-    )
+  if arguments.rounds < 1:
+    raise UserError(f'--rounds={arguments.rounds} is too small; give at least 1.')
   rounds.check_output(arguments.json)
   return arguments
 
@@ -173,10 +153,10 @@ def main() -> None:
   # As in a training run.
   loader.keep_freed_memory()
   arguments = parse()
-  rows = measure(arguments)
+  rows = measure(arguments.rounds)
   threads = rounds.import_torch().get_num_threads()
   result = rounds.about(arguments) | {'torch_threads': threads, 'rows': rows}
-  print(show(result, num_dropped(arguments.tokens // 2, arguments.drop_rate)))
+  print(show(result))
   if arguments.json:
     arguments.json.write_text(json.dumps(result, indent=1))
 

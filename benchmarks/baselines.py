@@ -1,10 +1,5 @@
-"""Baselines for the dataset of frames: the same pairs, decoded from the video files.
+"""Other sources of frames for the same loader: video files, and records that are not decoded."""
 
-Each is a source of frames for the same loader. A clip is opened once for a pair, and decoded from
-the last keyframe before the earlier frame.
-"""
-
-import importlib.util
 import pathlib
 import threading
 from collections.abc import Iterator
@@ -12,6 +7,9 @@ from collections.abc import Iterator
 import av
 import numpy as np
 from jaxtyping import UInt8
+from tensorflow_datasets.proto import tf_example_pb2
+
+from dropmae_jax.data.video_source import TfdsVideos
 
 
 class PyAvReader:
@@ -47,35 +45,16 @@ class PyAvReader:
     return self._frame.to_ndarray(format='rgb24')
 
 
-class DecordReader:
-  """Reads as the published code does: opens the file, and gets frames by number."""
-
-  def __init__(self, path: pathlib.Path) -> None:
-    import decord
-
-    self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-
-  def read(self, number: int) -> UInt8[np.ndarray, 'h w c']:
-    """Decodes one frame; decord continues from the previous one, as within a batch."""
-    return self._reader.get_batch([min(number, len(self._reader) - 1)]).asnumpy()[0]
-
-
-READERS = {'pyav': PyAvReader, 'decord': DecordReader}
-
-
-def installed() -> list[str]:
-  """Returns the names of the readers that are installed; decord is no dependency."""
-  return [name for name in READERS if name != 'decord' or importlib.util.find_spec('decord')]
-
-
 class FileVideos:
-  """Random access to the frames of video files: a `video_source.VideoSource`."""
+  """Decodes frames from video files: a `video_source.VideoSource`.
 
-  def __init__(self, paths: tuple[pathlib.Path, ...], num_frames: list[int], reader: str) -> None:
+  A file is opened once for a pair, and decoded from the last keyframe before the earlier frame.
+  """
+
+  def __init__(self, paths: tuple[pathlib.Path, ...], num_frames: list[int]) -> None:
     self._paths = paths
     self._num_frames = num_frames
-    self._reader = reader
-    self._of_thread = threading.local()  # The open file, and its video.
+    self._local = threading.local()  # Of a thread: the open file, and its video.
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -86,10 +65,23 @@ class FileVideos:
 
   def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
     """Decodes a frame; the file stays open for the second frame of the pair only."""
-    opened, reader = getattr(self._of_thread, 'opened', (None, None))
+    opened, reader = getattr(self._local, 'opened', (None, None))
     if opened == video:
-      self._of_thread.opened = None, None
+      self._local.opened = None, None
     else:
-      reader = READERS[self._reader](self._paths[video])
-      self._of_thread.opened = video, reader
+      reader = PyAvReader(self._paths[video])
+      self._local.opened = video, reader
     return reader.read(number)
+
+
+class WithoutPixels(TfdsVideos):
+  """Reads and parses records, but returns a small frame instead of decoding them."""
+
+  SIZE = 8
+  PIXELS = np.zeros((SIZE, SIZE, 3), np.uint8)
+
+  def frame(self, video: int, number: int) -> UInt8[np.ndarray, 'h w c']:
+    """Reads one record."""
+    record = self._records[int(self._first[video]) + number]
+    tf_example_pb2.Example.FromString(record)
+    return self.PIXELS

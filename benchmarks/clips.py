@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from typing import NamedTuple
 
 import av
 
@@ -20,18 +21,10 @@ SHORT_SIDE = 256
 GENERATED = synthetic_clips.ClipOptions(val=0, frames=60, height=SHORT_SIDE, width=340)
 
 
-@dataclasses.dataclass(frozen=True)
-class Clips:
-  """The same clips as a dataset, and as the files that it was built from.
-
-  Attributes:
-    videos: the dataset.
-    split: of the dataset.
-    paths: the file of each clip; empty if the files are not given.
-  """
+class Clips(NamedTuple):
+  """The same clips as a dataset, and as the files that it was built from."""
 
   videos: TfdsVideos
-  split: str
   paths: tuple[pathlib.Path, ...]
 
 
@@ -49,10 +42,10 @@ def find_files(root: pathlib.Path) -> list[pathlib.Path]:
   Raises:
     UserError: there are none.
   """
-  found = sorted(p for p in root.rglob('*') if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-  if not found:
+  paths = sorted(p for p in root.rglob('*') if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+  if not paths:
     raise UserError(f'--videos={root} is not a folder with videos; give the root of a video tree.')
-  return found
+  return paths
 
 
 def rescale_file(source: pathlib.Path, destination: pathlib.Path) -> None:
@@ -120,40 +113,8 @@ def build_dataset(videos: pathlib.Path, data_dir: pathlib.Path) -> None:
     raise UserError(f'the dataset of {videos} cannot be built: {reason.removeprefix("error: ")}')
 
 
-def open_clips(
-  data_dir: pathlib.Path, dataset: str, split: str, root: pathlib.Path | None
-) -> Clips:
-  """Opens a dataset together with the files that it was built from.
-
-  Args:
-    data_dir: of the dataset.
-    dataset: TFDS name and config.
-    split: of the dataset.
-    root: of the video tree; None if there are no files.
-
-  Raises:
-    UserError: there is no such dataset, or a file of it is not below `root`.
-  """
-  videos = open_dataset(str(data_dir), dataset, split)
-  paths = tuple(root / path for path in videos.paths().tolist()) if root else ()
-  missing = next((path for path in paths if not path.is_file()), None)
-  if missing:
-    raise UserError(
-      f'--videos={root} is not the video tree of this dataset: there is no {missing};'
-      ' give the tree that it was built from.'
-    )
-  return Clips(videos, split, paths)
-
-
 def prepare(
-  scratch: pathlib.Path,
-  *,
-  videos: pathlib.Path | None,
-  generated: int | None,
-  rescaled: bool,
-  data_dir: pathlib.Path | None,
-  dataset: str,
-  split: str,
+  scratch: pathlib.Path, *, videos: pathlib.Path | None, generated: int | None, rescaled: bool
 ) -> Clips:
   """Makes the clips and their dataset, unless they exist, and opens them.
 
@@ -162,9 +123,6 @@ def prepare(
     videos: a tree of videos.
     generated: number of clips to generate instead.
     rescaled: copy the clips at short side 256 first.
-    data_dir: an existing dataset; None: one is built.
-    dataset: TFDS name and config of it.
-    split: to open.
 
   Raises:
     UserError: something is missing or cannot be made.
@@ -173,10 +131,10 @@ def prepare(
     raise UserError(f'--scratch={scratch} is not a folder; give another name.')
   scratch.mkdir(parents=True, exist_ok=True)
   root = generate(scratch, generated) if generated else videos
-  if rescaled and root:
+  if rescaled:
     root = rescale(root, scratch)
-  if data_dir is None:
-    find_files(root)
-    data_dir = scratch / f'data-{root.resolve().name}'
-    build_dataset(root, data_dir)
-  return open_clips(data_dir, dataset, split, root)
+  find_files(root)
+  data_dir = scratch / f'data-{root.resolve().name}'
+  build_dataset(root, data_dir)
+  dataset = open_dataset(str(data_dir), 'kinetics_frames/folder')
+  return Clips(dataset, tuple(root / path for path in dataset.paths().tolist()))

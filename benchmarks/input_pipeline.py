@@ -4,10 +4,9 @@
     python -m benchmarks.input_pipeline --videos=FOLDER --rescale
 
 The pairs are those of training. For comparison, the same pairs are also decoded from the video
-files, with PyAV, and with decord if it is installed. "python" reads records but decodes and resizes
-nothing: what is left holds Python's lock (the GIL), so it bounds the pairs of a process. Every way
-is measured once in each repeat; the table gives the median and the range over the repeats. "Per
-core" is per second of CPU time.
+files with PyAV. "python" reads records but decodes and resizes nothing: what is left holds Python's
+lock (the GIL), so it bounds the pairs of a process. Every way is measured once in each repeat; the
+table gives the median and the range over the repeats. "Per core" is per second of CPU time.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from benchmarks import baselines, clips, rounds, stages
+from benchmarks import baselines, clips, rounds
 from benchmarks.clips import Clips
 from benchmarks.rounds import spread
 from dropmae_jax.config import DataOptions
@@ -30,11 +29,10 @@ from dropmae_jax.runtime.errors import UserError
 
 LIBRARIES = (
   'jax grain array_record tensorflow-datasets numpy simplejpeg opencv-python-headless pillow av'
-  ' decord'
 ).split()
 IMAGE_SIZE = 224
 # So that a batch of a baseline takes about as long as one of the dataset.
-BATCH = {'dataset': 32, 'python': 32, 'pyav': 4, 'decord': 4}
+BATCH = {'dataset': 32, 'python': 32, 'pyav': 4}
 # Buffers are full before the clock starts; this many batches empty them.
 WARM_UP_BATCHES = 6
 
@@ -54,14 +52,15 @@ class Rate(NamedTuple):
   core: float
 
 
-def measure(found: Clips, way: Way, *, seed: int, pairs: int) -> Rate:
+def measure(measured: Clips, way: Way, *, seed: int, pairs: int) -> Rate:
   """Times the training stream over `pairs` pairs, after a warm-up."""
-  videos, batch_size, image_size = found.videos, min(pairs, BATCH[way.source]), IMAGE_SIZE
+  videos, batch_size, image_size = measured.videos, min(pairs, BATCH[way.source]), IMAGE_SIZE
   if way.source == 'python':
-    videos, image_size = stages.WithoutPixels(found), stages.WithoutPixels.SIZE
+    videos = baselines.WithoutPixels(videos.folder, 'train')
+    image_size = baselines.WithoutPixels.SIZE
   elif way.source != 'dataset':
     frames = [videos.num_frames(video) for video in range(len(videos))]
-    videos = baselines.FileVideos(found.paths, frames, way.source)
+    videos = baselines.FileVideos(measured.paths, frames)
   options = DataOptions(resize=way.resize, num_threads=way.threads)
   stream = frame_pairs.pair_batches(
     videos, options, image_size=image_size, batch_size=batch_size, seed=seed, move=_leave
@@ -81,11 +80,11 @@ def _leave(batch: frame_pairs.PairBatch) -> None:
   """Moves nothing: batches are in the host's memory."""
 
 
-def run(found: Clips, *, threads: Sequence[int], repeats: int, pairs: int) -> dict[str, Any]:
-  """Measures every way and every stage once per repeat; returns the numbers of the tables.
+def run(measured: Clips, *, threads: Sequence[int], repeats: int, pairs: int) -> dict[str, Any]:
+  """Measures every way once per repeat; returns the numbers of the table.
 
   Args:
-    found: the clips.
+    measured: the clips.
     threads: numbers of threads.
     repeats: rounds over all ways.
     pairs: per round; an eighth of them for a baseline.
@@ -93,24 +92,13 @@ def run(found: Clips, *, threads: Sequence[int], repeats: int, pairs: int) -> di
   ways = [Way('dataset', resize, number) for resize in augment.RESIZES for number in threads]
   few = sorted({min(threads), max(threads)})
   ways += [Way('python', 'fast', number) for number in few]
-  if found.paths:
-    # The fast resize for all, as the sources of frames are compared.
-    ways += [Way(reader, 'fast', number) for reader in baselines.installed() for number in few]
+  # The fast resize for both, as the sources of frames are compared.
+  ways += [Way('pyav', 'fast', number) for number in few]
   rates: dict[Way, list[Rate]] = {way: [] for way in ways}
-  times: dict[str, list[dict[str, float]]] = {resize: [] for resize in augment.RESIZES}
   for repeat in range(repeats):
     for way in ways:
-      count = max(1, pairs // 8) if way.source in baselines.READERS else pairs
-      rates[way].append(measure(found, way, seed=repeat, pairs=count))
-    for resize, rows in times.items():
-      taken = stages.time_stages(
-        found,
-        DataOptions(resize=resize),
-        image_size=IMAGE_SIZE,
-        seed=repeat,
-        pairs=pairs,
-      )
-      rows.append(taken)
+      count = max(1, pairs // 8) if way.source == 'pyav' else pairs
+      rates[way].append(measure(measured, way, seed=repeat, pairs=count))
     print(f'repeat {repeat + 1} of {repeats} is done', flush=True)
   return {
     'rates': [
@@ -118,10 +106,6 @@ def run(found: Clips, *, threads: Sequence[int], repeats: int, pairs: int) -> di
       | {'per_host': spread([r.host for r in rows]), 'per_core': spread([r.core for r in rows])}
       for way, rows in rates.items()
     ],
-    'stages': {
-      resize: {stage: spread([row[stage] for row in rows]) for stage in stages.STAGES}
-      for resize, rows in times.items()
-    },
     'speedups': [
       {'resize': ours.resize, 'threads': ours.threads, 'over': way.source}
       | {
@@ -131,18 +115,19 @@ def run(found: Clips, *, threads: Sequence[int], repeats: int, pairs: int) -> di
         for unit in ('core', 'host')
       }
       for way, rows in rates.items()
-      if way.source in baselines.READERS
+      if way.source == 'pyav'
       for ours in ways
       if ours.source == 'dataset' and ours.threads == way.threads
     ],
   }
 
 
-def describe(found: Clips) -> dict[str, Any]:
+def describe(measured: Clips) -> dict[str, Any]:
   """Describes the clips: their number, frames, sizes and bytes."""
-  frames = [found.videos.num_frames(video) for video in range(len(found.videos))]
-  shards = found.videos.folder.glob(f'*-{found.split}.array_record*')
-  sizes = {found.videos.frame(video, 0).shape[1::-1] for video in range(min(100, len(frames)))}
+  videos = measured.videos
+  frames = [videos.num_frames(video) for video in range(len(videos))]
+  shards = videos.folder.glob('*-train.array_record*')
+  sizes = {videos.frame(video, 0).shape[1::-1] for video in range(min(100, len(frames)))}
   return {
     'clips': len(frames),
     'frames': sum(frames),
@@ -165,25 +150,11 @@ def show(result: dict[str, Any]) -> str:
   for row in result['rates']:
     core, whole = (rounds.show_range(row[each]) for each in ('per_core', 'per_host'))
     lines.append(f'{row["source"]:<12}{row["resize"]:<8}{row["threads"]:<9}{core:<26}{whole}')
-  if 'decord' not in {row['source'] for row in result['rates']}:
-    lines.append('decord: not installed' if result['videos'] else 'no baselines without --videos')
   for row in result['speedups']:
     lines.append(
       f'dataset over {row["over"]}, resize {row["resize"]}, threads {row["threads"]}:'
       f' {rounds.show_range(row["per_core"])} times per core,'
       f' {rounds.show_range(row["per_host"])} per host'
-    )
-  for resize, rows in result['stages'].items():
-    total = sum(row['median'] for row in rows.values())
-    lines += ['', f'{f"resize {resize}, one thread":<28}{"us per pair":<26}share']
-    for stage, row in rows.items():
-      taken, share = rounds.show_range(row, digits=0), row['median'] / total
-      lines.append(f'{stage:<28}{taken:<26}{share:>5.0%}')
-    largest = max(rows, key=lambda stage: rows[stage]['median'])
-    rest = total - rows[largest]['median']
-    lines.append(
-      f'all: {total:.0f} us, {1e6 / total:.0f} pairs/s per core. The next gain is in "{largest}":'
-      f' at no cost it would leave {rest:.0f} us, {1e6 / rest:.0f} pairs/s.'
     )
   return '\n'.join(lines)
 
@@ -198,9 +169,6 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--videos', type=pathlib.Path, help='a tree of videos')
   parser.add_argument('--generated', type=int, help='make that many clips instead')
   parser.add_argument('--rescale', action='store_true', help='to h264 copies at short side 256')
-  parser.add_argument('--data_dir', type=pathlib.Path, help='a dataset of --videos that is there')
-  parser.add_argument('--dataset', default='kinetics_frames/folder', help='(%(default)s)')
-  parser.add_argument('--split', default='train', help='(%(default)s)')
   parser.add_argument('--scratch', type=pathlib.Path, help='keep what is made here, to use again')
   parser.add_argument('--repeats', type=int, default=5, help='(%(default)s)')
   parser.add_argument('--pairs', type=int, default=4096, help='per repeat (%(default)s)')
@@ -215,10 +183,8 @@ def parse() -> argparse.Namespace:
     raise UserError(f'--threads={arguments.threads} is not a list of numbers such as 1,2,4,8.')
   if arguments.videos and arguments.generated:
     raise UserError('--videos and --generated are two sources of clips; give one of them.')
-  if not (arguments.videos or arguments.generated or arguments.data_dir):
+  if not (arguments.videos or arguments.generated):
     raise UserError('there are no clips; give --videos=FOLDER or --generated=500.')
-  if arguments.data_dir and (arguments.generated or arguments.rescale):
-    raise UserError('--data_dir is built already; leave out --generated and --rescale.')
   rounds.check_output(arguments.json)
   return arguments
 
@@ -227,22 +193,18 @@ def main() -> None:
   """The command line."""
   arguments = parse()
   with tempfile.TemporaryDirectory(prefix='dropmae_benchmark') as temporary:
-    found = clips.prepare(
+    measured = clips.prepare(
       arguments.scratch or pathlib.Path(temporary),
       videos=arguments.videos,
       generated=arguments.generated,
       rescaled=arguments.rescale,
-      data_dir=arguments.data_dir,
-      dataset=arguments.dataset,
-      split=arguments.split,
     )
     threads = sorted({int(number) for number in arguments.threads.split(',')})
     result = {
       'machine': rounds.machine(LIBRARIES),
-      'clips': describe(found),
+      'clips': describe(measured),
       'repeats': arguments.repeats,
-      'videos': bool(found.paths),
-    } | run(found, threads=threads, repeats=arguments.repeats, pairs=arguments.pairs)
+    } | run(measured, threads=threads, repeats=arguments.repeats, pairs=arguments.pairs)
   print(show(result))
   if arguments.json:
     arguments.json.write_text(json.dumps(result, indent=1))

@@ -52,13 +52,13 @@ def check(config: Config, device: Any, **how: Any) -> str:
     return [each.astype(jnp.float32) for each in (output, *gradients)]
 
   def errors_of(attend: Any, plain: Any, prefix: str) -> dict[str, float]:
-    found = jax.jit(partial(results, attend))(*given)
+    actual = jax.jit(partial(results, attend))(*given)
     with jax.default_matmul_precision('highest'):
       expected = results(plain, *(each.astype(jnp.float32) for each in given))
     names = ('output', *(f'gradient of the {name}' for name in ('queries', 'keys', 'values')))
     return {
       f'{prefix}{name}': float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other))
-      for name, one, other in zip(names, found, expected, strict=True)
+      for name, one, other in zip(names, actual, expected, strict=True)
     }
 
   with_drops = partial(fast_asad.attention_with_drops, is_dropped=drops)

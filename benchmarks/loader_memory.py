@@ -132,13 +132,13 @@ def main() -> None:
     raise UserError(f'--batches={batches} is too small; give at least 1.')
   with tempfile.TemporaryDirectory() as folder:
     write_dataset(pathlib.Path(folder), num_videos=240_000, num_frames=300)
-    found = measure(pathlib.Path(folder), num_batches=batches)
+    result = measure(pathlib.Path(folder), num_batches=batches)
   print(
-    f'{found["videos"]} videos: opened in {found["seconds_to_open"]:.1f} s, first batch after'
-    f' {found["seconds_to_first_batch"]:.1f} s, {found["pairs_per_second"]:.0f} pairs/s'
+    f'{result["videos"]} videos: opened in {result["seconds_to_open"]:.1f} s, first batch after'
+    f' {result["seconds_to_first_batch"]:.1f} s, {result["pairs_per_second"]:.0f} pairs/s'
   )
   print(f'{"after":>15} {"RSS MB":>8} {"threads":>8} {"open files":>10}')
-  for name, row in found['memory'].items():
+  for name, row in result['memory'].items():
     print(f'{name:>15} {row["rss_mb"]:>8.0f} {row["threads"]:>8} {row["open_files"]:>10}')
 
 

@@ -297,13 +297,13 @@ def main() -> None:
     tempfile.TemporaryDirectory(prefix='dropmae_soak') as folder,
     small_disk(pathlib.Path(folder, 'disk')),
   ):
-    found = soak(
+    counts = soak(
       pathlib.Path(folder),
       minutes=arguments.minutes,
       num_steps=arguments.steps,
       seed=arguments.seed,
     )
-  for name, count in found.items():
+  for name, count in counts.items():
     print(f'{name}: {count}')
 
 

@@ -82,12 +82,12 @@ class Program:
     compiler gives none for Pallas kernels, nor for some small ones. Other compilers give none at
     all.
     """
-    cycles = of_pallas = 0
+    cycles = pallas_kernels = 0
     for instruction, times in self._walk(self._entry, 1):
       if estimate := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
         cycles += times * int(estimate[1])
-      of_pallas += times * ('"tpu_custom_call"' in instruction.attributes)
-    return cycles, of_pallas
+      pallas_kernels += times * ('"tpu_custom_call"' in instruction.attributes)
+    return cycles, pallas_kernels
 
   def kernels(self) -> collections.Counter[str]:
     """Counts the instructions that a step runs as one kernel each, by opcode.
@@ -96,11 +96,11 @@ class Program:
     memories (`copy-start`, `slice-start`) do not count, as they run beside kernels; nor does what
     is done to a single number, which a TPU's scalar unit does. Loops of unknown length count once.
     """
-    found: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for instruction, times in self._walk(self._entry, 1):
       if _is_kernel(instruction):
-        found[instruction.opcode] += times
-    return found
+        counts[instruction.opcode] += times
+    return counts
 
   def _written_bytes(self, instruction: Instruction) -> int:
     """What a kernel writes to main memory; of an array that it changes in place, the new part."""

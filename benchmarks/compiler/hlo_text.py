@@ -64,8 +64,8 @@ def read(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
     if start := _COMPUTATION.match(line):
       current = computations[start[1]] = []
       entry = start[1] if line.startswith('ENTRY') else entry
-    elif found := _INSTRUCTION.match(line):
-      current.append(_instruction(found[1], found[2]))
+    elif match := _INSTRUCTION.match(line):
+      current.append(_instruction(match[1], match[2]))
   return computations, entry
 
 

@@ -1,11 +1,11 @@
 r"""Compiles the training step for a device that is not here, with and without ASAD.
 
     python -m benchmarks.compiler.report --target=tpu_v5e --batch_size=16
-    python -m benchmarks.compiler.report --target=sm_90 --batch_size=64 --json=FILE
+    python -m benchmarks.compiler.report --target=h200 --batch_size=64 --json=FILE
 
 Prints of each step its FLOPs, main memory traffic, memory, kernels, and the time by the speeds of
 a data sheet; and what ASAD costs by these. Nothing is run, so no time is measured. Needs
-`pip install 'jax[tpu]'` or the CUDA plugin of jax. sm_90 is another name for h200. Results:
+`pip install 'jax[tpu]'` or the CUDA plugin of jax. Results:
 docs/performance.md.
 """
 
@@ -21,9 +21,6 @@ from benchmarks.compiler import compiled, targets
 from benchmarks.compiler.targets import TARGETS
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
-
-# Compute capabilities, as GPUs are also called.
-ALIASES = {'sm_80': 'a100', 'sm_90': 'h200'}
 
 
 def compare(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -89,8 +86,7 @@ def show(name: str, row: dict[str, Any]) -> str:
 def parse() -> argparse.Namespace:
   """Reads and checks the command line."""
   parser = cli.Parser(description=__doc__.splitlines()[0])
-  names = sorted([*TARGETS, *ALIASES])
-  parser.add_argument('--target', required=True, choices=names, help='kind of device')
+  parser.add_argument('--target', required=True, choices=sorted(TARGETS), help='kind of device')
   parser.add_argument('--batch_size', type=int, default=64, help='pairs (%(default)s)')
   variants.add_arguments(parser)
   parser.add_argument(
@@ -98,7 +94,6 @@ def parse() -> argparse.Namespace:
   )
   parser.add_argument('--json', type=pathlib.Path, help='file to write the numbers to')
   arguments = parser.parse_args()
-  arguments.target = ALIASES.get(arguments.target, arguments.target)
   arguments.dtype = arguments.dtype or 'bfloat16'
   if arguments.batch_size < 1:
     raise UserError(f'--batch_size={arguments.batch_size} is too small; give at least 1.')

@@ -41,7 +41,7 @@ gpu_device_info {{
   block_dim_limit_z: 65535
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 }}
+dnn_version_info {{ major: 9 minor: 28 }}
 runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "{name}"
 """

@@ -118,14 +118,14 @@ def test_what_is_not_changed_in_place_moves_whole(body, moved):
 
 
 def test_main_memory_leaves_out_what_is_on_the_chip():
-  found = program(
+  compiled_program = program(
     '  %s = (f32[16,4]{1,0:S(1)}, f32[16,4]{1,0}, u32[]{:S(2)}) copy-start(%x)\n'
     '  %d = f32[16,4]{1,0:S(1)} copy-done(%s)\n'
     '  %y = f32[16,4]{1,0:T(8,128)S(1)} negate(%d)\n'
     '  %z = (f32[16,4]{1,0}, s8[99]{0}) custom-call(%y), custom_call_target="matmul"\n'
     '  ROOT %e = f32[16,4]{1,0} get-tuple-element(%z), index=0\n'
   )
-  assert found.memory_bytes() == 256 + 256  # Read by the copy, written by the product.
+  assert compiled_program.memory_bytes() == 256 + 256  # Read by the copy, written by the product.
 
 
 LOOP = """%body (p: (s32[], f32[16,4])) -> (s32[], f32[16,4]) {
@@ -165,7 +165,7 @@ def test_loops_are_multiplied_out(note, loop, rounds):
 
 
 def test_kernels_are_what_runs_by_itself():
-  found = program(
+  compiled_program = program(
     '  %s = (f32[16,4]{1,0:S(1)}, f32[16,4]{1,0}, u32[]{:S(2)}) copy-start(%x)\n'
     '  %d = f32[16,4]{1,0:S(1)} copy-done(%s)\n'
     '  %c = f32[] constant(1)\n'
@@ -177,18 +177,18 @@ def test_kernels_are_what_runs_by_itself():
     '  %a = f32[16,4]{1,0} parameter(0)\n  ROOT %n = f32[16,4]{1,0} negate(%a)\n}\n',
   )
   # The loop sends four times; what it adds to is a number.
-  assert found.kernels() == {'fusion': 1, 'custom-call': 1, 'all-reduce': 4}
+  assert compiled_program.kernels() == {'fusion': 1, 'custom-call': 1, 'all-reduce': 4}
 
 
 def test_cycles_are_those_that_the_compiler_writes():
   said = ', backend_config={"estimated_cycles":"1000"}'
-  found = program(
+  compiled_program = program(
     f'  %a = f32[16,4]{{1,0}} negate(%x){said}\n'
     '  %z = f32[16,4]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"\n'
     f'{WHILE}, backend_config={{"known_trip_count":{{"n":"3"}}}}\n',
     LOOP.replace('to_apply=%add', f'to_apply=%add{said}'),
   )
-  assert found.expected_cycles() == (1000 + 3 * 1000, 1)
+  assert compiled_program.expected_cycles() == (1000 + 3 * 1000, 1)
 
 
 def collectives(mesh):

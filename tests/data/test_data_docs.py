@@ -19,13 +19,13 @@ SCRIPTS = re.findall(r'```bash\n(.*?)```', TEXT, flags=re.DOTALL)
 
 def commands(name):
   """The argument lists of a command, from all documents."""
-  found = []
+  argument_lists = []
   for path in (ROOT / 'docs' / 'data.md', ROOT / 'README.md'):
     for script in re.findall(r'```bash\n(.*?)```', path.read_text(), flags=re.DOTALL):
       for line in script.replace('\\\n', ' ').splitlines():
         if line.startswith(f'{name} '):
-          found.append(shlex.split(line, comments=True)[1:])
-  return found
+          argument_lists.append(shlex.split(line, comments=True)[1:])
+  return argument_lists
 
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=range(len(SCRIPTS)))
@@ -34,9 +34,9 @@ def test_the_shell_understands(script):
 
 
 def test_the_builder_understands(monkeypatch):
-  found = commands('dropmae-build')
-  assert len(found) >= 5
-  for arguments in found:
+  builds = commands('dropmae-build')
+  assert len(builds) >= 5
+  for arguments in builds:
     arguments = [each.replace('$SLURM_CPUS_PER_TASK', '2') for each in arguments]
     monkeypatch.setattr('sys.argv', ['dropmae-build', *arguments])
     parsed = builder._arguments()
