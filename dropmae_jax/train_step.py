@@ -70,8 +70,8 @@ def init_state(
 
 def step_keys(seed_key: Key[Array, ''], step: Int[Array, ''], batch_size: int) -> StepKeys:
   """Derives the keys of a step; pure in (seed, step, sample), so resuming needs no other state."""
-  of_step = jax.random.fold_in(seed_key, step)
-  streams = (jax.random.fold_in(of_step, stream) for stream in range(len(StepKeys._fields)))
+  step_key = jax.random.fold_in(seed_key, step)
+  streams = (jax.random.fold_in(step_key, stream) for stream in range(len(StepKeys._fields)))
   return StepKeys(*(jax.random.split(stream, batch_size) for stream in streams))
 
 

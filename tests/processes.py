@@ -82,8 +82,8 @@ class Processes:
 
   def ends(self):
     """Waits for both; returns (status, output, errors) of each."""
-    found = []
+    ended = []
     for process in self.running:
       output, errors = process.communicate(timeout=200)
-      found.append((process.returncode, output, errors))
-    return found
+      ended.append((process.returncode, output, errors))
+    return ended

@@ -209,9 +209,9 @@ def test_a_diverging_run_stops_by_step_and_keeps_its_checkpoint(data_dir, tmp_pa
   assert done.returncode == 1
   step = int(re.search(r'error: the loss of step (\d+) is', done.stderr)[1])
   assert 'Traceback' not in done.stderr
-  found = tmp_path / f'non_finite_batch_{step}.json'
-  assert f'The pairs of its batch are in {found}.' in done.stderr
-  assert_batch_of_step(json.loads(found.read_text()), step, data_dir)
+  report = tmp_path / f'non_finite_batch_{step}.json'
+  assert f'The pairs of its batch are in {report}.' in done.stderr
+  assert_batch_of_step(json.loads(report.read_text()), step, data_dir)
   weights = saved_weights.load_weights(tmp_path)
   leaves = traverse_util.flatten_dict(weights.params).values()
   assert all(np.isfinite(leaf).all() for leaf in leaves)
@@ -287,7 +287,7 @@ def test_a_workdir_of_another_model(begun, data_dir, run_train):
 @pytest.mark.slow
 def test_the_quickstart_has_the_same_losses_on_any_mesh(data_dir, tmp_path):
   """Its own config, model and batch, the first ten steps, by the command line."""
-  found = {}
+  losses_by_mesh = {}
   for data_axis, fsdp in ((1, 1), (8, 1), (1, 8), (2, 4)):
     workdir = tmp_path / f'{data_axis}x{fsdp}'
     done = subprocess.run(
@@ -301,10 +301,10 @@ def test_the_quickstart_has_the_same_losses_on_any_mesh(data_dir, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f', {data_axis * fsdp} x cpu' in done.stdout
-    found[workdir.name] = [loss for _, loss in losses(workdir)]
-  assert len(found['1x1']) == 10
-  for values in found.values():
-    np.testing.assert_allclose(values, found['1x1'], rtol=1e-5)
+    losses_by_mesh[workdir.name] = [loss for _, loss in losses(workdir)]
+  assert len(losses_by_mesh['1x1']) == 10
+  for values in losses_by_mesh.values():
+    np.testing.assert_allclose(values, losses_by_mesh['1x1'], rtol=1e-5)
 
 
 @pytest.mark.slow

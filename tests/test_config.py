@@ -238,14 +238,14 @@ def test_numbers_of_the_backbone_can_be_set():
   assert (made.model.width, made.model.depth, made.model.num_heads) == (96, 1, 3)
 
 
-def of_command_line(*arguments):
+def config_from_flags(*arguments):
   parser = cli.Parser()
   config_file.add_arguments(parser)
   return config_file.from_arguments(parser.parse_args(arguments))
 
 
 def test_the_command_line_sets_single_fields():
-  made = of_command_line(
+  made = config_from_flags(
     '--config=quickstart', '--config.data.frame_gap=9',
     '--config.objective.normalise_targets=False', '--config.optimizer.beta1=0.5',
   )  # fmt: skip
@@ -257,10 +257,10 @@ def test_the_command_line_sets_single_fields():
     optimizer=dataclasses.replace(plain.optimizer, beta1=0.5),
   )
   for text, value in (('true', True), ('False', False)):
-    shared = of_command_line('--config=quickstart', f'--config.data.shared_augmentation={text}')
+    shared = config_from_flags('--config=quickstart', f'--config.data.shared_augmentation={text}')
     assert shared.data.shared_augmentation is value
   with pytest.raises(UserError, match="'no' is neither true nor false"):
-    of_command_line('--config=quickstart', '--config.data.shared_augmentation=no')
+    config_from_flags('--config=quickstart', '--config.data.shared_augmentation=no')
 
 
 def test_a_config_of_the_users_imports_from_his_folder_and_has_an_argument(tmp_path, monkeypatch):
@@ -275,7 +275,7 @@ def test_a_config_of_the_users_imports_from_his_folder_and_has_an_argument(tmp_p
   )
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, 'path', [path for path in sys.path if path not in ('', str(ROOT))])
-  made = of_command_line('--config=mine.py:bfloat16')
+  made = config_from_flags('--config=mine.py:bfloat16')
   assert (made.num_steps, made.dtype) == (7, 'bfloat16')
 
 
@@ -284,9 +284,9 @@ def test_a_name_is_that_of_a_preset_whatever_lies_here(tmp_path, monkeypatch):
   (tmp_path / 'video_folder').write_text('def get_config(): raise AssertionError')
   monkeypatch.chdir(tmp_path)
   for name in ('quickstart', 'video_folder'):
-    assert of_command_line(f'--config={name}') == config_file.from_dict(config(name))
+    assert config_from_flags(f'--config={name}') == config_file.from_dict(config(name))
 
 
 def test_a_misspelt_config_name_is_corrected():
   with pytest.raises(UserError, match=r"--config=quickstar is .*; did you mean 'quickstart'\?"):
-    of_command_line('--config=quickstar')
+    config_from_flags('--config=quickstar')

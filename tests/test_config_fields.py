@@ -115,7 +115,7 @@ RUN = {
 
 
 # Of six videos.
-OF_RUNS = {'batch_size': 2}
+RUN_OPTIONS = {'batch_size': 2}
 
 
 def config_with(name, value, **other):
@@ -197,9 +197,9 @@ def loss_of(config):
   ],
 )
 def test_every_block_is_rematerialised_by_the_policy(remat, policy):
-  found = [each for each in loss_of(config_with('remat', remat)) if 'policy' in each.params]
+  remats = [each for each in loss_of(config_with('remat', remat)) if 'policy' in each.params]
   # One block of the encoder and one of the decoder.
-  assert [each.params['policy'] for each in found] == [policy] * (2 if policy else 0)
+  assert [each.params['policy'] for each in remats] == [policy] * (2 if policy else 0)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -210,10 +210,10 @@ def test_every_product_of_parameters_is_in_the_dtype(dtype):
     for each in loss_of(config_with('dtype', dtype, objective=dense))
     if each.primitive.name == 'dot_general'
   ]
-  of_parameters = [each for each in products if each.invars[1].aval.ndim == 2]
+  with_parameters = [each for each in products if each.invars[1].aval.ndim == 2]
   # Two embeddings, a prediction, and at least four of each block.
-  assert len(of_parameters) >= 3 + 2 * 4
-  assert {v.aval.dtype.name for each in of_parameters for v in each.invars} == {dtype}
+  assert len(with_parameters) >= 3 + 2 * 4
+  assert {v.aval.dtype.name for each in with_parameters for v in each.invars} == {dtype}
 
 
 def test_attention_is_chosen_by_the_decoders_sizes(monkeypatch):
@@ -325,7 +325,7 @@ def observed(data_dir, tmp_path_factory):
   """The observations of the base."""
   with pytest.MonkeyPatch.context() as patch:
     folder = tmp_path_factory.mktemp('base') / 'run'
-    return observe(config_with('data_dir', str(data_dir), **OF_RUNS), folder, patch)
+    return observe(config_with('data_dir', str(data_dir), **RUN_OPTIONS), folder, patch)
 
 
 def test_the_base_run_is_observed_whole(observed):
@@ -372,12 +372,12 @@ def test_a_field_changes_of_a_run_what_it_is_for(name, observed, data_dir, tmp_p
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), mae.abstract_model(architecture)[1])
     described = saved_weights.describe(architecture, Objective())
     saved_weights.save_weights(tmp_path / 'weights', params, 3, described)
-  config = config_with(name, value, **(OF_RUNS | {'data_dir': str(data_dir)}))
-  found = observe(config, tmp_path / 'run', monkeypatch, FRAMES.get(name, frame))
+  config = config_with(name, value, **(RUN_OPTIONS | {'data_dir': str(data_dir)}))
+  changed = observe(config, tmp_path / 'run', monkeypatch, FRAMES.get(name, frame))
   if isinstance(expected, str):
-    assert expected in (found['refusal'] or '')
+    assert expected in (changed['refusal'] or '')
   else:
-    assert {key for key in observed if found[key] != observed[key]} == expected
+    assert {key for key in observed if changed[key] != observed[key]} == expected
 
 
 def test_micro_batches_are_not_the_batch_of_the_report(data_dir, tmp_path, monkeypatch):

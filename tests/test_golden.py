@@ -192,9 +192,9 @@ def test_gpu_kernels_draw_what_xla_draws_from_the_recorded_logits(golden):
   """So they have XLA's distribution. Interpreted, they draw too slowly to show it themselves."""
   recorded = golden('asad_sampling_stats')
   rate, logits = float(recorded['P']), split_by_frame(recorded['logits'])
-  ours, of_xla = draws.drops_of_gpu_and_xla(jax.random.key(0), logits, heads=64, drop_rate=rate)
+  ours, xla = draws.drops_of_gpu_and_xla(jax.random.key(0), logits, heads=64, drop_rate=rate)
   assert (ours.sum(axis=(1, 2, 3)) == num_dropped(8, rate)).all()
-  np.testing.assert_array_equal(ours, of_xla)
+  np.testing.assert_array_equal(ours, xla)
   assert_distribution(recorded, np.asarray(ours.mean(axis=0), np.float64), len(ours))
 
 

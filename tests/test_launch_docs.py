@@ -28,8 +28,8 @@ def test_every_script_is_found():
 
 
 def test_the_job_set_runs_the_command():
-  (found,) = map(yaml.safe_load, YAML)
-  template = found['spec']['replicatedJobs'][0]['template']['spec']
+  (job_set,) = map(yaml.safe_load, YAML)
+  template = job_set['spec']['replicatedJobs'][0]['template']['spec']
   assert template['parallelism'] == template['completions']
   (container,) = template['template']['spec']['containers']
   assert container['command'][:2] == ['dropmae-train', '--distributed']
@@ -55,9 +55,9 @@ def test_the_exit_statuses_are_those_of_the_code():
     helps = status > ExitStatus.BAD_INPUT
     assert (remedies.pop(status) == 'run the same command again') == helps, status
   assert set(remedies) == {130, 143, 141}  # Of the other commands.
-  # The recipes restart by the same rule.
-  (found,) = map(yaml.safe_load, YAML)
-  (rule,) = found['spec']['replicatedJobs'][0]['template']['spec']['podFailurePolicy']['rules']
+  # The scripts restart by the same rule.
+  (job_set,) = map(yaml.safe_load, YAML)
+  (rule,) = job_set['spec']['replicatedJobs'][0]['template']['spec']['podFailurePolicy']['rules']
   assert rule['action'] == 'FailJob'
   assert rule['onExitCodes']['values'] == [1, 2]
   assert sum('if [ $status -gt 2 ]; then' in script for script in SHELL) == 1

@@ -32,14 +32,14 @@ def draws_of(monkeypatch):
   tx = optimizer.adamw(lambda _: 1.0, OptimizerOptions())
 
   def run(seed, step, *, shared=False):
-    found = {}
+    draws = {}
 
     def flip_and_normalise(keys, frames, *, shared):
-      found.update(flips=words(keys), shared=shared)
+      draws.update(flips=words(keys), shared=shared)
       return frames.astype(jnp.float32)
 
     def loss(model, frames, *, masking_keys, asad_keys, **_):
-      found.update(masks=words(masking_keys), drops=words(asad_keys))
+      draws.update(masks=words(masking_keys), drops=words(asad_keys))
       return model['weight'] * frames.mean()
 
     monkeypatch.setattr(train_step.pixels, 'flip_and_normalise', flip_and_normalise)
@@ -53,17 +53,17 @@ def draws_of(monkeypatch):
       implementations=attention.plain(),
     )  # fmt: skip
     assert int(new.step) == step + 1
-    assert found.pop('shared') == shared
-    return found
+    assert draws.pop('shared') == shared
+    return draws
 
   return run
 
 
 def test_no_two_purposes_samples_steps_or_seeds_share_a_key(draws_of):
-  found = [draws_of(seed, step, shared=bool(seed)) for seed in (0, 1) for step in (0, 1, 7)]
-  assert draws_of(1, 7, shared=True) == found[-1]
+  draws = [draws_of(seed, step, shared=bool(seed)) for seed in (0, 1) for step in (0, 1, 7)]
+  assert draws_of(1, 7, shared=True) == draws[-1]
   keys = [
-    key for purposes in found for kind in ('flips', 'masks', 'drops') for key in purposes[kind]
+    key for purposes in draws for kind in ('flips', 'masks', 'drops') for key in purposes[kind]
   ]
   assert len(keys) == len(set(keys)) == 6 * 3 * BATCH
 
@@ -90,29 +90,29 @@ def test_initial_parameters_depend_on_the_key_and_no_two_are_equal():
 
 def test_initial_parameters_have_the_keys_of_flax():
   @jax.jit
-  def of_flax(key):
+  def flax_keys(key):
     return nnx.to_pure_dict(nnx.state(mae.MaskedAutoencoder(TINY, rngs=nnx.Rngs(params=key))))
 
   key = jax.random.key(3)
-  jax.tree.map(np.testing.assert_array_equal, mae.init_params(key, TINY), of_flax(key))
+  jax.tree.map(np.testing.assert_array_equal, mae.init_params(key, TINY), flax_keys(key))
 
 
 @pytest.fixture
 def used(monkeypatch):
   """The keys that the pre-training loss gives to the masking and to every attention."""
-  found = {'masks': [], 'drops': [], 'rates': [], 'dense': 0}
+  draws = {'masks': [], 'drops': [], 'rates': [], 'dense': 0}
 
   def scheme(keys, *, num_tokens, mask_ratio):
-    found['masks'].append(keys)
+    draws['masks'].append(keys)
     return masking.random_masking(keys, num_tokens=num_tokens, mask_ratio=mask_ratio)
 
   def asad_attention(query, key, value, *, draw_keys, drop_rate):
-    found['drops'].append(draw_keys)
-    found['rates'].append(drop_rate)
+    draws['drops'].append(draw_keys)
+    draws['rates'].append(drop_rate)
     return attention.dense_attention(query, key, value)
 
   def dense_attention(query, key, value):
-    found['dense'] += 1
+    draws['dense'] += 1
     return attention.dense_attention(query, key, value)
 
   monkeypatch.setitem(masking.MASKING_SCHEMES, 'random', scheme)
@@ -127,23 +127,23 @@ def used(monkeypatch):
       objective=Objective(attention_dropout=0.3),
       implementations=attention.Implementations(dense_attention, asad_attention),
     )  # fmt: skip
-    return found['masks'], found['drops']
+    return draws['masks'], draws['drops']
 
   masks, drops = keys_used(frames, masking_keys, asad_keys)
-  found |= {'masks': words(jnp.concatenate(masks)), 'drops': [words(keys) for keys in drops]}
-  return found, masking_keys, asad_keys
+  draws |= {'masks': words(jnp.concatenate(masks)), 'drops': [words(keys) for keys in drops]}
+  return draws, masking_keys, asad_keys
 
 
 def test_masks_have_their_keys_and_every_decoder_block_its_own(used):
-  found, masking_keys, asad_keys = used
-  assert found['masks'] == words(masking_keys)
-  assert found['rates'] == [0.3] * TINY.decoder_depth
-  assert found['dense'] == TINY.depth
+  draws, masking_keys, asad_keys = used
+  assert draws['masks'] == words(masking_keys)
+  assert draws['rates'] == [0.3] * TINY.decoder_depth
+  assert draws['dense'] == TINY.depth
   by_block = [
     words(jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(asad_keys))
     for n in range(TINY.decoder_depth)
   ]
-  assert found['drops'] == by_block
+  assert draws['drops'] == by_block
 
 
 def test_the_loss_drops_by_the_rule_of_its_objective(monkeypatch):

@@ -42,13 +42,13 @@ def part_of(module):
 @functools.cache
 def imports_of(module):
   """The modules of the package that one imports, wherever in it."""
-  found = set()
+  imported = set()
   for node in ast.walk(ast.parse(FILES[module].read_text())):
     if isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
+      imported |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom) and node.module:
-      found |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
-  return found & FILES.keys()
+      imported |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
+  return imported & FILES.keys()
 
 
 def longest_chain(nodes, edges):

@@ -232,7 +232,7 @@ def test_a_run_keeps_its_compiled_programs(monkeypatch, data_dir, tmp_path):
   monkeypatch.setattr(
     train, 'enable_compilation_cache', lambda workdir: kept.append(workdir) or 1 / 0
   )
-  recipe = Config(data_dir=str(data_dir), num_steps=1, batch_size=BATCH, model=TINY)
+  config = Config(data_dir=str(data_dir), num_steps=1, batch_size=BATCH, model=TINY)
   with pytest.raises(ZeroDivisionError):
-    train.train(recipe, tmp_path / 'run', allow_changes=False)
+    train.train(config, tmp_path / 'run', allow_changes=False)
   assert kept == [tmp_path / 'run']

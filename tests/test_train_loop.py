@@ -36,7 +36,7 @@ from dropmae_jax.runtime.errors import RunFailed, UserError
 from dropmae_jax.runtime.report import NonFiniteLoss, Report
 from dropmae_jax.train_step import SEED_VERSION, Metrics, TrainState, derive_seeds
 
-RECIPE = Config(
+CONFIG = Config(
   data_dir='/data',
   num_steps=11,
   batch_size=8,
@@ -96,10 +96,10 @@ class Fakes:
     self.videos, self.feeds = Videos(), []
 
   def open_mixture(self, *arguments):
-    assert arguments == (RECIPE.data_dir, RECIPE.dataset, RECIPE.split)
+    assert arguments == (CONFIG.data_dir, CONFIG.dataset, CONFIG.split)
     return mixture_of(self.videos)
 
-  def build_program(self, recipe, mesh):
+  def build_program(self, config, mesh):
     state = TrainState(jnp.int32(0), {'a': jnp.zeros(2)}, {'b': jnp.zeros(2)})
     abstract = sharding.abstract_on(mesh, jax.eval_shape(lambda: state))
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -131,7 +131,7 @@ def fakes(monkeypatch):
 
   class Watchdog(watchdog.Watchdog):
     def __init__(self, seconds):
-      assert seconds == RECIPE.step_stall_seconds
+      assert seconds == CONFIG.step_stall_seconds
 
     def watch(self, what, *, is_slow=False, least=0):
       fakes.events.append(('watch', what, is_slow or least))
@@ -193,10 +193,10 @@ def batches(steps):
     patch.setattr(frame_pairs, 'Loader', Loader)  # Not the one that is observed.
     stream = frame_pairs.pair_batches(
       NumberedVideos([10] * 25),
-      RECIPE.data,
+      CONFIG.data,
       image_size=16,
       batch_size=8,
-      seed=derive_seeds(RECIPE.seed).data,
+      seed=derive_seeds(CONFIG.seed).data,
     )
   with contextlib.closing(stream):
     return [batch['frames'] for batch in itertools.islice(stream, steps)]
@@ -235,18 +235,18 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
   fakes.at[2] = implicit_transfer
   fakes.at[6] = lambda: logging.getLogger('dropmae_jax').warning('a warning of any module')
   workdir = tmp_path / 'new' / 'run'
-  assert train.train(RECIPE, workdir) is True
+  assert train.train(CONFIG, workdir) is True
   seen = list(fakes.events)
   assert_fed(fakes, range(1, 12))
   told = assert_saved(workdir, [4, 8, 11])
   expected = saved_weights.describe(
-    RECIPE.model,
-    RECIPE.objective,
+    CONFIG.model,
+    CONFIG.objective,
     frame_gap=6,
     steps_per_epoch=3,
     data_fingerprint='abc',
     seed_version=SEED_VERSION,
-    config=dataclasses.asdict(RECIPE),
+    config=dataclasses.asdict(CONFIG),
   )
   assert {name: told[name] for name in expected} == json.loads(json.dumps(expected))
   rows = [(step, np.float32(fakes.losses[step]), step) for step in (3, 6, 9, 11)]
@@ -279,12 +279,12 @@ def stop_by(number):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_two_checkpoints_costs_nothing(fakes, tmp_path, number):
   both = signal.SIGINT, signal.SIGTERM
-  recipe = dataclasses.replace(
-    RECIPE, checkpoint=dataclasses.replace(RECIPE.checkpoint, every_steps=5)
+  config = dataclasses.replace(
+    CONFIG, checkpoint=dataclasses.replace(CONFIG.checkpoint, every_steps=5)
   )
   before = [signal.getsignal(each) for each in both]
   fakes.at[7] = stop_by(number)
-  assert train.train(recipe, tmp_path) is False
+  assert train.train(config, tmp_path) is False
   assert_fed(fakes, range(1, 8))
   assert_saved(tmp_path, [5, 7])
   name = number.name
@@ -295,7 +295,7 @@ def test_a_signal_between_two_checkpoints_costs_nothing(fakes, tmp_path, number)
     fakes.at = {at: stop_by(number)}
     fakes.fed.clear()
     fakes.events.clear()
-    assert train.train(recipe, tmp_path) is finished
+    assert train.train(config, tmp_path) is finished
     assert_fed(fakes, fed)
     assert f'compiled: {fed[0]}' in fakes.events
     assert f'resuming after step {fed[0] - 1} of 11\n' in log_of(tmp_path)
@@ -313,7 +313,7 @@ def test_a_signal_while_a_batch_is_waited_for_saves_what_there_is(
   reads, released = itertools.count(), threading.Event()
 
   def before_frame():
-    if next(reads) == steps * 2 * RECIPE.batch_size:
+    if next(reads) == steps * 2 * CONFIG.batch_size:
       while f'waited for {steps - 1}' not in fakes.events and steps:
         time.sleep(0.01)
       time.sleep(0.2)
@@ -322,7 +322,7 @@ def test_a_signal_while_a_batch_is_waited_for_saves_what_there_is(
 
   fakes.videos.before_frame = before_frame
   # By two threads, frames of a batch may be read before the last ones of the batch before it.
-  one_thread = dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, num_threads=1))
+  one_thread = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, num_threads=1))
   assert train.train(one_thread, tmp_path) is False
   released.set()
   assert_fed(fakes, range(1, steps + 1)) if steps else None
@@ -340,7 +340,7 @@ def test_a_step_that_diverges_is_not_saved_and_its_batch_is_listed(fakes, tmp_pa
   """Found at the next line or checkpoint, and named by its own number."""
   fakes.bad = bad
   with pytest.raises(NonFiniteLoss, match=f'the loss of step {bad} is nan; .* are in ') as caught:
-    train.train(RECIPE, tmp_path)
+    train.train(CONFIG, tmp_path)
   assert caught.value.step == bad
   assert ('watch', 'listing the pairs of the batch', True) in fakes.events
   assert max(fakes.fed) == {4: 4, 5: 6, 11: 11}[bad]
@@ -367,8 +367,8 @@ def test_the_pairs_of_a_mixture_are_listed_by_their_dataset():
   weights = Fraction(1), Fraction(1)
   mixture = Mixture((Named('first', 3), Named('second', 9)), weights)
   seeds = {'data_seed': 3, 'step_key': jax.random.key(4)}
-  pairs = non_finite_batch.describe_batch(RECIPE, mixture, step=2, **seeds)['pairs']
-  assert len(pairs) == RECIPE.batch_size
+  pairs = non_finite_batch.describe_batch(CONFIG, mixture, step=2, **seeds)['pairs']
+  assert len(pairs) == CONFIG.batch_size
   assert {pair['dataset'] for pair in pairs} == {0, 1}
   for pair in pairs:
     assert pair['path'] == f'{("first", "second")[pair["dataset"]]}/{pair["video"]}.mp4'
@@ -385,7 +385,7 @@ def test_a_loader_that_does_not_end_hides_no_error(fakes, tmp_path, monkeypatch,
   monkeypatch.setattr(Loader, 'close', close)
   fakes.bad = bad
   with pytest.raises(NonFiniteLoss if bad else LoaderStalled):
-    train.train(changed(RECIPE, {'num_steps': 2}), tmp_path)
+    train.train(changed(CONFIG, {'num_steps': 2}), tmp_path)
   closed = [event for event in fakes.events if 'closed' in event]
   assert closed == [f'closed: {name}' for name in ('Loader', 'Report', 'Checkpoints', 'Watchdog')]
 
@@ -401,7 +401,7 @@ def test_after_a_signal_a_loader_that_does_not_end_does_not_change_the_status(
 
   monkeypatch.setattr(Loader, 'close', close)
   fakes.at[2] = stop_by(signal.SIGTERM)
-  assert train.train(RECIPE, tmp_path) is False
+  assert train.train(CONFIG, tmp_path) is False
   assert_saved(tmp_path, [2])
   assert 'a thread of the loader did not end' in log_of(tmp_path)
 
@@ -433,7 +433,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told(
   monkeypatch.setattr(manager, 'wait_until_finished', wait_until_finished)
   expected = pytest.raises(NotSaved, match=r'step 11 could not be saved .* resumes from step 8')
   with expected if full_at == 11 else contextlib.nullcontext():
-    train.train(RECIPE, tmp_path)
+    train.train(CONFIG, tmp_path)
   assert f'the checkpoint of step {full_at} could not be written (no space' in log_of(tmp_path)
   saved = sorted(int(path.name) for path in (tmp_path / saved_weights.FOLDER).iterdir())
   assert saved == [step for step in (4, 8, 11) if step != full_at]
@@ -451,24 +451,24 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def changed(recipe, fields):
+def changed(config, fields):
   for name, value in fields.items():
     group, _, leaf = name.rpartition('.')
-    part = dataclasses.replace(getattr(recipe, group) if group else recipe, **{leaf: value})
-    recipe = dataclasses.replace(recipe, **{group: part}) if group else part
-  return recipe
+    part = dataclasses.replace(getattr(config, group) if group else config, **{leaf: value})
+    config = dataclasses.replace(config, **{group: part}) if group else part
+  return config
 
 
-def value_of(recipe, name):
+def value_of(config, name):
   for part in name.split('.'):
-    recipe = getattr(recipe, part)
-  return recipe
+    config = getattr(config, part)
+  return config
 
 
 def test_a_run_does_not_go_on_as_another_one(fakes, tmp_path, monkeypatch):
   monkeypatch.setattr(fakes, 'open_mixture', lambda *_: mixture_of(fakes.videos))
   monkeypatch.setattr(train, 'open_mixture', fakes.open_mixture)
-  begun = changed(RECIPE, {'num_steps': 1})
+  begun = changed(CONFIG, {'num_steps': 1})
   assert train.train(begun, tmp_path)
 
   def written():
@@ -493,7 +493,7 @@ def test_a_run_does_not_go_on_as_another_one(fakes, tmp_path, monkeypatch):
 
 def test_what_does_not_make_another_run_may_change(fakes, tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'open_mixture', lambda *_: mixture_of(fakes.videos))
-  begun = changed(RECIPE, {'num_steps': 1})
+  begun = changed(CONFIG, {'num_steps': 1})
   assert train.train(begun, tmp_path)
   # No step is left, so that nothing of it has to work.
   assert train.train(changed(begun, MAY_CHANGE | {'num_steps': 1}), tmp_path)
@@ -523,13 +523,13 @@ CONSEQUENCES = {
 @pytest.mark.parametrize('case', CONSEQUENCES)
 def test_what_follows_from_a_change_is_said(fakes, tmp_path, case):
   steps, changes, message = CONSEQUENCES[case]
-  if steps < RECIPE.num_steps:
+  if steps < CONFIG.num_steps:
     fakes.at[steps] = stop_by(signal.SIGTERM)
-  train.train(RECIPE, tmp_path)
+  train.train(CONFIG, tmp_path)
   first = log_of(tmp_path)
   fakes.at.clear()
   fakes.feeds.clear()
-  assert train.train(changed(RECIPE, changes), tmp_path)
+  assert train.train(changed(CONFIG, changes), tmp_path)
   log = log_of(tmp_path).removeprefix(first)
   assert message in log
   other = 'learning rate' if 'learning' not in message else 'nothing is left'
@@ -540,8 +540,8 @@ def test_what_follows_from_a_change_is_said(fakes, tmp_path, case):
 
 def test_warm_up_alone_is_said_at_the_start_and_a_usual_run_says_nothing(fakes, tmp_path):
   for warmup_steps in (10, 11):
-    recipe = changed(RECIPE, {'num_steps': 11, 'optimizer.warmup_steps': warmup_steps})
-    train.train(recipe, tmp_path / str(warmup_steps))
+    config = changed(CONFIG, {'num_steps': 11, 'optimizer.warmup_steps': warmup_steps})
+    train.train(config, tmp_path / str(warmup_steps))
     log = log_of(tmp_path / str(warmup_steps))
     assert ('learning rate' in log) == (warmup_steps == 11)
 
@@ -550,7 +550,7 @@ def test_epochs_before_a_change_count_as_they_were(fakes, tmp_path):
   """25 videos: three steps make an epoch, and one step of 16 pairs does."""
   for batch_size, steps, epochs in ((8, 4, 4 / 3), (16, 6, 4 / 3 + 2), (16, 7, 4 / 3 + 3)):
     fakes.at = {steps: stop_by(signal.SIGTERM)}
-    train.train(changed(RECIPE, {'batch_size': batch_size}), tmp_path, allow_changes=True)
+    train.train(changed(CONFIG, {'batch_size': batch_size}), tmp_path, allow_changes=True)
     folder = tmp_path / saved_weights.FOLDER / str(steps)
     described = json.loads((folder / 'description' / 'metadata').read_text())
     assert saved_weights.epochs(described, steps) == pytest.approx(epochs)
@@ -582,26 +582,26 @@ def too_large_for_a_device():
 def test_a_shortage_of_memory_is_one_sentence(fakes, tmp_path, take, message):
   fakes.at[3] = take
   with pytest.raises(RunFailed, match=message) as ended:
-    train.train(RECIPE, tmp_path)
+    train.train(CONFIG, tmp_path)
   assert ended.value.exit_status == 1
 
 
 def test_what_is_wrong_before_the_first_step_is_one_sentence(fakes, tmp_path):
   (tmp_path / 'file').touch()
-  for recipe, workdir, message in (
+  for config, workdir, message in (
     (
-      changed(RECIPE, {'mesh.fsdp': 3}),
+      changed(CONFIG, {'mesh.fsdp': 3}),
       tmp_path / 'new',
       r'config: mesh.data=0 and mesh.fsdp=3 do',
     ),
     (
-      RECIPE,
+      CONFIG,
       tmp_path / 'file' / 'run',
       r'--workdir=.*/file/run cannot be written \(Not a directory\); make room there',
     ),
   ):
     with pytest.raises(UserError, match=message):
-      train.train(recipe, workdir)
+      train.train(config, workdir)
     assert fakes.events[-1] == 'closed: Watchdog'
   assert sorted(path.name for path in tmp_path.iterdir()) == ['file']
 
@@ -611,17 +611,17 @@ def test_all_processes_must_mean_the_same_run(fakes, tmp_path, monkeypatch):
   told = []
   monkeypatch.setattr(multihost, 'agree', told.append)
   monkeypatch.chdir(tmp_path)
-  recipe = changed(RECIPE, {'num_steps': 1})
-  train.train(recipe, tmp_path.relative_to(tmp_path) / 'run', allow_changes=True)
+  config = changed(CONFIG, {'num_steps': 1})
+  train.train(config, tmp_path.relative_to(tmp_path) / 'run', allow_changes=True)
   facts = {
     'code version': multihost.code_version(),
-    'config': repr(changed(recipe, {'data_dir': ''})),  # May lie elsewhere on each machine.
+    'config': repr(changed(config, {'data_dir': ''})),  # May lie elsewhere on each machine.
     '--workdir': str(tmp_path / 'run'),
     '--allow_changes': 'True',
   }
   assert told == [facts | {'dataset': 'abc'}, {'newest checkpoint in --workdir': 'None'}]
   told.clear()
-  train.train(recipe, tmp_path / 'run')
+  train.train(config, tmp_path / 'run')
   same = facts | {'--allow_changes': 'False'}
   assert told == [same | {'dataset': 'abc'}, {'newest checkpoint in --workdir': '1'}]
   told.clear()
@@ -631,7 +631,7 @@ def test_all_processes_must_mean_the_same_run(fakes, tmp_path, monkeypatch):
 
   monkeypatch.setattr(train, 'open_mixture', none_there)
   with pytest.raises(UserError, match='there is no such dataset'):
-    train.train(recipe, tmp_path / 'run')
+    train.train(config, tmp_path / 'run')
   assert told == [same | {'dataset': 'cannot be opened'}]
 
 
@@ -647,11 +647,11 @@ def test_a_process_reads_its_share_of_every_batch(monkeypatch, caplog):
   monkeypatch.setattr(frame_pairs, 'pair_batches', pair_batches)
   videos, mesh = mixture_of(Videos()), sharding.make_mesh()
   is_asked = lambda: False
-  recipe = changed(RECIPE, {'data.max_damaged_records': 1})
-  train.start_loader(recipe, videos, mesh, seed=13, first_step=6, is_interrupted=is_asked)
+  config = changed(CONFIG, {'data.max_damaged_records': 1})
+  train.start_loader(config, videos, mesh, seed=13, first_step=6, is_interrupted=is_asked)
   ((arguments, options),) = asked
   damaged, move = options.pop('report_damaged'), options.pop('move')
-  assert arguments == (videos, recipe.data)
+  assert arguments == (videos, config.data)
   assert options == {
     'image_size': 16, 'batch_size': 8, 'seed': 13, 'first_step': 6, 'host': 2, 'num_hosts': 4,
     'is_interrupted': is_asked,
@@ -677,8 +677,8 @@ def test_a_process_reads_its_share_of_every_batch(monkeypatch, caplog):
 def test_the_exit_status_says_how_a_run_ended(tmp_path, monkeypatch, capsys, outcome, status):
   given = []
 
-  def fake(recipe, workdir, *, allow_changes):
-    given.append((recipe.num_steps, workdir, allow_changes))
+  def fake(config, workdir, *, allow_changes):
+    given.append((config.num_steps, workdir, allow_changes))
     if isinstance(outcome, Exception):
       raise outcome
     return outcome

@@ -79,10 +79,10 @@ def test_a_wheel_contains_every_module_and_the_configs_inside_the_package(wheel)
 
 @pytest.mark.slow
 def test_every_command_runs_from_another_folder(installed, tmp_path):
-  found = run(
+  imported = run(
     installed, tmp_path, sys.executable, '-c', 'import dropmae_jax; print(dropmae_jax.__file__)'
   )
-  assert pathlib.Path(found.stdout.strip()).is_relative_to(installed), found
+  assert pathlib.Path(imported.stdout.strip()).is_relative_to(installed), imported
   for name in COMMANDS:
     done = run(installed, tmp_path, installed / 'bin' / name, '--help')
     assert done.returncode == 0, done.stderr

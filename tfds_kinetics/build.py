@@ -98,8 +98,8 @@ def plan(
     say('note: some videos have no class; --annotations=FOLDER of the csv files would give it')
   jobs = (
     job
-    for split, found in listing.videos.items()
-    for job in shards.shard_jobs(root, split, found, options)
+    for split, videos in listing.videos.items()
+    for job in shards.shard_jobs(root, split, videos, options)
   )
   target = data_dir / DATASET / collection.name / VERSION
   return Plan(collection, root, target, options, listing, tuple(jobs))

@@ -84,8 +84,8 @@ def list_videos(
     files = annotation_files(root, annotations)
     annotated = {split: read_annotations(files[split]) for split in folders if split in files}
   for split, places in folders.items():
-    found = [video for folder in places for video in _walk(root, folder, split, listing)]
-    listing.videos[split] = sorted(found, key=lambda video: video.path)
+    videos = [video for folder in places for video in _walk(root, folder, split, listing)]
+    listing.videos[split] = sorted(videos, key=lambda video: video.path)
   inside = {folder for places in folders.values() for folder in places}
   if root not in inside:
     listing.outside = list(_walk(root, root, '', listing, but=inside))

@@ -290,8 +290,8 @@ class _Watch:
     self._limit, self._processor_time = limit, time.process_time()
     self._left, self._reading = limit * GRACE[0] + GRACE[1], (marker, path)
 
-  def rest(self) -> None:
-    """Stops the clock: no video is being read."""
+  def stop_clock(self) -> None:
+    """No video is being read any more."""
     self._reading = None
 
   def run(self) -> None:
@@ -341,5 +341,5 @@ def _write(job: ShardJob, folder: pathlib.Path, verdicts: dict[str, str]) -> dic
       ' for it, and what is finished is kept)'
     ) from error
   finally:
-    _watch.rest()
+    _watch.stop_clock()
     marker.unlink(missing_ok=True)

@@ -97,9 +97,9 @@ def left_out(dataset: Mixture, workdir: pathlib.Path, watchdog: Watchdog) -> Ite
     workdir: of the run, shared by all of its processes.
     watchdog: shows the stacks of a crash.
   """
-  found = _blame(dataset, workdir) if jax.process_index() == 0 else []
-  found = json.loads(multihost.text_of_first(json.dumps(found)))
-  without = _messages(found, dataset, workdir)
+  excluded = _blame(dataset, workdir) if jax.process_index() == 0 else []
+  excluded = json.loads(multihost.text_of_first(json.dumps(excluded)))
+  without = _messages(excluded, dataset, workdir)
   stacks_path, readings_path = _files(workdir, str(jax.process_index()))
   # For appending, as the watchdog writes too.
   with stacks_path.open('a') as stacks:
@@ -130,7 +130,7 @@ def _blame(dataset: Mixture, workdir: pathlib.Path) -> list[list[Any]]:
   Returns:
     [dataset, video, reason] of every video that is left out.
   """
-  found = _read(dataset, workdir)
+  left_out = _read(dataset, workdir)
   for stacks_path in sorted(workdir.glob(_files(workdir, '*')[0].name)):
     stacks = stacks_path.read_text(errors='replace')
     process = stacks_path.stem.partition('-')[2]
@@ -142,11 +142,11 @@ def _blame(dataset: Mixture, workdir: pathlib.Path) -> list[list[Any]]:
     fatal = FATAL.match(stacks)
     reading = fatal and _crashed_reading(stacks, _files(workdir, process)[1])
     if reading:
-      found.append([*reading, fatal[1]])
-      _write(dataset, workdir, found)
+      left_out.append([*reading, fatal[1]])
+      _write(dataset, workdir, left_out)
     for path in _files(workdir, process):
       path.unlink(missing_ok=True)
-  return found
+  return left_out
 
 
 def _crashed_reading(stacks: str, path: pathlib.Path) -> tuple[int, int] | None:
@@ -155,8 +155,8 @@ def _crashed_reading(stacks: str, path: pathlib.Path) -> tuple[int, int] | None:
   if thread is None or not path.exists():
     return None
   rows = np.fromfile(path, READING)
-  of_thread = rows[rows['thread'] == int(thread[1], 16)]
-  return (int(of_thread['dataset'][0]), int(of_thread['video'][0])) if len(of_thread) else None
+  reads = rows[rows['thread'] == int(thread[1], 16)]
+  return (int(reads['dataset'][0]), int(reads['video'][0])) if len(reads) else None
 
 
 def _left_out_path(workdir: pathlib.Path) -> pathlib.Path:
@@ -186,12 +186,12 @@ def _messages(
   left_out: list[list[Any]], dataset: Mixture, workdir: pathlib.Path
 ) -> list[dict[int, str]]:
   """Returns for each dataset why videos are left out, by their numbers."""
-  found: list[dict[int, str]] = [{} for _ in dataset.datasets]
+  messages: list[dict[int, str]] = [{} for _ in dataset.datasets]
   for number, video, reason in left_out:
     videos = dataset.datasets[number]
     path = videos.paths()[video] if hasattr(videos, 'paths') else f'dataset {number}'
-    found[number][video] = (
+    messages[number][video] = (
       f'video {video} ({path}) is left out, as reading it has ended an earlier start ({reason});'
       f' remove {_left_out_path(workdir)} to read it again.'
     )
-  return found
+  return messages

@@ -51,13 +51,13 @@ def describe_batch(
 
 def _paths(dataset: Mixture) -> list[Any]:
   """Returns the paths of each dataset's videos; None if it has none or they cannot be read."""
-  found = []
+  paths = []
   for each in dataset.datasets:
     try:
-      found.append(each.paths())
+      paths.append(each.paths())
     except Exception:  # For example, the storage is gone. The rest of the list is still useful.
-      found.append(None)
-  return found
+      paths.append(None)
+  return paths
 
 
 def _describe_pair(
@@ -69,11 +69,11 @@ def _describe_pair(
     more = {'crops': [list(box) for box in drawn.boxes]}
   except Exception as error:
     video, numbers, more = key.video, maker.frame_numbers(key), {'error': str(error)}
-  of_dataset = paths[key.dataset]
+  dataset_paths = paths[key.dataset]
   return {
     'dataset': key.dataset,
     'video': video,
-    'path': None if of_dataset is None else str(of_dataset[video]),
+    'path': None if dataset_paths is None else str(dataset_paths[video]),
     'frame_numbers': list(numbers),
     **more,
   }

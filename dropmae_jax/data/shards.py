@@ -61,9 +61,9 @@ class Shards:
     self._names = [each.filename for each in shards]
     self._ends = list(itertools.accumulate(each.take for each in shards))
     with concurrent.futures.ThreadPoolExecutor(DIGEST_THREADS) as threads:
-      found = list(threads.map(index_digest, self._names))
-    self._digests = found if digests is None else list(digests)
-    for name, expected, digest in zip(self._names, self._digests, found, strict=True):
+      current = list(threads.map(index_digest, self._names))
+    self._digests = current if digests is None else list(digests)
+    for name, expected, digest in zip(self._names, self._digests, current, strict=True):
       if digest != expected:
         raise ChangedDataset(
           f'{os.path.basename(name)} is another file than the one that was built'

@@ -136,11 +136,11 @@ def find_cutoff(
   Returns:
     the cutoff, and the ranks as stored in memory: use these, or XLA may compute them again.
   """
-  found, ranks = _search(ranks, count)
+  bounds, ranks = _search(ranks, count)
   # Ties before `tie_end`: those that are drawn, or else those that are not.
-  num_ties = jnp.where(ties_from_end, found.up_to - count, count - found.below)
-  tie_end = _end_of_ties(ranks, found.threshold, num_ties)
-  return Cutoff(found.threshold, tie_end, ties_from_end), ranks
+  num_ties = jnp.where(ties_from_end, bounds.up_to - count, count - bounds.below)
+  tie_end = _end_of_ties(ranks, bounds.threshold, num_ties)
+  return Cutoff(bounds.threshold, tie_end, ties_from_end), ranks
 
 
 class _Threshold(NamedTuple):

@@ -115,7 +115,7 @@ def _without_prefix(
     Its tensors under their own names; the prefix that they had; and the names of what is left out:
     tensors without the prefix, or without numbers.
   """
-  wrapped = [found[1] for found in map(_WRAPPED.fullmatch, tensors) if found]
+  wrapped = [match[1] for match in map(_WRAPPED.fullmatch, tensors) if match]
   prefix = wrapped[0] if wrapped and 'patch_embed.proj.weight' not in tensors else ''
   taken = {
     name.removeprefix(prefix): array

@@ -302,15 +302,15 @@ def _tensor(
   if not isinstance(storage, _Storage) or not isinstance(dtype, StandIn | None):
     raise ValueError('a tensor has no numbers, or no type')
   kind = storage.kind if dtype is None else dtype.name
-  found = _dtype(kind)
-  if found is None:
+  element_type = _dtype(kind)
+  if element_type is None:
     return StandIn(kind)
   if not all(type(each) is int and each >= 0 for each in (offset, *size, *stride)):
     raise ValueError('a tensor has a shape that is not one')
   if math.prod(size) == 0:
-    return np.empty(size, found)
-  strides = [each * found.itemsize for each in stride]
-  return np.ndarray(size, found, storage.buffer, offset * found.itemsize, strides)
+    return np.empty(size, element_type)
+  strides = [each * element_type.itemsize for each in stride]
+  return np.ndarray(size, element_type, storage.buffer, offset * element_type.itemsize, strides)
 
 
 def _check_sizes(value: Any, file_size: int) -> tuple[str, ...]:

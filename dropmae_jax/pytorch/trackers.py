@@ -22,14 +22,14 @@ def name_warnings(path: pathlib.Path, *, is_folded: bool) -> Iterator[str]:
     path: of the file.
     is_folded: whether it holds what `fold_identities` returns, under 'net'.
   """
-  found = OWN_NAMES.findall(path.name)
-  if found and not is_folded:
-    names = '" or "'.join(found)
+  tracker_names = OWN_NAMES.findall(path.name)
+  if tracker_names and not is_folded:
+    names = '" or "'.join(tracker_names)
     yield (
       f'Warning: trackers take a file with "{names}" in its name for one of their own checkpoints,'
       f' and then fail or load nothing; rename {path.name}.'
     )
-  if is_folded and not found:
+  if is_folded and not tracker_names:
     yield (
       f'Warning: OSTrack and ARTrack read such a file only if it has their own name in its name;'
       f' rename {path.name} for them.'

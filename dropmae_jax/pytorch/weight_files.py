@@ -211,18 +211,18 @@ def _read_pth(path: pathlib.Path) -> WeightFile:
       f'{path} holds a {what} and not a dict of tensors; save its state_dict() with torch.save.'
     )
   key = next((key for key in TENSOR_KEYS if isinstance(content.get(key), dict)), '')
-  found = content[key] if key else content
+  state = content[key] if key else content
   odd = [
     f'{name} ({value.name})' if isinstance(value, StandIn) else str(name)
-    for name, value in found.items()
+    for name, value in state.items()
     if not isinstance(value, np.ndarray) or not isinstance(name, str)
   ]
-  if odd or not found:
+  if odd or not state:
     where = f'under {key!r}' if key else f'at its top level, and no {" or ".join(TENSOR_KEYS)}'
     what = f'entries that are not named tensors ({", ".join(odd[:3])})' if odd else 'nothing'
     raise UserError(f'{path} holds {what} {where}; give a file of weights.')
   # Numbers of older files may lie at any byte.
-  tensors = {name: np.require(array, requirements='A') for name, array in found.items()}
+  tensors = {name: np.require(array, requirements='A') for name, array in state.items()}
   entries = {name: value for name, value in content.items() if name != key} if key else {}
   return WeightFile(key, tensors, entries, objects=objects)
 

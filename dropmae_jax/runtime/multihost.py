@@ -128,14 +128,14 @@ def agree(facts: Mapping[str, str]) -> None:
   gathered = multihost_utils.process_allgather(own)
   differs = (gathered != gathered[0]).any(axis=2)
   if differs.any():
-    found = [
+    differences = [
       f'{name} (process {", ".join(map(str, np.flatnonzero(differs[:, fact])))})'
       for fact, name in enumerate(facts)
       if differs[:, fact].any()
     ]
     raise UserError(
-      f'the processes of this run disagree with process 0 about: {"; ".join(found)}; start all with'
-      ' the same command, code and data.'
+      f'the processes of this run disagree with process 0 about: {"; ".join(differences)}; start'
+      ' all with the same command, code and data.'
     )
 
 

@@ -51,7 +51,7 @@ def abstract_on(mesh):
 
 
 @pytest.fixture(scope='module')
-def of_twelve_steps(tmp_path_factory):
+def twelve_step_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('saved')
   checkpoints = Checkpoints(
     workdir, CheckpointOptions(every_steps=2, keep_last=2, keep_every=4), DESCRIPTION
@@ -64,9 +64,9 @@ def of_twelve_steps(tmp_path_factory):
 
 
 @pytest.fixture
-def saved(of_twelve_steps, tmp_path):
+def saved(twelve_step_run, tmp_path):
   """A copy for one test."""
-  return shutil.copytree(of_twelve_steps, tmp_path, dirs_exist_ok=True)
+  return shutil.copytree(twelve_step_run, tmp_path, dirs_exist_ok=True)
 
 
 def test_the_last_few_and_every_kth_are_kept(saved):
@@ -264,8 +264,8 @@ def restored(folder):
 
 def files_of(folder):
   """The files with a part of the state or of the description; sorted."""
-  found = [path for path in folder.rglob('*') if path.is_file() and path.stat().st_size]
-  return sorted(path for path in found if path.name != 'commit_success.txt')
+  files = [path for path in folder.rglob('*') if path.is_file() and path.stat().st_size]
+  return sorted(path for path in files if path.name != 'commit_success.txt')
 
 
 def remove(path):

@@ -71,8 +71,8 @@ def test_its_checkpoint_and_its_file_are_converted_into_one_another(older, monke
   convert(f'--from_torch={older}/dropmae.pth', f'--output={older}/back')
   convert(f'--checkpoint={older}/back', f'--output={older}/from_back.pth')
   for name in ('again.pth', 'from_back.pth'):
-    found = leaves_of(torch.load(older / name, weights_only=True))
-    assert set(recorded) <= set(found), name
+    leaves = leaves_of(torch.load(older / name, weights_only=True))
+    assert set(recorded) <= set(leaves), name
     for path, value in recorded.items():
-      np.testing.assert_array_equal(found[path], value, err_msg=f'{name} {path}')
+      np.testing.assert_array_equal(leaves[path], value, err_msg=f'{name} {path}')
   assert len(recorded) > 300

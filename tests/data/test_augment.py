@@ -202,9 +202,9 @@ def test_flips(shared):
   frames = np.random.default_rng(0).integers(0, 256, (400, 2, 4, 6, 3), np.uint8)
   keys = jax.random.split(jax.random.key(0), 400)
   flipped = pixels.flip_and_normalise(keys, jnp.asarray(frames), shared=shared)
-  of_frames = jnp.stack([keys, keys], 1) if shared else jax.vmap(jax.random.split)(keys)
+  frame_keys = jnp.stack([keys, keys], 1) if shared else jax.vmap(jax.random.split)(keys)
   flip = jax.vmap(jax.vmap(dm_pix.random_flip_left_right))
-  np.testing.assert_array_equal(flipped, pixels.normalise(flip(of_frames, jnp.asarray(frames))))
+  np.testing.assert_array_equal(flipped, pixels.normalise(flip(frame_keys, jnp.asarray(frames))))
   is_flipped = (np.asarray(flipped) != pixels.normalise(jnp.asarray(frames))).any((2, 3, 4))
   assert 0.4 < is_flipped.mean() < 0.6
   together = (is_flipped[:, 0] == is_flipped[:, 1]).mean()

@@ -72,15 +72,15 @@ def watchdog():
 
 def left_out_of(workdir, watchdog, videos=None):
   """Returns the videos that a start leaves out, and their messages."""
-  found = {}
+  left_out = {}
   with crashes.left_out(mixture_of(videos or Videos()), workdir, watchdog) as mixture:
     (source,) = mixture.datasets
     for video in range(len(source)):
       try:
         assert source.frame(video, 0)[0, 0, 0] == video
       except DamagedRecord as error:
-        found[video] = str(error)
-  return found
+        left_out[video] = str(error)
+  return left_out
 
 
 def leave(workdir, process, stacks, readings):
@@ -113,9 +113,11 @@ READINGS = [(0x7F0000000001, 0, 1), (0x7F0000000002, 0, 3), (0, 0, 0)]
 
 def test_the_video_of_the_crashed_thread_is_blamed(tmp_path, watchdog):
   leave(tmp_path, 0, STACKS, READINGS)
-  found = left_out_of(tmp_path, watchdog)
-  assert list(found) == [3]
-  assert found[3].startswith('video 3 (dataset 0) is left out, as reading it has ended an earlier')
+  left_out = left_out_of(tmp_path, watchdog)
+  assert list(left_out) == [3]
+  assert left_out[3].startswith(
+    'video 3 (dataset 0) is left out, as reading it has ended an earlier'
+  )
   # Crashes of any process are added to those of before, and those of others with another number.
   leave(tmp_path, 11, STACKS.replace('Bus', 'Another'), [(0x7F0000000002, 0, 0)])
   assert list(left_out_of(tmp_path, watchdog)) == [0, 3]

@@ -148,10 +148,10 @@ def test_pairs_follow_the_distribution_through_the_whole_pipeline():
   drawn = batches(videos, epochs // 10, options=options, batch_size=50, image_size=2)
   video, pairs = column(drawn, 'video'), column(drawn, 'frame_numbers')
   for number, length in enumerate(lengths):
-    of_it = pairs[video == number]
-    assert len(of_it) == epochs
+    pairs_of_video = pairs[video == number]
+    assert len(pairs_of_video) == epochs
     observed = np.zeros((length, length))
-    np.add.at(observed, tuple(of_it.T), 1)
+    np.add.at(observed, tuple(pairs_of_video.T), 1)
     expected = np.zeros((length, length))
     for start in range(length - 1):
       ends = [end for end in range(length) if 0 < end - start < gap]
@@ -245,8 +245,8 @@ def test_every_dataset_of_a_mixture_has_its_own_epochs():
   drawn = batches(MIXTURE, 60)
   dataset, video = column(drawn, 'dataset'), column(drawn, 'video')
   for number, source in enumerate(MIXTURE.datasets):
-    of_it = video[dataset == number]
-    epochs = of_it[: len(of_it) // len(source) * len(source)].reshape(-1, len(source))
+    videos = video[dataset == number]
+    epochs = videos[: len(videos) // len(source) * len(source)].reshape(-1, len(source))
     assert (np.sort(epochs, axis=1) == np.arange(len(source))).all()
     assert len({tuple(epoch) for epoch in epochs}) > 3
   pairs = column(drawn, 'frame_numbers')
@@ -439,7 +439,7 @@ class Returns(NumberedVideos):
 
 
 @pytest.mark.parametrize(
-  ('convert', 'found'),
+  ('convert', 'returned'),
   [
     (lambda frame: (frame / 255).astype(np.float32), r'float32 \[20, 30, 3\]'),
     (lambda frame: frame[..., 0], r'uint8 \[20, 30\]'),
@@ -449,14 +449,16 @@ class Returns(NumberedVideos):
     (lambda frame: frame[:0], r'uint8 \[0, 30, 3\]'),
   ],
 )
-def test_frames_that_are_no_rgb_are_refused(convert, found):
+def test_frames_that_are_no_rgb_are_refused(convert, returned):
   """OpenCV would leave some of them out without a word."""
   stream = frame_pairs.pair_batches(
     Returns([6] * 4, convert), DataOptions(num_threads=1), image_size=16, batch_size=2, seed=0
   )
   with (
     contextlib.closing(stream),
-    pytest.raises(UserError, match=f'of config.dataset is {found}; its class must return uint8 '),
+    pytest.raises(
+      UserError, match=f'of config.dataset is {returned}; its class must return uint8 '
+    ),
   ):
     next(stream)
 

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_train_loop import RECIPE, fakes  # noqa: F401, a fixture
+from test_train_loop import CONFIG, fakes  # noqa: F401, a fixture
 from test_video_source import DATASET, version_folder
 
 from dropmae_jax import train
@@ -111,7 +111,7 @@ def test_a_run_ends_when_its_data_are_replaced_and_goes_on_when_they_are_put_bac
 ):
   def start(workdir):
     fakes.videos, fakes.fed = opened(data), {}
-    assert train.train(RECIPE, tmp_path / workdir)
+    assert train.train(CONFIG, tmp_path / workdir)
     return fakes.fed
 
   def assert_as_undisturbed(fed):
@@ -122,14 +122,14 @@ def test_a_run_ends_when_its_data_are_replaced_and_goes_on_when_they_are_put_bac
   fakes.at[2] = lambda: swap(*files_of(data)[:2])
   with pytest.raises(ChangedDataset, match='was replaced while it was in use'):
     start('replaced')
-  assert 2 <= max(fakes.fed) < RECIPE.num_steps
+  assert 2 <= max(fakes.fed) < CONFIG.num_steps
   assert_as_undisturbed(fakes.fed)
   with pytest.raises(UserError, match='is another file than the one that was built'):
     start('replaced')
   swap(*files_of(data)[:2])
   fakes.at = {}
   fed = start('replaced')
-  assert max(fed) == RECIPE.num_steps
+  assert max(fed) == CONFIG.num_steps
   assert_as_undisturbed(fed)
 
 

@@ -502,8 +502,8 @@ def test_a_dataset_of_the_size_of_kinetics_opens_fast_and_is_small(tmp_path):
   before = len(os.listdir('/proc/self/fd'))
   assert dataset.frame(239_999, 299).shape == dataset.frame(0, 0).shape == (256, 340, 3)
   assert len(os.listdir('/proc/self/fd')) <= before + 2
-  found = loader_memory.measure(tmp_path, num_batches=8)
-  assert found['seconds_to_first_batch'] < 10
-  memory = found['memory']
+  result = loader_memory.measure(tmp_path, num_batches=8)
+  assert result['seconds_to_first_batch'] < 10
+  memory = result['memory']
   assert memory['8 batches']['rss_mb'] - memory['before']['rss_mb'] < 400
   assert not [each for each in threading.enumerate() if each.name.startswith('loader')]

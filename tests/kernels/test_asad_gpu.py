@@ -65,10 +65,10 @@ def test_logits_so_far_apart_that_exponentials_underflow():
   assert not np.einsum('bfmii->', np.asarray(drops, np.int64))
   recorded = partial(fast_asad.attention_with_drops, is_dropped=drops)
   ours = value_and_gradients(partial(fused, **drawn), given)
-  of_xla = value_and_gradients(recorded, given)
+  xla = value_and_gradients(recorded, given)
   exact = value_and_gradients(recorded, [each.astype(jnp.float32) for each in given])
   # Where terms nearly cancel, no implementation has digits left in bfloat16.
-  for one, other, expected in zip(ours, of_xla, exact, strict=True):
+  for one, other, expected in zip(ours, xla, exact, strict=True):
     assert np.isfinite(np.asarray(one, np.float32)).all()
     error, allowed = (jnp.linalg.norm(each.ravel() - expected.ravel()) for each in (one, other))
     assert error <= 1.5 * allowed + 1e-6

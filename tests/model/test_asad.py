@@ -125,8 +125,8 @@ def test_no_position_is_favoured_and_no_two_draws_are_correlated(level):
   drops = []
   for block in range(4):
     keys = jax.vmap(jax.random.fold_in, (0, None))(jax.random.split(jax.random.key(4), 6), block)
-    of_block = np.asarray(sample(weighted_sampling.head_seeds(keys, heads), weights, count))
-    drops.append(of_block.transpose(0, 2, 1, 3, 4))
+    drops_of_block = np.asarray(sample(weighted_sampling.head_seeds(keys, heads), weights, count))
+    drops.append(drops_of_block.transpose(0, 2, 1, 3, 4))
   drops = np.concatenate(drops).reshape(-1, 2, n, n)
   assert (drops.sum(axis=(1, 2, 3)) == count).all()
   share = count / (2 * n * (n - 1))

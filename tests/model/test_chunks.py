@@ -56,8 +56,8 @@ def test_every_head_of_a_chunk_has_its_own_numbers():
   loop = chunks.Loop(8 * 8**2)
   assert chunks.chunk_counts(tokens.shape[:3], loop.logits_at_once) == (1, 3)  # Two heads each.
   arguments = tokens, 2 * tokens, tokens**2, per_head
-  found = chunks.in_chunks(attend, *arguments, loop)
-  np.testing.assert_allclose(found, attend(*arguments), rtol=1e-5, atol=1e-6)
+  output = chunks.in_chunks(attend, *arguments, loop)
+  np.testing.assert_allclose(output, attend(*arguments), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -248,5 +248,5 @@ def test_logits_are_summed_in_float32(drops):
     if drops
     else attention.dense_attention
   )
-  found = np.asarray(attend(query, key, value), np.float64)[0, :, 0]
-  assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+  output = np.asarray(attend(query, key, value), np.float64)[0, :, 0]
+  assert np.linalg.norm(output - expected) < 0.01 * np.linalg.norm(expected)

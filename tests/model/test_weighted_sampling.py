@@ -39,8 +39,8 @@ def test_rows_of_any_length_are_counted(n):
   for count in (1, 2 * n, 2 * n * n):
     marks = np.asarray(lowest(ranks, count, np.zeros((1, 1, 2, 1, 1), bool)))
     for head in range(2):
-      of_head = ranks[:, :, head]
-      inside, outside = of_head[marks[:, :, head]], of_head[~marks[:, :, head]]
+      head_ranks = ranks[:, :, head]
+      inside, outside = head_ranks[marks[:, :, head]], head_ranks[~marks[:, :, head]]
       assert len(inside) == count
       assert not len(outside) or inside.max() <= outside.min()
 

@@ -226,19 +226,21 @@ def test_tables_of_another_grid_are_resampled_where_asked(tmp_path, command):
 def test_list_shows_every_tensor(trained, tmp_path, command):
   path = tmp_path / 'out.pth'
   command(f'--checkpoint={trained}', f'--output={path}')
-  of_file, of_folder = (command(f'--list={each}')[1].splitlines() for each in (path, trained))
+  file_lines, folder_lines = (command(f'--list={each}')[1].splitlines() for each in (path, trained))
   weights = saved_weights.load_weights(trained)
   tensors = layouts.to_torch(weights.params, weights.architecture)
-  assert of_file[0].split() == ['name', 'shape', 'dtype', 'norm']
-  assert of_file[1 : 1 + len(tensors)] == of_folder[1 : 1 + len(tensors)]
-  for line, (name, array) in zip(of_file[1:], tensors.items(), strict=False):
+  assert file_lines[0].split() == ['name', 'shape', 'dtype', 'norm']
+  assert file_lines[1 : 1 + len(tensors)] == folder_lines[1 : 1 + len(tensors)]
+  for line, (name, array) in zip(file_lines[1:], tensors.items(), strict=False):
     assert line.split()[:-1] == [name, *map(str, array.shape), 'float32']
     assert float(line.split()[-1]) == pytest.approx(np.linalg.norm(array), rel=1e-5)
   values = sum(array.size for array in tensors.values())
-  assert of_file[-2] == f"{len(tensors)} tensors under 'model', {values} values, {4 * values} bytes"
-  assert of_file[-1] == 'other entries: epoch, args'
+  assert (
+    file_lines[-2] == f"{len(tensors)} tensors under 'model', {values} values, {4 * values} bytes"
+  )
+  assert file_lines[-1] == 'other entries: epoch, args'
   first = command(f'--list={trained}', '--step=4')[1]
-  assert first != '\n'.join(of_folder) + '\n'
+  assert first != '\n'.join(folder_lines) + '\n'
 
 
 def test_compare_shows_the_largest_difference_per_tensor(trained, tmp_path, command):

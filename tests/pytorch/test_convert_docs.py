@@ -48,8 +48,8 @@ def test_code_can_be_copied(timm, files, params, monkeypatch, block):
   exec(block, names)
   state = layouts.to_torch(params, BASE)
   if 'encoder' in names:
-    found = names['encoder']['blocks.0.attn.qkv.weight']
-    np.testing.assert_array_equal(found, state['blocks.0.attn.qkv.weight'])
+    array = names['encoder']['blocks.0.attn.qkv.weight']
+    np.testing.assert_array_equal(array, state['blocks.0.attn.qkv.weight'])
     return
   from dropmae_jax.pytorch import reference
 
@@ -123,8 +123,8 @@ def test_the_table_of_keys_is_what_loaders_print(timm, program, layout):
   assert f'`{layout}`' in in_layouts
   loaded = keys_of(timm, program, layout)
   assert missing.startswith(as_written(loaded.missing_keys))
-  found = as_written(loaded.unexpected_keys)
-  assert f'{found} (of `{layout}`)' in unexpected or unexpected.startswith(found)
+  listed = as_written(loaded.unexpected_keys)
+  assert f'{listed} (of `{layout}`)' in unexpected or unexpected.startswith(listed)
 
 
 def test_global_pool_of_mae_changes_the_norm(timm):

@@ -88,10 +88,10 @@ def tensors_by_hand(tree):
   return tensors
 
 
-def assert_same(found, expected):
-  assert found.keys() == expected.keys()
+def assert_same(actual, expected):
+  assert actual.keys() == expected.keys()
   for name, array in expected.items():
-    np.testing.assert_array_equal(found[name], array, err_msg=name)
+    np.testing.assert_array_equal(actual[name], array, err_msg=name)
 
 
 # Of a base rate of 0.01 per 256 pairs, at 3 of the 15 steps after the warm-up.
@@ -121,9 +121,9 @@ def test_a_file_says_what_the_checkpoint_is(run, trees, tmp_path, convert):
       'weight_decay': decay, 'amsgrad': False, 'params': list(range(first, first + len(names))),
     }  # fmt: skip
   for moment, tree in (('exp_avg', 'mean'), ('exp_avg_sq', 'square')):
-    found = {name: states[i][moment] for i, name in enumerate([*plain, *decayed])}
-    expected = {n: a for n, a in tensors_by_hand(trees[tree]).items() if n in found}
-    assert_same(found, expected)
+    moments = {name: states[i][moment] for i, name in enumerate([*plain, *decayed])}
+    expected = {n: a for n, a in tensors_by_hand(trees[tree]).items() if n in moments}
+    assert_same(moments, expected)
   assert {float(state['step']) for state in states.values()} == {COUNT}
 
   card = json.loads((tmp_path / 'out.pth.json').read_text())
@@ -155,11 +155,11 @@ def test_a_file_that_is_read_in_is_the_same_checkpoint(
   if with_optimizer:
     assert [group['weight_decay'] for group in groups] == [0.0, 0.3]
     assert weights.moments.count == COUNT
-    for found, tree in ((weights.moments.mean, 'mean'), (weights.moments.square, 'square')):
+    for moments, tree in ((weights.moments.mean, 'mean'), (weights.moments.square, 'square')):
       # The fixed tables have no moments.
       expected = traverse_util.flatten_dict(trees[tree])
       expected |= {(name,): 0 * expected[name,] for name in optimizer.FIXED}
-      assert_same(traverse_util.flatten_dict(found), expected)
+      assert_same(traverse_util.flatten_dict(moments), expected)
   else:
     assert groups is None
     with pytest.raises(UserError, match='without optimizer state'):

@@ -25,23 +25,23 @@ UNKNOWN = dict.fromkeys(dataclasses.asdict(Objective()))
 
 
 def test_our_files_hold_everything():
-  found = file_metadata.read({'args': OURS | {'score': 0.25, 'score_steps': 3}})
-  assert found.is_ours
-  assert (found.architecture, found.step) == (TINY, 8)
-  assert Objective(**found.objective) == Objective()
+  metadata = file_metadata.read({'args': OURS | {'score': 0.25, 'score_steps': 3}})
+  assert metadata.is_ours
+  assert (metadata.architecture, metadata.step) == (TINY, 8)
+  assert Objective(**metadata.objective) == Objective()
   # The score of older files is ignored.
   named = {'architecture', 'objective', 'step'}
-  assert found.description == {name: value for name, value in OURS.items() if name not in named}
+  assert metadata.description == {name: value for name, value in OURS.items() if name not in named}
 
 
 def test_what_a_file_does_not_tell_of_the_objective_is_none():
   published = {'mask_ratio': 0.6, 'P': 0.2, 'norm_pix_loss': False, 'blr': 1e-3}
-  found = file_metadata.read({'args': published, 'epoch': 399})
-  assert not found.is_ours
-  assert found.objective == UNKNOWN | {
+  metadata = file_metadata.read({'args': published, 'epoch': 399})
+  assert not metadata.is_ours
+  assert metadata.objective == UNKNOWN | {
     'mask_ratio': 0.6, 'attention_dropout': 0.2, 'normalise_targets': False,
   }  # fmt: skip
-  assert (found.architecture, found.step, found.description) == (None, 0, {'epoch': 399})
+  assert (metadata.architecture, metadata.step, metadata.description) == (None, 0, {'epoch': 399})
   # A file of ours stores what is unknown as None.
   partly = OURS | {'objective': UNKNOWN | {'mask_ratio': 0.6}}
   assert file_metadata.read({'args': partly}).objective == UNKNOWN | {'mask_ratio': 0.6}
@@ -49,8 +49,8 @@ def test_what_a_file_does_not_tell_of_the_objective_is_none():
 
 @pytest.mark.parametrize('entries', [{}, {'args': 3}, {'args': {}}, {'epoch': True}])
 def test_files_without_metadata_are_read(entries):
-  found = file_metadata.read(entries)
-  assert found == (False, None, UNKNOWN, 0, {})
+  metadata = file_metadata.read(entries)
+  assert metadata == (False, None, UNKNOWN, 0, {})
 
 
 @pytest.mark.parametrize(

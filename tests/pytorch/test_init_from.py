@@ -166,15 +166,15 @@ def test_the_seed_draws_what_is_not_taken(workdir, params, tmp_path):
     key=jax.random.key(3),
     allow_changes=False,
   )
-  drawn, found = (
+  drawn, loaded = (
     traverse_util.flatten_dict(each) for each in (init(jax.random.key(3)).params, begun.params)
   )
   taken = traverse_util.flatten_dict(params)
   is_of_decoder = lambda name: 'decoder' in str(name[0]) or name[0] == 'mask_token'
-  assert {name for name in found if is_of_decoder(name)} == {
+  assert {name for name in loaded if is_of_decoder(name)} == {
     name for name in taken if is_of_decoder(name)
   }
-  for name, array in found.items():
+  for name, array in loaded.items():
     expected = drawn[name] if is_of_decoder(name) else taken[name]
     if name == ('pos_embed',):
       expected = position_embedding.resample_table(taken[name], other.grid)

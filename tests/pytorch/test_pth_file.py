@@ -273,6 +273,6 @@ def test_every_type_and_view_is_that_of_pytorch(tmp_path, dtype, is_legacy):
   torch.save(views, tmp_path / 'in.pth', _use_new_zipfile_serialization=not is_legacy)
   tensors = pth_file.read(tmp_path / 'in.pth').value
   for name, view in views.items():
-    found = np.asarray(tensors[name])
-    assert str(found.dtype) == dtype
-    np.testing.assert_array_equal(found.astype(complex), view.to(torch.complex128).numpy())
+    array = np.asarray(tensors[name])
+    assert str(array.dtype) == dtype
+    np.testing.assert_array_equal(array.astype(complex), view.to(torch.complex128).numpy())

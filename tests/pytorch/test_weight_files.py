@@ -32,10 +32,10 @@ def write(path, **entries):
     atomic_file.write_card(partial, {'step': 3})
 
 
-def assert_same(found, expected=TENSORS):
-  assert list(found) == list(expected)
+def assert_same(actual, expected=TENSORS):
+  assert list(actual) == list(expected)
   for name, array in expected.items():
-    np.testing.assert_array_equal(np.asarray(found[name]), array)
+    np.testing.assert_array_equal(np.asarray(actual[name]), array)
 
 
 @needs_torch

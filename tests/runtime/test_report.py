@@ -118,8 +118,8 @@ def assert_same_in_tensorboard(folder, rows):
   names = set(rows[0]) - {'step'}
   assert set(events.Tags()['scalars']) == names
   for name in names:
-    found = [(event.step, event.value) for event in events.Scalars(name)]
-    assert found == [(row['step'], pytest.approx(row[name])) for row in rows]
+    scalars = [(event.step, event.value) for event in events.Scalars(name)]
+    assert scalars == [(row['step'], pytest.approx(row[name])) for row in rows]
 
 
 def test_scalars_go_on_in_another_file_when_there_is_room_again(

@@ -83,13 +83,13 @@ def test_ctrl_c_stays_ignored(interruption):
 def test_ctrl_c_stays_ignored_by_the_builder_too(monkeypatch, capsys, is_ignored):
   if is_ignored:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-  found = []
+  seen = []
   monkeypatch.setattr(sys, 'argv', ['x', '--config=folder', '--videos=x', '--data_dir=y'])
   monkeypatch.setattr(builder.log, 'handlers', [])
-  monkeypatch.setattr(builder, '_run', lambda _: found.append(handlers()) or 'done')
+  monkeypatch.setattr(builder, '_run', lambda _: seen.append(handlers()) or 'done')
   assert builder.main() == 0
   theirs = builder._interrupt
-  assert found == [[signal.SIG_IGN if is_ignored else theirs, theirs]]
+  assert seen == [[signal.SIG_IGN if is_ignored else theirs, theirs]]
 
 
 @pytest.mark.parametrize('number', [each for each in STOP if each != signal.SIGTERM])

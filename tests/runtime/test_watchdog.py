@@ -246,8 +246,8 @@ def test_the_longest_limit_applies(seconds, is_slow, least, limit):
   watching.watch('a save', is_slow=is_slow, least=least)
   for path in ('', '/a/crash.txt', ''):
     watching.write_crashes_to(path)  # Changes nothing else.
-    found = watchdog.HEARTBEAT.unpack(watching._memory[:])[1:]
-    assert [found[0], *(each.rstrip(b'\0').decode() for each in found[1:])] == [
+    heartbeat = watchdog.HEARTBEAT.unpack(watching._memory[:])[1:]
+    assert [heartbeat[0], *(each.rstrip(b'\0').decode() for each in heartbeat[1:])] == [
       limit, 'a save', path
     ]  # fmt: skip
   watching.close()

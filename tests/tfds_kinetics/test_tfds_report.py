@@ -135,8 +135,8 @@ def test_the_table_says_what_the_report_does(built):
   ]
   first_kept = next(i for i, row in enumerate(table.splitlines()[2:]) if row.startswith('kept'))
   assert first_kept == 7  # What was left out stands first.
-  found = sorted(line.split(maxsplit=4) for line in table.splitlines()[2:])
-  assert found == sorted(
+  rows = sorted(line.split(maxsplit=4) for line in table.splitlines()[2:])
+  assert rows == sorted(
     [
       row['outcome'],
       str(row['frames']),
@@ -264,7 +264,7 @@ JOB = shards.ShardJob(
 )
 
 
-def of_video(**changes):
+def changed_video(**changes):
   return dataclasses.replace(JOB, videos=(dataclasses.replace(JOB.videos[0], **changes),))
 
 
@@ -274,13 +274,13 @@ def of_video(**changes):
     dataclasses.replace(JOB, split='val'),
     dataclasses.replace(JOB, number=4),
     dataclasses.replace(JOB, videos=JOB.videos * 2),
-    of_video(path='c.mp4'),
-    of_video(label='y'),
-    of_video(size=8),
-    of_video(youtube_id='other'),
-    of_video(copies=()),
-    of_video(copies=(Video('c.mp4', 'x', 9, 'id'),)),
-    of_video(copies=(Video('b.mp4', 'x', 8, 'id'),)),
+    changed_video(path='c.mp4'),
+    changed_video(label='y'),
+    changed_video(size=8),
+    changed_video(youtube_id='other'),
+    changed_video(copies=()),
+    changed_video(copies=(Video('c.mp4', 'x', 9, 'id'),)),
+    changed_video(copies=(Video('b.mp4', 'x', 8, 'id'),)),
   ],
 )
 def test_a_shard_of_another_job_is_not_taken_for_it(tmp_path, other):

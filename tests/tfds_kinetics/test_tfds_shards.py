@@ -91,15 +91,15 @@ def stored(folder, split):
   raw = tfds.decode.DeserializeMethod.RAW_BYTES
   source = tfds.builder_from_directory(folder).as_data_source(split, deserialize_method=raw)
   records = [tf_example_pb2.Example.FromString(source[number]) for number in range(len(source))]
-  found, place = {}, 0
+  jpegs, place = {}, 0
   with np.load(folder / f'index-{split}.npz') as arrays:
     index = {name: arrays[name].tolist() for name in arrays}
   assert index['classes'] == sorted(set(index['classes']))
   rows = (index[name] for name in ('first', 'frames', 'path', 'label', 'youtube_id'))
   for first, frames, path, label, youtube_id in zip(*rows, strict=True):
     assert first == place
-    assert path not in found
-    found[path] = []
+    assert path not in jpegs
+    jpegs[path] = []
     for number, record in enumerate(records[first : first + frames]):
       values = {
         name: each.ListFields()[0][1].value for name, each in record.features.feature.items()
@@ -110,10 +110,10 @@ def stored(folder, split):
         'video': [path.encode()],
         'frame': [number],
       }
-      found[path] += values['jpeg']
+      jpegs[path] += values['jpeg']
     place += frames
   assert place == len(records)
-  return found
+  return jpegs
 
 
 @pytest.fixture(scope='module')
@@ -143,9 +143,9 @@ def assert_stored(folder, videos, options):
   """Every video is stored in its split as the options say."""
   paths = {path.relative_to(videos).as_posix() for path in videos.glob('*/*/*')} - LEFT_OUT
   for split in ('train', 'val', 'test'):
-    found = stored(folder, split)
-    assert set(found) == {path for path in paths if path.startswith(split)}
-    for path, jpegs in found.items():
+    jpegs_by_path = stored(folder, split)
+    assert set(jpegs_by_path) == {path for path in paths if path.startswith(split)}
+    for path, jpegs in jpegs_by_path.items():
       assert jpegs == expected_jpegs(videos / path, options, TURNED.get(path)), path
 
 

@@ -148,9 +148,9 @@ def test_which_annotations_are_taken(tmp_path, better, worse):
     write_csv(tmp_path / 'annotations' / name, ['archery,aaaaaaaaaaa,1,11,train'])
   for name in ('AVA-Kinetics/countix_train.csv', 'train_list.txt'):
     write_csv(tmp_path / 'annotations' / name, ['a,b'], 'video_id,class')
-  found = tree.annotation_files(tmp_path)
-  assert found == {'train': tmp_path / 'annotations' / better}
-  assert tree.annotation_files(tmp_path, tmp_path / 'annotations') == found
+  files = tree.annotation_files(tmp_path)
+  assert files == {'train': tmp_path / 'annotations' / better}
+  assert tree.annotation_files(tmp_path, tmp_path / 'annotations') == files
 
 
 def test_lists_of_other_projects_are_no_annotations(tmp_path):

@@ -92,8 +92,8 @@ class _Kernels:
     self.num_tiles, last = self.sizes.num_tiles, self.sizes.chunks[-1][1]
     self.whole = self.num_tiles * TILE
     # Types of arrays in shared memory.
-    self.of_tiles = shared(self.num_tiles, TILE, width)
-    self.of_frames = shared(2, self.whole, width)
+    self.tiles_type = shared(self.num_tiles, TILE, width)
+    self.frames_type = shared(2, self.whole, width)
     self.square = shared(self.num_tiles, TILE, TILE)
     self.bytes = shared(self.num_tiles, TILE, TILE, dtype=jnp.uint8, plain=True)
     self.numbers = shared(self.num_tiles, TILE, dtype=jnp.float32, plain=True)
@@ -131,8 +131,8 @@ class _Kernels:
       arguments,
       self._result(heads, rows, rows, dtype=jnp.uint16),
       arrivals=3,
-      queries=self.of_tiles,
-      keys=self.of_frames,
+      queries=self.tiles_type,
+      keys=self.frames_type,
       staged=self.ranks,
       last_staged=self.last_ranks,
     )
@@ -148,9 +148,9 @@ class _Kernels:
         self._result(self.options.num_heads, self.whole, TILE, dtype=jnp.uint8),
       ),
       arrivals=5,
-      queries=self.of_tiles,
-      keys=self.of_frames,
-      values=self.of_frames,
+      queries=self.tiles_type,
+      keys=self.frames_type,
+      values=self.frames_type,
       next_ranks=self.ranks,
       last_ranks=self.last_ranks,
       packed=self.bytes,
@@ -166,14 +166,14 @@ class _Kernels:
       arguments,
       self._result(self.whole, self.lanes, dtype=arguments[0].dtype),
       arrivals=9,
-      queries=self.of_tiles,
-      upstream=self.of_tiles,
-      keys=self.of_frames,
-      values=self.of_frames,
+      queries=self.tiles_type,
+      upstream=self.tiles_type,
+      keys=self.frames_type,
+      values=self.frames_type,
       sums=self.numbers,
       means=self.numbers,
       packed=self.bytes,
-      mixed=self.of_tiles,
+      mixed=self.tiles_type,
     )
 
   def key_gradients(self, *arguments: Array) -> tuple[Array, Array]:
@@ -184,14 +184,14 @@ class _Kernels:
       arguments,
       (self._result(self.whole, self.lanes, dtype=arguments[1].dtype),) * 2,
       arrivals=11,
-      queries=self.of_frames,
-      upstream=self.of_frames,
-      keys=self.of_tiles,
-      values=self.of_tiles,
+      queries=self.frames_type,
+      upstream=self.frames_type,
+      keys=self.tiles_type,
+      values=self.tiles_type,
       sums=numbers,
       means=numbers,
       packed=self.bytes,
-      mixed=self.of_tiles,
+      mixed=self.tiles_type,
       rounded=self.square,
     )
 

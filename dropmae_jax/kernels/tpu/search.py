@@ -71,12 +71,12 @@ def select_lowest(
     start * 0,
     start * 0 + total,
   )
-  found = _narrow(scores, count, to_bits(start), whole)
-  is_tied = found.num_upto != count
+  bounds = _narrow(scores, count, to_bits(start), whole)
+  is_tied = bounds.num_upto != count
 
   @jax.named_scope('ties')
   def replace() -> None:
-    border = to_floats(found.upto)[:, None]
+    border = to_floats(bounds.upto)[:, None]
     old = scores[...]
     new = jnp.where(old == border, tie_order(), jnp.where(old < border, 0.0, jnp.inf))
     # As integers, because TPUs do not broadcast booleans.
@@ -85,10 +85,10 @@ def select_lowest(
 
   jax.lax.cond(_any(is_tied), replace, lambda: None)
   range_of_ties = Range(
-    jnp.where(is_tied, whole.below, found.below),
-    jnp.where(is_tied, whole.upto, found.upto),
-    found.num_below,
-    found.num_upto,
+    jnp.where(is_tied, whole.below, bounds.below),
+    jnp.where(is_tied, whole.upto, bounds.upto),
+    bounds.num_below,
+    bounds.num_upto,
   )
   middle = jnp.full(shape, _bits_of(total / 2))
   return to_floats(_narrow(scores, count, middle, range_of_ties).upto)
