@@ -83,11 +83,7 @@ def _leave(batch: frame_pairs.PairBatch) -> None:
 def run(measured: Clips, *, threads: Sequence[int], repeats: int, pairs: int) -> dict[str, Any]:
   """Measures every way once per repeat; returns the numbers of the table.
 
-  Args:
-    measured: the clips.
-    threads: numbers of threads.
-    repeats: rounds over all ways.
-    pairs: per round; an eighth of them for a baseline.
+  A baseline makes only an eighth of the pairs.
   """
   ways = [Way('dataset', resize, number) for resize in augment.RESIZES for number in threads]
   few = sorted({min(threads), max(threads)})

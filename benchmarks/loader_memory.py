@@ -35,13 +35,7 @@ BATCH = 32
 
 
 def write_dataset(data_dir: pathlib.Path, *, num_videos: int, num_frames: int) -> None:
-  """Writes a dataset of one shard and of links to it.
-
-  Args:
-    data_dir: where the dataset is written.
-    num_videos: of the index.
-    num_frames: of every video.
-  """
+  """Writes a dataset of videos of `num_frames` each: one shard, and links to it."""
   target = data_dir / DATASET / shards.VERSION
   target.parent.mkdir(parents=True)
   # A smooth picture makes a small JPEG.
@@ -76,12 +70,7 @@ def memory() -> dict[str, float]:
 
 
 def measure(data_dir: pathlib.Path, *, num_batches: int) -> dict[str, Any]:
-  """Reads batches; returns times, and memory before, after the first batch, at the end and after.
-
-  Args:
-    data_dir: of `write_dataset`.
-    num_batches: to read after the first.
-  """
+  """Reads batches; returns times, and memory before, after the first, the last and closing."""
   rows = {'before': memory()}
   began = time.perf_counter()
   dataset = video_source.open_dataset(str(data_dir), DATASET)
@@ -118,9 +107,8 @@ def main() -> None:
     # In another process, whose memory does not count.
     spawn = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(1, spawn) as writer:
-      writer.submit(
-        write_dataset, pathlib.Path(folder), num_videos=240_000, num_frames=300
-      ).result()
+      sizes = {'num_videos': 240_000, 'num_frames': 300}
+      writer.submit(write_dataset, pathlib.Path(folder), **sizes).result()
     result = measure(pathlib.Path(folder), num_batches=batches)
   print(
     f'{result["videos"]} videos: opened in {result["seconds_to_open"]:.1f} s, first batch after'

@@ -127,10 +127,6 @@ def _write_index(
 def verify(folder: pathlib.Path, workers: int) -> str:
   """Compares a whole dataset with its digests; returns a sentence on what was compared.
 
-  Args:
-    folder: of the dataset.
-    workers: number of threads.
-
   Raises:
     BadInput: a file is missing or not the one that was written, or there are no digests.
   """

@@ -205,11 +205,7 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
 
 
 def open_video(path: str, **options: str) -> av.container.InputContainer:
-  """Opens a video, with any characters in its name and titles.
-
-  Args:
-    path: of the file.
-    **options: of FFmpeg's demuxer.
+  """Opens a video, with any characters in its name and titles; options are of the demuxer.
 
   Raises:
     FFmpegError, UnusableVideo: it is no video.

@@ -111,12 +111,7 @@ def parse_names(text: str) -> list[str]:
 
 
 def take(names: list[str], weights: Weights) -> dict[str, float]:
-  """Returns the numbers of scores, each as SCORE/NAME; a score that fails is logged and left out.
-
-  Args:
-    names: entries of SCORES.
-    weights: of a step.
-  """
+  """Returns the numbers of scores, as SCORE/NAME; a score that fails is logged and left out."""
   numbers: dict[str, float] = {}
   for name in names:
     try:
