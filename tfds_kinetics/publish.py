@@ -41,13 +41,15 @@ def put_in_place(
   staging.mkdir()
   splits = []
   for split in sorted({job.split for job in tables}):
-    kept = [table for job, table in tables.items() if job.split == split and table['videos']]
-    if not kept:
+    split_tables = [
+      table for job, table in tables.items() if job.split == split and table['videos']
+    ]
+    if not split_tables:
       continue
-    files = [row for table in kept for row in table['files']]
+    files = [row for table in split_tables for row in table['files']]
     for number, row in enumerate(files):
       _link(folder / row['name'], shard_path(staging, split, number, len(files)))
-    rows = [video for table in kept for video in table['videos']]
+    rows = [video for table in split_tables for video in table['videos']]
     _write_index(staging / f'index-{split}.npz', rows, files, report)
     splits.append(
       tfds.core.SplitInfo(
