@@ -1,11 +1,16 @@
-"""Files of a dataset: written whole and to the disk, with digests to compare when they are read."""
+"""Files of a dataset: written whole and to the disk, compared by digests, and read with care."""
 
 import errno
 import hashlib
+import math
 import os
 import pathlib
 import re
 import secrets
+import zipfile
+from collections.abc import Collection
+
+import numpy as np
 
 # An ArrayRecord file ends with a block of this size, near the beginning of which stands where the
 # index of the records begins: a varint, followed by a magic number.
@@ -14,6 +19,8 @@ END_READ = 1024
 INDEX_BEGINS = re.compile(rb'\x08([\x80-\xff]*[\x00-\x7f])\x10\xde\xc0\xeb\xfe\x84\xce\xc3\xc9\x71')
 # The index begins with its size and checksum: 40 bytes, or 64 if a block begins among them.
 INDEX_HEADER = 64
+# Of deflate: no byte of it stands for more.
+MOST_INFLATED = 1032
 # Of folders on file systems that cannot sync them.
 NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
 
@@ -67,3 +74,31 @@ def write_text(path: pathlib.Path, text: str) -> None:
   temporary.write_text(text, 'utf-8')
   sync(temporary)
   os.replace(temporary, path)
+
+
+def read_arrays(path: pathlib.Path, names: Collection[str]) -> dict[str, np.ndarray]:
+  """Returns the arrays of an .npz that have these names; those that it lacks are left out.
+
+  The sizes that it states are not believed: no more memory is taken than such a file can fill.
+
+  Raises:
+    ValueError: an array is stated to be of another size than is stored.
+    OSError: the file cannot be read.
+    Exception: of many other types, where it is damaged.
+  """
+  arrays = {}
+  with zipfile.ZipFile(path) as archive:
+    for member in archive.infolist():
+      name = member.filename.removesuffix('.npy')
+      if name not in names:
+        continue
+      with archive.open(member) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+          raise ValueError(f'{name} is not in the format that was written')
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        stated = file.tell() + math.prod(shape) * dtype.itemsize
+        if stated != member.file_size or stated > MOST_INFLATED * path.stat().st_size:
+          raise ValueError(f'{name} is stated to be of {stated} bytes, which are not there')
+        file.seek(0)
+        arrays[name] = np.lib.format.read_array(file)
+  return arrays

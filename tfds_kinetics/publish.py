@@ -15,7 +15,7 @@ import tqdm
 from tfds_kinetics import report as reports
 from tfds_kinetics import shards
 from tfds_kinetics.configs import DATASET, VideoCollection
-from tfds_kinetics.files import file_digest, sync
+from tfds_kinetics.files import file_digest, read_arrays, sync
 from tfds_kinetics.messages import BadInput
 from tfds_kinetics.shards import ShardJob
 
@@ -155,10 +155,10 @@ def verify(folder: pathlib.Path, workers: int) -> str:
 
 def _stored_digests(index: pathlib.Path) -> list[str]:
   try:
-    with np.load(index) as arrays:
-      if 'shard_sha256' in arrays:
-        return arrays['shard_sha256'].tolist()
-  except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    arrays = read_arrays(index, {'shard_sha256'})
+    if arrays:
+      return arrays['shard_sha256'].tolist()
+  except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise _damaged(index.parent, f'{index.name}: {error}') from error
   raise BadInput(
     f'{index.parent} was built before datasets had digests, so there is nothing to compare with;'

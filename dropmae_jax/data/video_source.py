@@ -23,11 +23,14 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from dropmae_jax.data.shards import ChangedDataset, Shards
 from dropmae_jax.runtime.errors import NO_DAMAGE, UserError, remedy_of
+from tfds_kinetics.files import read_arrays
 
 # Major versions of the dataset that can be read; other parts of the version do not matter here.
 SUPPORTED_VERSIONS = frozenset({2})
 # Pauses before a record that could not be read is read again.
 RETRY_SECONDS = (0.05, 0.5)
+# Every 8 x 8 pixels of a JPEG take 2 bits or more; the builder's frames have 64 at most a byte.
+MOST_PIXELS_PER_BYTE = 256
 # How array_record reports a system call that failed.
 SYSTEM_CALL_FAILED = re.compile(r'\b(pread|read|open|fstat|lseek)\(\) failed')
 # The array of an index file with the digest of every shard; datasets of older builders have none.
@@ -104,7 +107,7 @@ class TfdsVideos:
         f'{folder} has no split {split!r} that tfds_kinetics wrote; there are: {", ".join(splits)}.'
       )
     self._check_shards(names, int(info.num_bytes))
-    index = self._read_index()
+    index = self.read_index()
     self.fingerprint = str(index['fingerprint'])
     digests = index[DIGESTS].tolist() if DIGESTS in index else None
     if digests is None:
@@ -134,16 +137,20 @@ class TfdsVideos:
         f'the shards of {self._split} hold {found} bytes, not the {num_bytes} that were written',
       )
 
-  def _read_index(self, *more: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of the index file that every reader needs, and further ones."""
+  def read_index(self, *more: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of the index file that every reader needs, and further ones.
+
+    Raises:
+      UserError: it is damaged, or lacks one of them.
+    """
     name = f'index-{self._split}.npz'
+    names = ('first', 'frames', 'fingerprint', *more)
     try:
-      with np.load(self.folder / name) as index:
-        names = ['first', 'frames', 'fingerprint', *more]
-        return {key: index[key] for key in (*names, *index.keys() & {DIGESTS})}
+      index = read_arrays(self.folder / name, {*names, DIGESTS})
+      return {key: index[key] for key in (*names, *index.keys() & {DIGESTS})}
     except NO_DAMAGE:
       raise
-    except Exception as error:  # zipfile, zlib, pickle and numpy each raise their own types.
+    except Exception as error:  # zipfile, zlib and numpy each raise their own types.
       _raise_if_short(self.folder, error)
       raise _damaged(self.folder, f'{name}: {_reason(error)}') from error
 
@@ -168,7 +175,7 @@ class TfdsVideos:
 
   def paths(self) -> np.ndarray:
     """The path of every video, relative to the root of the videos; reads the index file again."""
-    index = self._read_index('path')
+    index = self.read_index('path')
     if str(index['fingerprint']) != self.fingerprint:
       raise ChangedDataset(
         f'{self.folder} was replaced by another dataset while it was in use; put it back and give'
@@ -187,7 +194,7 @@ class TfdsVideos:
     for pause in (*RETRY_SECONDS, None):
       try:
         features = tf_example_pb2.Example.FromString(self._records[record]).features.feature
-        return simplejpeg.decode_jpeg(features['jpeg'].bytes_list.value[0], 'RGB')
+        return _decode(features['jpeg'].bytes_list.value[0])
       except (*NO_DAMAGE, ChangedDataset):
         raise
       except Exception as error:  # Of array_record, protobuf or simplejpeg.
@@ -216,6 +223,14 @@ class TfdsVideos:
       f' {self._records.file_of(record)},'
       f' is damaged ({_reason(error)}); {_remedy(self.folder)}.'
     )
+
+
+def _decode(jpeg: bytes) -> UInt8[np.ndarray, 'h w 3']:
+  """Decodes a JPEG to RGB; a damaged header must not ask for more memory than a frame needs."""
+  height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+  if height * width > MOST_PIXELS_PER_BYTE * len(jpeg):
+    raise ValueError(f'{len(jpeg)} bytes cannot hold the {width} x {height} pixels of its header')
+  return simplejpeg.decode_jpeg(jpeg, 'RGB')
 
 
 def _reason(error: Exception) -> str:

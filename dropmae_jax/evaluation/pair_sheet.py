@@ -105,8 +105,8 @@ def read_index(videos: VideoSource, split: str) -> Index:
     return Index(dataset, frames, path=path)
   folder = videos.folder
   shards = folder.glob(f'*-{split}.array_record*')
-  with np.load(folder / f'index-{split}.npz') as index:
-    columns = {name: index[name] for name in ('frames', 'label', 'path', 'classes')}
+  arrays = videos.read_index('label', 'path', 'classes')
+  columns = {name: arrays[name] for name in ('frames', 'label', 'path', 'classes')}
   dataset = '/'.join(folder.parts[-3:-1])
   return Index(dataset, **columns, num_bytes=sum(path.stat().st_size for path in shards))
 

@@ -1,12 +1,14 @@
 """Opening datasets and classes of the user's own; each fault is one sentence."""
 
 import errno
+import io
 import os
 import re
 import shutil
 import sys
 import threading
 import time
+import zipfile
 from fractions import Fraction
 
 import numpy as np
@@ -121,7 +123,7 @@ def test_a_version_folder_given_directly_is_checked_for_its_format(damaged):
     ('dataset_info.json', b'{}', 'dataset_info.json'),
     ('dataset_info.json', (b'{SPLIT}', b'{SPLIP}'), 'dataset_info.json'),
     ('index-train.npz', None, 'index-train.npz: FileNotFoundError'),
-    ('index-train.npz', b'', 'index-train.npz: EOFError'),
+    ('index-train.npz', b'', 'index-train.npz: BadZipFile'),
     ('index-train.npz', b'PK\3\4 cut short', 'index-train.npz: BadZipFile'),
   ],
 )
@@ -168,6 +170,16 @@ def test_an_inconsistent_index_is_refused(damaged, arrays, message):
   data_dir, folder = damaged
   np.savez(folder / 'index-train.npz', fingerprint='of nothing', **arrays)
   assert_refused(data_dir, message)
+
+
+def test_an_index_that_states_more_than_it_holds_takes_no_memory(damaged):
+  data_dir, folder = damaged
+  stated = io.BytesIO()
+  header = {'descr': '<i8', 'fortran_order': False, 'shape': (6_000_000_000,)}
+  np.lib.format.write_array_header_1_0(stated, header)
+  with zipfile.ZipFile(folder / 'index-train.npz', 'w') as archive:
+    archive.writestr('first.npy', stated.getvalue() + bytes(48))
+  assert_refused(data_dir, 'index-train.npz: ValueError: first is stated to be of')
 
 
 @pytest.mark.parametrize(
@@ -232,6 +244,22 @@ def test_a_damaged_record_is_named_when_it_is_read(damaged):
   stream.close()
 
 
+def test_a_frame_that_states_more_pixels_than_it_holds_takes_no_memory(data_dir, monkeypatch):
+  dataset = video_source.open_dataset(str(data_dir), DATASET)
+  monkeypatch.setattr(video_source, 'RETRY_SECONDS', ())
+  frame = np.zeros((256, 256, 3), np.uint8)  # No frame takes fewer bytes.
+  jpeg = simplejpeg.encode_jpeg(frame, quality=1, colorspace='RGB', colorsubsampling='420')
+  example = tf_example_pb2.Example()
+  stored = example.features.feature['jpeg'].bytes_list.value
+  stored.append(jpeg)
+  monkeypatch.setattr(shards.Shards, '__getitem__', lambda *_: example.SerializeToString())
+  assert dataset.frame(0, 0).shape == (256, 256, 3)
+  start = jpeg.index(b'\xff\xc0') + 5
+  stored[0] = jpeg[:start] + 2 * (65000).to_bytes(2, 'big') + jpeg[start + 4 :]
+  with pytest.raises(video_source.DamagedRecord, match='bytes cannot hold the 65000 x 65000 pixel'):
+    dataset.frame(0, 0)
+
+
 def test_an_io_error_is_not_damage(data_dir, monkeypatch):
   """A record is read up to three times; then the run ends, as the record may be whole."""
   monkeypatch.setattr(video_source, 'RETRY_SECONDS', (0.0, 0.0))
@@ -284,7 +312,7 @@ def test_bugs_are_not_damage(data_dir, monkeypatch, error):
   with monkeypatch.context() as patch, pytest.raises(error, match='planted'):
     patch.setattr(video_source.simplejpeg, 'decode_jpeg', planted(error('planted')))
     dataset.frame(2, 1)
-  for module, name in ((tfds.core, 'ShardedFileTemplate'), (video_source.np, 'load')):
+  for module, name in ((tfds.core, 'ShardedFileTemplate'), (video_source, 'read_arrays')):
     with monkeypatch.context() as patch, pytest.raises(error, match='planted'):
       patch.setattr(module, name, planted(error('planted')))
       video_source.open_dataset(str(data_dir), DATASET)
