@@ -60,7 +60,7 @@ class Checkpoints:
     self._pending: int | None = None
     self._has_saved = False
     self._given_up: set[int] = set()
-    self._remedy = 'make room'  # Of the last save that failed.
+    self._remedy = 'make room there'  # Of the last save that failed.
 
   @property
   def latest_step(self) -> int | None:
@@ -144,7 +144,7 @@ class Checkpoints:
     self._remove_given_up()
     self._manager.reload()
     reason, newest = first_line(error), self.latest_step or 0
-    self._remedy = remedy_of(error, 'make room')
+    self._remedy = remedy_of(error, 'make room there')
     _log.warning(
       f'the checkpoint of step {step} could not be written ({reason}); the newest one is of step'
       f' {newest}, and training goes on. {self._remedy[0].upper()}{self._remedy[1:]} before'

@@ -32,6 +32,7 @@ from dropmae_jax.runtime.errors import (
   first_line,
   lacks_memory,
   os_errors_as_user_errors,
+  remedy_of,
 )
 
 FOLDER = 'checkpoints'
@@ -183,6 +184,7 @@ def load_weights(
   if isinstance(failure, PROGRAM_ERRORS) and not _can_read_any(root, steps, with_moments):
     failure.add_note(f'If step {chosen} of {folder} is damaged, {remedy}.')
     raise failure
+  remedy = remedy_of(failure, remedy)
   raise UserError(f'step {chosen} of {folder} cannot be read ({reason}); {remedy}.') from failure
 
 
@@ -328,6 +330,5 @@ def save_weights(
   except (OSError, ValueError) as error:
     # Orbax reports an I/O error as a ValueError of many lines.
     reason = getattr(error, 'strerror', None) or str(error).strip().splitlines()[0]
-    raise UserError(
-      f'--output={folder} cannot be written ({reason}); give another folder.'
-    ) from error
+    remedy = remedy_of(error, 'give another folder')
+    raise UserError(f'--output={folder} cannot be written ({reason}); {remedy}.') from error

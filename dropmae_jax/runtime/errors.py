@@ -56,8 +56,14 @@ def lacks_memory(error: BaseException | None) -> bool:
   """Whether an error says that memory ran out, on this machine or on a device."""
   if isinstance(error, MemoryError):
     return True
-  # TensorStore calls too few open files so too.
-  return 'RESOURCE_EXHAUSTED' in str(error) and shortages.shortage(error) in (None, errno.ENOMEM)
+  # TensorStore calls full disks and too few open files so too.
+  is_other = _is_disk_full(error) or shortages.shortage(error) not in (None, errno.ENOMEM)
+  return 'RESOURCE_EXHAUSTED' in str(error) and not is_other
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+  full = errno.ENOSPC, errno.EDQUOT
+  return getattr(error, 'errno', None) in full or any(os.strerror(e) in str(error) for e in full)
 
 
 @contextlib.contextmanager
@@ -95,7 +101,9 @@ def os_errors_as_user_errors(what: str, remedy: str) -> Iterator[None]:
 
 
 def remedy_of(error: BaseException, otherwise: str) -> str:
-  """Returns what to do if a machine is short of open files, processes or memory, or `otherwise`."""
+  """Returns what to do if files, processes, memory or room are short, or `otherwise`."""
+  if _is_disk_full(error):
+    return 'make room there'
   number = shortages.shortage(error)
   return otherwise if number is None else shortages.REMEDIES[number]
 

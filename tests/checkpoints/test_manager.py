@@ -381,6 +381,8 @@ SHORTAGES = [
   (OSError(errno.ESTALE, 'Stale file handle'), 'mount its storage again'),
   # Of TensorStore.
   (ValueError('RESOURCE_EXHAUSTED: Failed: Too many open files'), 'raise the limit of open files'),
+  (ValueError('RESOURCE_EXHAUSTED: Failed: No space left on device'), 'make room there'),
+  (ValueError('RESOURCE_EXHAUSTED: Failed: Disk quota exceeded'), 'make room there'),
 ]
 
 
@@ -561,7 +563,7 @@ def test_a_disk_that_is_full_at_the_end_is_no_success(data_dir, tmp_path):
   assert done.returncode == 1, done.stderr
   # Orbax's own threads write to the terminal too, also in the middle of a line.
   (told,) = re.findall(r'error: step 5 could not be saved in .*', done.stderr)
-  assert 'make room and give the same command, which resumes from step 2.' in told
+  assert 'make room there and give the same command, which resumes from step 2.' in told
   done = run_python(*arguments)
   assert done.returncode == 0, done.stderr
   assert 'resuming after step 2 of 5' in done.stdout
