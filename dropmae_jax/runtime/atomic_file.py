@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,12 +45,14 @@ def check_file(path: pathlib.Path, *, has_card: bool = True) -> pathlib.Path:
 
   Raises:
     UserError: the path names no file, its folder does not exist or is not writable, or something
-      other than an earlier file with its sha256 and card would be replaced.
+      other than an earlier file with its sha256 and card would be replaced; or its name could
+      forge lines of the sha256.
   """
   if not path.name:
     raise UserError(f'--output={path} does not name a file; give the path of one.')
   with os_errors_as_user_errors(f'--output={path} cannot be written', 'give another path.'):
     target = pathlib.Path(os.path.realpath(path))
+    _check_name(target)
     if not target.parent.is_dir():
       raise UserError(f'the folder of --output={path} does not exist; make it first.')
     for each in (target, *((sha256_path(target), card_path(target)) if has_card else ())):
@@ -72,12 +75,21 @@ def check_folder(folder: pathlib.Path) -> None:
   Raises:
     UserError: it is not empty, or not writable.
   """
+  _check_name(folder)
   with os_errors_as_user_errors(f'--output={folder} cannot be written', 'give another folder.'):
     if folder.exists():
       if not folder.is_dir() or any(folder.iterdir()):
         raise UserError(f'--output={folder} is not empty; give a new folder.')
       _check_writable(folder)
     _check_writable(next(each for each in folder.absolute().parents if each.exists()))
+
+
+def _check_name(path: pathlib.Path) -> None:
+  # Surrogates stand for bytes that are not UTF-8.
+  if any(unicodedata.category(character) in ('Cc', 'Cs') for character in path.name):
+    raise UserError(
+      f'--output: the name {path.name!r} has control characters or is not UTF-8; give another name.'
+    )
 
 
 def _check_writable(folder: pathlib.Path) -> None:
