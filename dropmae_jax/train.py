@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from dropmae_jax import optimizer, sharding
 from dropmae_jax.checkpoints.manager import Checkpoints
-from dropmae_jax.checkpoints.saved_weights import Weights, describe
+from dropmae_jax.checkpoints.saved_weights import FOLDER, Weights, describe
 from dropmae_jax.config import Config, may_change
 from dropmae_jax.data import crashes, frame_pairs, non_finite_batch
 from dropmae_jax.data.loader import Interrupted, Loader, LoaderStalled
@@ -80,7 +80,8 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
       seeds = derive_seeds(config.seed)
       mesh = make_mesh(config)
       model = build(config, mesh)
-      with _faults_of(workdir):
+      start = read_start(config, workdir)
+      with _workdir_errors_as_user_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(workdir_lock.held(workdir))
         failures.share(workdir)
@@ -89,8 +90,15 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
         stack.callback(checkpoints.close)
         watchdog.watch('restoring the state', is_slow=True)
         state, notes = first_state(
-          config, workdir, model, checkpoints, key=seeds.init, allow_changes=allow_changes
+          config,
+          workdir,
+          model,
+          checkpoints,
+          key=seeds.init,
+          allow_changes=allow_changes,
+          start=start,
         )
+        del start  # Frees its arrays.
         first_step = checkpoints.latest_step or 0
         report = open_report(config, workdir, first_step)
         stack.callback(report.close)
@@ -106,21 +114,26 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
       stack.push(functools.partial(_close_loader, batches, interruption))
       step_key = sharding.put_everywhere(seeds.steps, mesh)
       run = Run(model.step, step_key, batches, checkpoints, report, watchdog, interruption)
-      with _ending(config, workdir, dataset, seeds, watchdog), jax.transfer_guard('disallow'):
+      with (
+        _listing_non_finite_batch(config, workdir, dataset, seeds, watchdog),
+        jax.transfer_guard('disallow'),
+      ):
         return loop(config, run, state, first_step)
 
 
-def _faults_of(workdir: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+def _workdir_errors_as_user_errors(
+  workdir: pathlib.Path,
+) -> contextlib.AbstractContextManager[None]:
   return os_errors_as_user_errors(
     f'--workdir={workdir} cannot be written', 'make room there, or give another one.'
   )
 
 
 @contextlib.contextmanager
-def _ending(
+def _listing_non_finite_batch(
   config: Config, workdir: pathlib.Path, dataset: Mixture, seeds: Seeds, watchdog: Watchdog
 ) -> Iterator[None]:
-  """Lists the batch of a loss that is not finite, and watches over the end of the run."""
+  """Lists the batch of a loss that is not finite; after any end, watches the closing of the run."""
   try:
     yield
   except NonFiniteLoss as error:
@@ -218,16 +231,31 @@ def open_dataset(config: Config, workdir: pathlib.Path, *, allow_changes: bool) 
     '--workdir': str(workdir.absolute()),
     '--allow_changes': str(allow_changes),
   }
-  try:
+  with multihost.failing_together():
     scores.parse_names(config.scores)
     dataset = open_mixture(config.data_dir, config.dataset, config.split)
-  except UserError:
-    # The others must hear of it, or they would wait for this process.
-    with contextlib.suppress(UserError):
-      multihost.agree({**facts, 'dataset': 'cannot be opened'})
-    raise
   multihost.agree({**facts, 'dataset': dataset.fingerprint})
   return dataset
+
+
+def read_start(config: Config, workdir: pathlib.Path) -> init_from.InitialParams | None:
+  """Reads `config.init_from`, if the workdir has no checkpoint to resume from."""
+  with multihost.failing_together():
+    with _workdir_errors_as_user_errors(workdir):
+      stored = (workdir / FOLDER).glob('*')
+      resumes = any(each.name.isdecimal() for each in stored)
+    return None if resumes or not config.init_from else _read_init_from(config)
+
+
+def _read_init_from(config: Config) -> init_from.InitialParams:
+  path = pathlib.Path(config.init_from)
+  what = f'config.init_from={path}'
+  try:
+    with os_errors_as_user_errors(f'{what} cannot be read', 'give another one.'):
+      return init_from.read(path, config.model)
+  except UserError as error:
+    is_named = str(error).startswith(('init_from=', 'config.init_from='))
+    raise UserError(str(error) if is_named else f'{what}: {error}') from error
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -279,6 +307,7 @@ def first_state(
   *,
   key: jax.Array,
   allow_changes: bool,
+  start: init_from.InitialParams | None = None,
 ) -> tuple[TrainState, list[str]]:
   """Returns the state to start or resume from, and lines that say where it comes from.
 
@@ -289,9 +318,12 @@ def first_state(
     notes = optimizer.warnings_of_schedule(config, {}, 0)
     if not config.init_from:
       return model.init(key), notes
-    start = init_from.read(pathlib.Path(config.init_from), config.model)
+    start = start or _read_init_from(config)
     # Of a run that is training, processes could find different checkpoints.
-    multihost.agree({'weights of config.init_from': start.digest()})
+    multihost.agree(
+      {f'the weights of config.init_from={config.init_from}': start.digest()},
+      'give one step of that run (DIR/checkpoints/STEP), and the same file on each machine',
+    )
     state = model.init(key)
     params = init_from.replace(state.params, start.params)
     return state.replace(params=params), start.report + notes

@@ -571,7 +571,7 @@ def too_large_for_a_device():
   [
     (
       too_large_for_this_machine,
-      r'this machine has no memory left \(.*\); lower config.batch_size',
+      r'this machine has no memory left \(MemoryError\); lower config.batch_size',
     ),
     (
       too_large_for_a_device,
@@ -607,7 +607,7 @@ def test_what_is_wrong_before_the_first_step_is_one_sentence(fakes, tmp_path):
 
 
 def test_all_processes_must_mean_the_same_run(fakes, tmp_path, monkeypatch):
-  """What is compared, and that the others hear of a dataset that is not there."""
+  """What is compared, once all have opened the dataset."""
   told = []
   monkeypatch.setattr(multihost, 'agree', told.append)
   monkeypatch.chdir(tmp_path)
@@ -632,7 +632,7 @@ def test_all_processes_must_mean_the_same_run(fakes, tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'open_mixture', none_there)
   with pytest.raises(UserError, match='there is no such dataset'):
     train.train(config, tmp_path / 'run')
-  assert told == [same | {'dataset': 'cannot be opened'}]
+  assert not told
 
 
 def test_a_process_reads_its_share_of_every_batch(monkeypatch, caplog):

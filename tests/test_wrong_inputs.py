@@ -53,8 +53,10 @@ train | --config.data_dir={tmp}/none        | there is no dataset kinetics_frame
 train | --config.dataset=a=1,b              | dataset='a=1,b' is not understood at 'b'; give one name
 train | --config.dataset=no_such:Videos     | dataset='no_such:Videos' cannot be imported (No module named 'no_such'); give
 train | --config.split=tset                 | has no split 'tset' that tfds_kinetics wrote; there are: train, val
-train | --config.init_from={tmp}/none.pth   | {tmp}/none.pth
-train | --config.init_from={tmp}/junk.pth   | {tmp}/junk.pth
+train | --config.scores=held_uot            | config.scores='held_uot' is unknown; did you mean 'held_out'?
+train | --config.init_from={tmp}/none.pth   | config.init_from={tmp}/none.pth: {tmp}/none.pth is not a file
+train | --config.init_from={tmp}/junk.pth   | config.init_from={tmp}/junk.pth: {tmp}/junk.pth
+train | --config.init_from={tmp}/folder     | config.init_from={tmp}/folder: {tmp}/folder holds no checkpoint
 train | --local_processes=0                 | --local_processes=0 is not a number of processes; give 1 or more
 train | --local_processes=2 --process_id=1  | --local_processes=2 starts all processes of a run itself; give it alone
 train | --num_processes=2                   | --num_processes
@@ -85,6 +87,9 @@ build | --annotations=gs://b/x              | gs://b/x is an address, not a path
 convert | -checkpoint                       | one of the arguments --checkpoint --from_torch --list --compare is required
 convert | -output                           | --checkpoint needs --output, the path to write to
 convert | --output={tmp}/none/o.safetensors | the folder of --output={tmp}/none/o.safetensors does not exist; make it first
+convert | --output={tmp}/a%nb.safetensors   | --output: the name 'a\\nb.safetensors' has control characters or is not UTF-8; give
+convert | --output={tmp}/o\udce9.safetensors | --output: the name 'o\\udce9.safetensors' has control
+convert | -checkpoint -no-verify --from_torch={tmp}/junk.safetensors --output={tmp}/a%nb | --output: the name 'a\\nb' has control
 convert | --format=safetensors --output={tmp}/folder | --output={tmp}/folder
 convert | --checkpoint={tmp}/folder         | {tmp}/folder holds no checkpoint; give the --workdir of a training run
 convert | --checkpoint={tmp}/none           | {tmp}/none holds no checkpoint; give
@@ -183,4 +188,6 @@ def test_a_wrong_input_is_one_sentence_and_costs_nothing(
   assert sentence[-1] in '.?' or 'build it with: ' in sentence
   assert 'usage' not in done.stderr
   assert files_in(kept) == before
+  if command == 'train':
+    assert not (places['tmp'] / 'new').exists()
   assert not os.path.exists('gs:')

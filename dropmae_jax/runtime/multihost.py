@@ -24,6 +24,8 @@ from dropmae_jax.runtime.errors import ExitStatus, UserError
 
 # The file of the workdir in which a process says why it ends, and how often the others look for it.
 FAILURE_FILE, POLL_SECONDS = 'failure.json', 1.0
+# Of a message to the other processes.
+MESSAGE_BYTES = 4096
 _ending = threading.Lock()
 # How errors of JAX say that a process, or the connection to it, is gone.
 LOST = re.compile('UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Gloo|NCCL')
@@ -112,11 +114,36 @@ def code_version() -> str:
   return digest.hexdigest()
 
 
-def agree(facts: Mapping[str, str]) -> None:
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+  """Raises a UserError of one process on all; all processes call this together.
+
+  For what is done before there is a workdir, by which they hear of failures later.
+  """
+  failure = None
+  try:
+    yield
+  except UserError as error:
+    failure = error
+  if jax.process_count() > 1:
+    text = str(failure or '').encode(errors='replace')[:MESSAGE_BYTES]
+    own = np.frombuffer(text.ljust(MESSAGE_BYTES, b'\0'), np.uint8)
+    for process, found in enumerate(multihost_utils.process_allgather(own)):
+      if failure is None and found.any():
+        text = found.tobytes().rstrip(b'\0').decode(errors='replace')
+        failure = UserError(f'process {process} has ended: {text}')
+  if failure:
+    raise failure
+
+
+def agree(
+  facts: Mapping[str, str], remedy: str = 'start all with the same command, code and data'
+) -> None:
   """Waits for all processes, and checks that they agree.
 
   Args:
     facts: by name, what must be the same on all; every process gives the same names.
+    remedy: ends the sentence of the error.
 
   Raises:
     UserError: on every process; names what differs, and on which.
@@ -134,8 +161,7 @@ def agree(facts: Mapping[str, str]) -> None:
       if differs[:, fact].any()
     ]
     raise UserError(
-      f'the processes of this run disagree with process 0 about: {"; ".join(differences)}; start'
-      ' all with the same command, code and data.'
+      f'the processes of this run disagree with process 0 about: {"; ".join(differences)}; {remedy}.'
     )
 
 

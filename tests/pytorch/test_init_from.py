@@ -122,7 +122,8 @@ def test_processes_begin_with_the_same_weights(workdir, monkeypatch, tmp_path):
   saved_weights.save_weights(other, drawn(TINY, 2), 7, saved_weights.describe(TINY, Objective()))
   told, model = [], train.Model(lambda _: None, None, None)
 
-  def agree(facts):
+  def agree(facts, remedy):
+    assert 'one step of that run' in remedy
     told.append(facts)
     raise UserError('they differ')
 

@@ -175,6 +175,20 @@ def test_what_processes_disagree_about_is_named(processes):
   multihost.agree(facts)
 
 
+@pytest.mark.parametrize('own', ['', 'mine is wrong'])
+def test_an_error_of_one_process_is_raised_on_all(processes, own):
+  text = np.frombuffer(b'there is none'.ljust(multihost.MESSAGE_BYTES, b'\0'), np.uint8)
+  gather = lambda mine: np.stack([np.zeros_like(mine), mine, text])
+  processes.setattr(multihost.multihost_utils, 'process_allgather', gather)
+  expected = own or 'process 2 has ended: there is none'
+  with pytest.raises(UserError, match=f'^{expected}$'), multihost.failing_together():
+    if own:
+      raise UserError(own)
+  processes.setattr(multihost.multihost_utils, 'process_allgather', lambda mine: mine[None])
+  with multihost.failing_together():
+    pass
+
+
 class Ended(BaseException):
   """Raised in place of the end of this process."""
 
