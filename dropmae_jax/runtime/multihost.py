@@ -161,7 +161,8 @@ def agree(
       if differs[:, fact].any()
     ]
     raise UserError(
-      f'the processes of this run disagree with process 0 about: {"; ".join(differences)}; {remedy}.'
+      'the processes of this run disagree with process 0 about:'
+      f' {"; ".join(differences)}; {remedy}.'
     )
 
 
