@@ -89,7 +89,10 @@ def test_each_line_covers_the_steps_since_the_last_line(tmp_path, clock, opened)
   clock.now = 130.0
   reporter.compiled(8)
   take_steps(reporter, clock, {9: 131.0, 10: 134.0, 11: 139.0, 12: 140.0, 13: 142.0, 14: 143.0})
-  take_steps(reporter, clock, {15: 146.5, 16: 147.0, 17: 147.5, 18: 148.5})
+  take_steps(reporter, clock, {15: 146.5})
+  with reporter.paused():  # As scores are taken.
+    clock.now += 100.0
+  take_steps(reporter, clock, {16: 247.0, 17: 247.5, 18: 248.5})
   reporter.close()
   rows = metrics_of(tmp_path)
   # Three pairs a step: two steps in 4 s, five in 12.5 s, and three in 2 s.
