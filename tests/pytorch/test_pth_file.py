@@ -174,6 +174,12 @@ def test_sizes_are_checked_before_memory_is_taken(save, lie, is_legacy):
     list(inspect.table(save(LIES[lie], is_legacy=is_legacy)))
 
 
+def test_a_pickle_of_too_many_operations_is_refused(save, monkeypatch):
+  monkeypatch.setattr(pth_file, 'MOST_OPERATIONS', 100)
+  with pytest.raises(UserError, match='it has more than 100 operations'):
+    weight_files.read(save(50 * b'N0' + state(WEIGHTS)))
+
+
 def test_keys_are_not_walked_through(save):
   """The hash of a tuple of so many levels ends the process."""
   key = nested(200_000, b')', b'\x85')

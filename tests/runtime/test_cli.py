@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors, remedy_of
+from tfds_kinetics.escapes import one_line
 
 EXPORT = """
 import pathlib, sys, time
@@ -227,6 +228,10 @@ def main():
 
 cli.run(main)
 """
+
+
+def test_ascii_is_escaped_where_it_is_not_printable():
+  assert one_line('a\nb\x1b\x7f') == r'a\nb\u001b\u007f'
 
 
 @pytest.mark.parametrize(
