@@ -38,9 +38,7 @@ def one_line(text: str) -> str:
   """
   if text.isprintable():
     return text
-  # JSON leaves DEL as it is.
-  escaped = (c if c.isprintable() else json.dumps(c)[1:-1].replace('\x7f', '\\u007f') for c in text)
-  return ''.join(escaped)
+  return ''.join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def print_stack(
