@@ -168,6 +168,7 @@ def test_position_tables_stay_as_they_are(plain):
   assert float(jnp.abs(moved).max()) > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_close_to_float32(plain):
   _, losses = plain
   low = Trainer(dtype='bfloat16')

@@ -120,7 +120,7 @@ def test_a_checkpoint_that_does_not_reach_the_disk_is_not_kept(tmp_path, monkeyp
 @pytest.mark.parametrize(
   ('devices', 'fsdp'),
   [
-    (1, 1),
+    pytest.param(1, 1, marks=pytest.mark.slow),
     (4, 2),
     pytest.param(4, 1, marks=pytest.mark.slow),
     pytest.param(8, 8, marks=pytest.mark.slow),
@@ -536,6 +536,7 @@ main.command()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, data_dir, tmp_path):
   arguments = train_arguments(
     data_dir, tmp_path, '--config.num_steps=8', '--config.checkpoint.every_steps=2'

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors, remedy_of
-from tfds_kinetics.escapes import one_line
+from tfds_kinetics.messages import one_line
 
 EXPORT = """
 import pathlib, sys, time
