@@ -1,4 +1,4 @@
-"""Measures how many frame pairs per second a core and a host load, and which stage takes the time.
+"""Measures how many frame pairs per second a core and a host load.
 
     python -m benchmarks.input_pipeline --generated=500 --scratch=DIR
     python -m benchmarks.input_pipeline --videos=FOLDER --rescale
@@ -133,7 +133,7 @@ def describe(measured: Clips) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> str:
-  """Returns the tables as text."""
+  """Returns the table as text."""
   about, host = result['clips'], result['machine']
   lines = [
     f'{host["cpu"]}, {host["cores"]} cores, device {host["device"]}, Python {host["python"]}',

@@ -80,7 +80,8 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
       seeds = derive_seeds(config.seed)
       mesh = make_mesh(config)
       model = build(config, mesh)
-      start = read_start(config, workdir)
+      watchdog.watch('reading config.init_from', is_slow=True)
+      initial = read_initial_params(config, workdir)
       with _workdir_errors_as_user_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(workdir_lock.held(workdir))
@@ -96,9 +97,9 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
           checkpoints,
           key=seeds.init,
           allow_changes=allow_changes,
-          start=start,
+          initial=initial,
         )
-        del start  # Frees its arrays.
+        del initial  # Frees its arrays.
         first_step = checkpoints.latest_step or 0
         report = open_report(config, workdir, first_step)
         stack.callback(report.close)
@@ -238,7 +239,7 @@ def open_dataset(config: Config, workdir: pathlib.Path, *, allow_changes: bool) 
   return dataset
 
 
-def read_start(config: Config, workdir: pathlib.Path) -> init_from.InitialParams | None:
+def read_initial_params(config: Config, workdir: pathlib.Path) -> init_from.InitialParams | None:
   """Reads `config.init_from`, if the workdir has no checkpoint to resume from."""
   with multihost.failing_together():
     with _workdir_errors_as_user_errors(workdir):
@@ -254,8 +255,8 @@ def _read_init_from(config: Config) -> init_from.InitialParams:
     with os_errors_as_user_errors(f'{what} cannot be read', 'give another one.'):
       return init_from.read(path, config.model)
   except UserError as error:
-    is_named = str(error).startswith(('init_from=', 'config.init_from='))
-    raise UserError(str(error) if is_named else f'{what}: {error}') from error
+    message = str(error)
+    raise UserError(message if message.startswith(what) else f'{what}: {message}') from error
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -307,7 +308,7 @@ def first_state(
   *,
   key: jax.Array,
   allow_changes: bool,
-  start: init_from.InitialParams | None = None,
+  initial: init_from.InitialParams | None,
 ) -> tuple[TrainState, list[str]]:
   """Returns the state to start or resume from, and lines that say where it comes from.
 
@@ -318,15 +319,16 @@ def first_state(
     notes = optimizer.warnings_of_schedule(config, {}, 0)
     if not config.init_from:
       return model.init(key), notes
-    start = start or _read_init_from(config)
+    # It was not read where a folder looks like a checkpoint and is none.
+    initial = initial or _read_init_from(config)
     # Of a run that is training, processes could find different checkpoints.
     multihost.agree(
-      {f'the weights of config.init_from={config.init_from}': start.digest()},
+      {f'the weights of config.init_from={config.init_from}': initial.digest()},
       'give one step of that run (DIR/checkpoints/STEP), and the same file on each machine',
     )
     state = model.init(key)
-    params = init_from.replace(state.params, start.params)
-    return state.replace(params=params), start.report + notes
+    params = init_from.replace(state.params, initial.params)
+    return state.replace(params=params), initial.report + notes
   state, notes = checkpoints.restore(model.abstract_state)
   changes = checkpoints.changes()
   refused = [f'{name}: {change}' for name, change in changes.items() if not may_change(name)]

@@ -97,7 +97,8 @@ def read_arrays(path: pathlib.Path, names: Collection[str]) -> dict[str, np.ndar
           raise ValueError(f'{name} is not in the format that was written')
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         stated = file.tell() + math.prod(shape) * dtype.itemsize
-        if stated != member.file_size or stated > MOST_INFLATED * path.stat().st_size:
+        too_many = stated > MOST_INFLATED * path.stat().st_size or not dtype.itemsize
+        if stated != member.file_size or too_many:
           raise ValueError(f'{name} is stated to be of {stated} bytes, which are not there')
         file.seek(0)
         arrays[name] = np.lib.format.read_array(file)

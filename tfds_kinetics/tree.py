@@ -1,9 +1,8 @@
 """Lists the videos of a folder tree, with their splits, classes, ids and copies.
 
 Kinetics is distributed in several layouts: `train/<class>/<clip>.mp4`, `train/<clip>.mp4` beside
-the official csv files, folders named `train_256` or `videos_val`. A clip is
-named by its YouTube id, mostly followed by its start and end in seconds, as
-`<id>_000012_000022.mp4`.
+the official csv files, folders named `train_256` or `videos_val`. A clip is named by its YouTube
+id, mostly followed by its start and end in seconds, as `<id>_000012_000022.mp4`.
 """
 
 import csv

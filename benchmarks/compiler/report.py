@@ -5,8 +5,7 @@ r"""Compiles the training step for a device that is not here, with and without A
 
 Prints of each step its FLOPs, main memory traffic, memory, kernels, and the time by the speeds of
 a data sheet; and what ASAD costs by these. Nothing is run, so no time is measured. Needs
-`pip install 'jax[tpu]'` or the CUDA plugin of jax. Results:
-docs/performance.md.
+`pip install 'jax[tpu]'` or the CUDA plugin of jax. Results: docs/performance.md.
 """
 
 import argparse

@@ -192,13 +192,13 @@ class Checkpoints:
       if not error:
         return state, [self._set_aside(each, why) for each, why in damaged.items()]
       damaged[step] = error
-    found = '; '.join(f'step {k}: {first_line(v)}' for k, v in damaged.items())
+    reasons = '; '.join(f'step {k}: {first_line(v)}' for k, v in damaged.items())
     if all(isinstance(each, PROGRAM_ERRORS) for each in damaged.values()):
       error = next(iter(damaged.values()))
-      error.add_note(f'No checkpoint in {self._folder} could be read ({found}).')
+      error.add_note(f'No checkpoint in {self._folder} could be read ({reasons}).')
       raise error
     raise UserError(
-      f'no checkpoint in {self._folder} can be read ({found}); check its storage, or give another'
+      f'no checkpoint in {self._folder} can be read ({reasons}); check its storage, or give another'
       ' --workdir to start again.'
     )
 

@@ -139,9 +139,9 @@ def check(name: str, tree: Any, description: dict[str, Any]) -> None:
     ValueError: names the item and the first array.
   """
   paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
-  found = jax.device_get(_checksums_and_finite(jax.tree.leaves(tree)))
-  expected = description.get('checksums', {}).get(name, [number for number, _ in found])
-  for path, (number, is_finite), saved in zip(paths, found, expected, strict=True):
+  read = jax.device_get(_checksums_and_finite(jax.tree.leaves(tree)))
+  expected = description.get('checksums', {}).get(name, [number for number, _ in read])
+  for path, (number, is_finite), saved in zip(paths, read, expected, strict=True):
     if number != saved:
       raise ValueError(f'{name}{path} is not what was saved')
     if not is_finite:
@@ -166,7 +166,7 @@ def load_weights(
     before = chosen
     root, chosen, others = _choose(folder, step, with_moments)
     try:
-      with ocp.CheckpointManager(root) as manager:
+      with _open(root) as manager:
         return _restore_weights(manager, chosen, with_moments)
     except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
       failure = error
@@ -211,9 +211,19 @@ def _choose(
   return root, chosen, others
 
 
+def _open(root: pathlib.Path) -> ocp.CheckpointManager:
+  """Opens checkpoints for this process alone, so that a failure leaves no other one waiting."""
+  own = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=own, active_processes={own}, barrier_sync_key_prefix=f'process_{own}'
+  )
+  options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+  return ocp.CheckpointManager(root, options=options)
+
+
 def _can_read_any(root: pathlib.Path, steps: list[int], with_moments: bool) -> bool:
   for step in steps:
-    with contextlib.suppress(Exception), ocp.CheckpointManager(root) as manager:
+    with contextlib.suppress(Exception), _open(root) as manager:
       _restore_weights(manager, step, with_moments)
       return True
   return False

@@ -77,13 +77,13 @@ class _Readings:
       _log.warning(f'{path} cannot be mapped ({error}); a video that crashes a start is not known.')
       self._rows = np.zeros(MAX_THREADS, READING)
     self._next_row = itertools.count()
-    self._of_thread = threading.local()
+    self._local = threading.local()
 
   def note(self, dataset: int, video: int) -> None:
     """Notes what this thread begins to read."""
-    if not hasattr(self._of_thread, 'row'):
-      self._of_thread.row = next(self._next_row) % MAX_THREADS
-    self._rows[self._of_thread.row] = threading.get_ident(), dataset, video
+    if not hasattr(self._local, 'row'):
+      self._local.row = next(self._next_row) % MAX_THREADS
+    self._rows[self._local.row] = threading.get_ident(), dataset, video
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from tfds_kinetics.files import read_arrays
 SUPPORTED_VERSIONS = frozenset({2})
 # Pauses before a record that could not be read is read again.
 RETRY_SECONDS = (0.05, 0.5)
-# Every 8 x 8 pixels of a JPEG take 2 bits or more; the builder's frames have 64 at most a byte.
+# Every 8 x 8 pixels of a baseline JPEG, as the builder writes them, take 2 bits or more.
 MOST_PIXELS_PER_BYTE = 256
 # How array_record reports a system call that failed.
 SYSTEM_CALL_FAILED = re.compile(r'\b(pread|read|open|fstat|lseek)\(\) failed')
@@ -130,11 +130,11 @@ class TfdsVideos:
       raise _damaged(
         self.folder, f'{len(missing)} of {len(names)} shards missing or empty: {missing[0]}'
       )
-    found = sum(sizes[name] for name in names)
-    if found != num_bytes:
+    num_stored = sum(sizes[name] for name in names)
+    if num_stored != num_bytes:
       raise _damaged(
         self.folder,
-        f'the shards of {self._split} hold {found} bytes, not the {num_bytes} that were written',
+        f'the shards of {self._split} hold {num_stored} bytes, not the {num_bytes} that were written',
       )
 
   def read_index(self, *more: str) -> dict[str, np.ndarray]:

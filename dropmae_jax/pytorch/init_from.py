@@ -65,10 +65,10 @@ def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
   try:
     layouts.check_shapes(layouts.in_layout(state, 'encoder'), encoder, architecture)
   except UserError as error:
-    raise UserError(f'init_from={path} has another encoder: {error}') from error
+    raise UserError(f'config.init_from={path} has another encoder: {error}') from error
   if has_known_heads and source.num_heads != architecture.num_heads:
     raise UserError(
-      f'init_from={path} has an encoder of {source.num_heads} attention heads, and'
+      f'config.init_from={path} has an encoder of {source.num_heads} attention heads, and'
       f' config.model.num_heads={architecture.num_heads}; give the same number.'
     )
   expected = layouts.tensors(architecture)
@@ -84,7 +84,7 @@ def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
   report.append(f'loaded: {len(loaded)} of {len(expected)} tensors')
   if initialised:
     report.append(f'initialised: {import_model.grouped(initialised)}')
-  import_model.check_finite({t.name: state[t.name] for t in loaded}, f'init_from={path}')
+  import_model.check_finite({t.name: state[t.name] for t in loaded}, f'config.init_from={path}')
   params = {t.path: layouts.leaf_of(state[t.name], t) for t in loaded}
   return InitialParams(params, report)
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dropmae_jax.runtime import cli
-from dropmae_jax.runtime.errors import ExitStatus, UserError
+from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError
 
 # The file of the workdir in which a process says why it ends, and how often the others look for it.
 FAILURE_FILE, POLL_SECONDS = 'failure.json', 1.0
@@ -116,22 +116,26 @@ def code_version() -> str:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-  """Raises a UserError of one process on all; all processes call this together.
+  """Raises an error of one process on all; all processes call this together.
 
-  For what is done before there is a workdir, by which they hear of failures later.
+  For what is done before there is a workdir, by which they hear of failures later. No process may
+  wait for others inside.
   """
   failure = None
   try:
     yield
-  except UserError as error:
+  except Exception as error:
     failure = error
   if jax.process_count() > 1:
-    text = str(failure or '').encode(errors='replace')[:MESSAGE_BYTES]
-    own = np.frombuffer(text.ljust(MESSAGE_BYTES, b'\0'), np.uint8)
-    for process, found in enumerate(multihost_utils.process_allgather(own)):
-      if failure is None and found.any():
-        text = found.tobytes().rstrip(b'\0').decode(errors='replace')
-        failure = UserError(f'process {process} has ended: {text}')
+    status = getattr(failure, 'exit_status', ExitStatus.FAILED) if failure else ExitStatus.DONE
+    message = str(failure or '').encode(errors='replace')[:MESSAGE_BYTES]
+    own = bytes([status]) + message.ljust(MESSAGE_BYTES, b'\0')
+    gathered = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
+    for process, (status, *message) in enumerate(gathered.tolist()):
+      if status and failure is None:
+        text = bytes(message).rstrip(b'\0').decode(errors='replace')
+        kind = UserError if status == ExitStatus.BAD_INPUT else RunFailed
+        failure = kind(f'process {process} has ended: {text}')
   if failure:
     raise failure
 
@@ -202,7 +206,7 @@ def ending_together() -> Iterator['Failures']:
 
   Yields:
     An object that has to be told of the workdir, which has to be shared by all processes; before,
-    they do not hear of a failure unless `agree` tells them.
+    they do not hear of a failure unless `failing_together` or `agree` tells them.
   """
   failures = Failures()
   if jax.process_count() == 1:

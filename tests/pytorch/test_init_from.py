@@ -133,7 +133,13 @@ def test_processes_begin_with_the_same_weights(workdir, monkeypatch, tmp_path):
     checkpoints = Checkpoints(tmp_path / 'run', CheckpointOptions(), {})
     with pytest.raises(UserError, match='they differ'):
       train.first_state(
-        begun, tmp_path, model, checkpoints, key=jax.random.key(3), allow_changes=False
+        begun,
+        tmp_path,
+        model,
+        checkpoints,
+        key=jax.random.key(3),
+        allow_changes=False,
+        initial=None,
       )
   assert told[0] == told[1] != told[2]
 
@@ -166,6 +172,7 @@ def test_the_seed_draws_what_is_not_taken(workdir, params, tmp_path):
     Checkpoints(tmp_path / 'run', CheckpointOptions(), {}),
     key=jax.random.key(3),
     allow_changes=False,
+    initial=None,
   )
   drawn, loaded = (
     traverse_util.flatten_dict(each) for each in (init(jax.random.key(3)).params, begun.params)

@@ -102,8 +102,9 @@ def test_a_signal_to_one_stops_both_and_the_run_resumes_on_any_number_of_devices
   trained, data_dir, tmp_path
 ):
   arguments = train_arguments(
-    data_dir, tmp_path, '--config.num_steps=100000', '--config.mesh.fsdp=4'
-  )
+    data_dir, tmp_path, '--config.num_steps=100000', '--config.mesh.fsdp=4',
+    f'--config.init_from={trained}',
+  )  # fmt: skip
   both = Processes(arguments)
   both.wait_for('step 2/')
   both.running[1].send_signal(signal.SIGTERM)
@@ -139,6 +140,31 @@ def test_processes_with_different_settings_are_refused(data_dir, tmp_path, mine,
   assert [status for status, _, _ in ends] == [2, 2], ends
   assert message in ends[0][2]
   assert not (tmp_path / 'checkpoints').exists()
+
+
+# Process 1 finds no checkpoint, where process 0 reads one.
+ONE_WITHOUT = """
+import pathlib, sys
+from dropmae_jax import main
+from dropmae_jax.pytorch import init_from
+from dropmae_jax.runtime import cli
+real = init_from.read
+def read(path, architecture):
+  return real(path if sys.argv[-1].endswith('=0') else pathlib.Path('WORKDIR'), architecture)
+init_from.read = read
+cli.run(main.main)
+"""
+
+
+def test_weights_that_one_process_cannot_read_end_both(trained, data_dir, tmp_path):
+  arguments = train_arguments(data_dir, tmp_path / 'run', f'--config.init_from={trained}')
+  program = ONE_WITHOUT.replace('WORKDIR', str(tmp_path))
+  ends = Processes(arguments, program=program).ends()
+  assert [status for status, _, _ in ends] == [2, 2], ends
+  message = f'config.init_from={trained}: {tmp_path} holds no checkpoint'
+  assert f'process 1 has ended: {message}' in ends[0][2]
+  assert message in ends[1][2]
+  assert not (tmp_path / 'run').exists()
 
 
 def test_a_launcher_without_the_flag_is_refused(monkeypatch):

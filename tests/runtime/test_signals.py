@@ -13,7 +13,7 @@ import pytest
 from conftest import run_python
 
 from dropmae_jax.runtime import multihost
-from dropmae_jax.runtime.errors import ExitStatus, UserError
+from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError
 from dropmae_jax.runtime.report import NonFiniteLoss
 from tfds_kinetics import __main__ as builder
 
@@ -175,15 +175,17 @@ def test_what_processes_disagree_about_is_named(processes):
   multihost.agree(facts)
 
 
-@pytest.mark.parametrize('own', ['', 'mine is wrong'])
-def test_an_error_of_one_process_is_raised_on_all(processes, own):
-  text = np.frombuffer(b'there is none'.ljust(multihost.MESSAGE_BYTES, b'\0'), np.uint8)
-  gather = lambda mine: np.stack([np.zeros_like(mine), mine, text])
+@pytest.mark.parametrize('own', [None, UserError('mine'), RunFailed('mine'), TypeError('mine')])
+@pytest.mark.parametrize('status', [2, 1])
+def test_an_error_of_one_process_is_raised_on_all(processes, own, status):
+  other = np.frombuffer(bytes([status]) + b'theirs'.ljust(multihost.MESSAGE_BYTES, b'\0'), np.uint8)
+  gather = lambda mine: np.stack([np.zeros_like(mine), mine, other])
   processes.setattr(multihost.multihost_utils, 'process_allgather', gather)
-  expected = own or 'process 2 has ended: there is none'
-  with pytest.raises(UserError, match=f'^{expected}$'), multihost.failing_together():
+  kind = type(own) if own else {2: UserError, 1: RunFailed}[status]
+  message = 'mine' if own else 'process 2 has ended: theirs'
+  with pytest.raises(kind, match=f'^{message}$'), multihost.failing_together():
     if own:
-      raise UserError(own)
+      raise own
   processes.setattr(multihost.multihost_utils, 'process_allgather', lambda mine: mine[None])
   with multihost.failing_together():
     pass
