@@ -256,7 +256,8 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
     assert text in log
   (options,) = fakes.feeds
   assert (options['first_step'], options['stall_seconds']) == (0, 55)
-  events = [('watch', 'opening the dataset', True), 'ending together', 'failures are shared']
+  events = [('watch', 'opening the dataset', True), 'ending together']
+  events += [('watch', 'reading config.init_from', True), 'failures are shared']
   events.append(('watch', 'restoring the state', True))
   for step in range(1, 12):
     # At most two steps are under way: the one before the last is waited for.

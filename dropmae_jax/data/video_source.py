@@ -130,11 +130,11 @@ class TfdsVideos:
       raise _damaged(
         self.folder, f'{len(missing)} of {len(names)} shards missing or empty: {missing[0]}'
       )
-    num_stored = sum(sizes[name] for name in names)
-    if num_stored != num_bytes:
+    stored = sum(sizes[name] for name in names)
+    if stored != num_bytes:
       raise _damaged(
         self.folder,
-        f'the shards of {self._split} hold {num_stored} bytes, not the {num_bytes} that were written',
+        f'the shards of {self._split} hold {stored} bytes, not the {num_bytes} that were written',
       )
 
   def read_index(self, *more: str) -> dict[str, np.ndarray]:
