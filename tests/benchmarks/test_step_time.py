@@ -311,6 +311,7 @@ def test_the_samplers_are_compared(small_layer, monkeypatch, capsys, tmp_path):
   assert f'{DROPPED} pairs of a head dropped' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_report_of_a_compiler(monkeypatch, capsys, small, tmp_path):
   output = tmp_path / 'out.json'
   flags = f'--target=cpu --dtype=float32 --batch_size={BATCH} --drop_rate=0.2 --json={output}'

@@ -145,8 +145,10 @@ def test_round_trip_is_bit_identical(runs):
   assert_same_state(first, second)
 
 
-@pytest.mark.parametrize('size', ['S', pytest.param('B', marks=pytest.mark.slow)])
-def test_published_sizes_come_back_bit_for_bit(size):
+@pytest.mark.parametrize(
+  'size', ['XS', *(pytest.param(size, marks=pytest.mark.slow) for size in 'SB')]
+)
+def test_sizes_come_back_bit_for_bit(size):
   architecture = architecture_of_size(size)
   trees = [layouts.from_torch(random_state(architecture, seed), architecture) for seed in (1, 2)]
   first = adamw_state.to_torch(TorchAdamW(optimizer.Moments(9, *trees), GROUPS), architecture)

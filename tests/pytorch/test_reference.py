@@ -127,6 +127,7 @@ def normal_weights():
   return state, layouts.from_torch(state, WIDE)
 
 
+@pytest.mark.slow
 def test_weights_that_amplify_rounding_are_no_fault(tmp_path):
   state, params = normal_weights()
   difference = reference.largest_difference(state, params, WIDE)
