@@ -163,7 +163,7 @@ SLOW = """
 import time
 from dropmae_jax.data.loader import Loader
 def fill(step, row, out):
-  for _ in range(20):
+  for _ in range(10):
     time.sleep(0.1)
 batches = Loader(fill, list, lambda _: 'moved', rows=1, num_threads=1, stall_seconds=3)
 print('ready', flush=True)
