@@ -145,7 +145,7 @@ def test_a_signal_saves_what_there_is(data_dir, tmp_path, number, when):
   assert sorted(each.name for each in tmp_path.glob('checkpoints/*')) == [str(step)] * (step > 0)
 
 
-@pytest.mark.parametrize('closed', [False, True])
+@pytest.mark.parametrize('closed', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_output_that_nobody_reads_does_not_change_a_run(data_dir, tmp_path, closed):
   """As after `dropmae-train ... | head -1`, or with `>&- 2>&-`."""
   arguments = train_arguments(data_dir, tmp_path, '--config.num_steps=100000')

@@ -218,7 +218,11 @@ jax.jit(lambda x: jnp.sin(x) + 1)(jnp.ones(3)).block_until_ready()
 
 @pytest.mark.parametrize(
   ('backend', 'elsewhere', 'is_kept'),
-  [('gpu', False, True), ('cpu', False, False), ('tpu', True, False)],
+  [
+    ('gpu', False, True),
+    pytest.param('cpu', False, False, marks=pytest.mark.slow),
+    pytest.param('tpu', True, False, marks=pytest.mark.slow),
+  ],
 )
 def test_compiled_programs_are_kept_with_a_run(tmp_path, backend, elsewhere, is_kept):
   other = [tmp_path / 'other'] if elsewhere else []

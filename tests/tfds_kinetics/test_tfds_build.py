@@ -241,7 +241,9 @@ def test_what_is_found_late_is_one_sentence_and_status_2(tmp_path, arguments, me
   'environment',
   [
     {'PYTHONIOENCODING': 'ascii'},
-    {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'},
+    pytest.param(
+      {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}, marks=pytest.mark.slow
+    ),
   ],
 )
 def test_the_locale_changes_nothing(clips, tmp_path, monkeypatch, environment):
