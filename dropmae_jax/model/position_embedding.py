@@ -40,19 +40,50 @@ def resample_table(table: Float32[np.ndarray, '1 slots d'], grid: int) -> np.nda
   Returns:
     float32 [1, 1 + grid * grid, d].
   """
-  old = round((table.shape[1] - 1) ** 0.5)
+  old = _side(table)
   if old == grid:
     return table
-  weights = _bicubic_weights(old, grid)
-  tokens = table[0, 1:].reshape(old, old, -1).astype(np.float64)
-  tokens = np.einsum('ri,sj,ijd->rsd', weights, weights, tokens, optimize=True)
-  return np.concatenate([table[:, :1], tokens.reshape(1, grid * grid, -1)], 1).astype(np.float32)
+  weights = _bicubic_weights(old, grid, grid / old)
+  return _resampled(table, weights, weights)
 
 
-def _bicubic_weights(old: int, new: int) -> np.ndarray:
-  """Returns the float64 [new, old] matrix that resamples one axis."""
+def interpolate_table(
+  table: Float32[np.ndarray, '1 slots d'], grid: tuple[int, int]
+) -> Float32[np.ndarray, '1 new d']:
+  """Resamples a position table to a grid of other sides, as DINO and MAE do for evaluations.
+
+  It differs from `resample_table` in the scale, which is (new + 0.1) / old on each side; that moves
+  every position. (DINO added it so that PyTorch would not round the size of the result down.)
+
+  Args:
+    table: a slot that stays as it is, then the tokens of a square grid row by row.
+    grid: patches along the (height, width) of the new grid.
+
+  Returns:
+    float32 [1, 1 + height * width, d].
+  """
+  old = _side(table)
+  if (old, old) == grid:
+    return table
+  rows, columns = (_bicubic_weights(old, new, (new + 0.1) / old) for new in grid)
+  return _resampled(table, rows, columns)
+
+
+def _side(table: np.ndarray) -> int:
+  return round((table.shape[1] - 1) ** 0.5)
+
+
+def _resampled(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+  tokens = table[0, 1:].reshape(rows.shape[1], columns.shape[1], -1).astype(np.float64)
+  tokens = np.einsum('ri,sj,ijd->rsd', rows, columns, tokens, optimize=True)
+  tokens = tokens.reshape(1, len(rows) * len(columns), -1)
+  return np.concatenate([table[:, :1], tokens], 1).astype(np.float32)
+
+
+def _bicubic_weights(old: int, new: int, scale: float) -> np.ndarray:
+  """Returns the float64 [new, old] matrix that resamples one axis, enlarged by `scale`."""
   a = -0.75
-  centre = (np.arange(new) + 0.5) * (old / new) - 0.5
+  centre = (np.arange(new) + 0.5) / scale - 0.5
   first = np.floor(centre).astype(int)
   weights = np.zeros((new, old))
   for tap in range(-1, 3):

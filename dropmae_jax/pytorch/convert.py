@@ -161,7 +161,7 @@ def import_(
   yield file.integrity
   model = import_model.read_model(file, size=size)
   state, architecture = model.state, model.architecture
-  yield from model.report
+  yield from [*model.report, *model.changes]
   import_model.check_finite(state, str(path))
   if image_size not in (None, architecture.image_size):
     yield f'position tables: resampled from {architecture.image_size} to {image_size} pixels'

@@ -40,28 +40,33 @@ class Model(NamedTuple):
     architecture: of the model.
     has_known_heads: whether the file tells the numbers of attention heads, which shapes do not.
     fresh: names of the tensors that the file does not have; initialised from seed 0.
-    report: lines that say what was taken, converted, dropped and initialised.
+    unused: the tensors of the file that the model does not have; names without a tracker's prefix.
+    report: lines that say what was taken and converted.
+    changes: lines that say what was dropped and initialised.
   """
 
   state: dict[str, np.ndarray]
   architecture: Architecture
   has_known_heads: bool
   fresh: list[str]
+  unused: dict[str, np.ndarray]
   report: list[str]
+  changes: list[str]
 
 
-def read_model(file: WeightFile, *, size: str | None = None) -> Model:
+def read_model(file: WeightFile, *, size: str | None = None, needs_decoder: bool = True) -> Model:
   """Completes the tensors of a file to a whole model.
 
   Args:
     file: as `weight_files.read` returns it.
     size: a row of `vit.SIZES`; needed only if the tensors' shapes do not tell it.
+    needs_decoder: a decoder of another method is an error; otherwise it is not used.
 
   Raises:
     UserError: the size is unknown; or tensors of the encoder, or some but not all of the decoder,
       are missing, of another shape or not floating-point; names the first three.
   """
-  tensors, prefix, dropped = _without_prefix(file.tensors)
+  tensors, prefix, unused = _without_prefix(file.tensors)
   if 'pos_embed' in tensors:
     tensors['pos_embed'] = _with_class_slot(tensors['pos_embed'])
   architecture = file_metadata.read(file.entries).architecture
@@ -69,6 +74,12 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   if not has_known_heads:
     architecture = _architecture(tensors, size)
   shapes = layouts.tensor_shapes(architecture)
+  if not needs_decoder and not _has_our_decoder(tensors, shapes):
+    unused |= {name: array for name, array in tensors.items() if layouts.is_of_decoder(name)}
+    tensors = {name: array for name, array in tensors.items() if name not in unused}
+    if not has_known_heads:
+      architecture = _architecture(tensors, size)
+    shapes = layouts.tensor_shapes(architecture)
   optional = set(layouts.FRAME_IDENTITIES)
   decoder = {name for name in shapes if layouts.is_of_decoder(name)}
   decoder_identities = {f'decoder_{name}' for name in layouts.FRAME_IDENTITIES}
@@ -86,7 +97,7 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
   unknown = {name: array for name, array in remaining.items() if name.startswith(ENCODER_PREFIXES)}
   expected = {name: shape for name, shape in shapes.items() if name not in fresh}
   layouts.check_shapes(taken | unknown, expected, architecture)
-  dropped += list(remaining)
+  unused |= remaining
   converted = layouts.as_float32(taken) | _fresh_tensors(architecture, fresh)
   state = {name: converted[name] for name in shapes}
   report = [*_origin(file, prefix), f'taken: {len(taken)} tensors of {architecture}']
@@ -97,23 +108,34 @@ def read_model(file: WeightFile, *, size: str | None = None) -> Model:
     )
   other = collections.Counter(str(a.dtype) for a in taken.values() if a.dtype != np.float32)
   report += [f'converted to float32: {count} of {dtype}' for dtype, count in other.items()]
-  if dropped:
-    report.append(f'dropped: {grouped(dropped)}')
-    if any(name.endswith(layouts.CLASS_TOKEN) for name in dropped):
-      report.append('  (DropMAE has no class token)')
+  changes = []
+  if unused:
+    changes.append(f'dropped: {grouped(unused)}')
+    if any(name.endswith(layouts.CLASS_TOKEN) for name in unused):
+      changes.append('  (DropMAE has no class token)')
   if fresh:
-    report.append(f'initialised (seed 0), because the file does not have them: {grouped(fresh)}')
-  return Model(state, architecture, has_known_heads, fresh, report)
+    changes.append(f'initialised (seed 0), because the file does not have them: {grouped(fresh)}')
+  return Model(state, architecture, has_known_heads, fresh, unused, report, changes)
+
+
+def _has_our_decoder(
+  tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+  """Whether a file has all tensors of our decoder but the frame identities, and no others."""
+  of_file = {name: x.shape for name, x in tensors.items() if layouts.is_of_decoder(name)}
+  expected = {name: shape for name, shape in shapes.items() if layouts.is_of_decoder(name)}
+  optional = {f'decoder_{name}' for name in layouts.FRAME_IDENTITIES}
+  return of_file.items() <= expected.items() and expected.keys() - of_file.keys() <= optional
 
 
 def _without_prefix(
   tensors: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], str, list[str]]:
+) -> tuple[dict[str, np.ndarray], str, dict[str, np.ndarray]]:
   """Takes the encoder out of what wraps it, such as a tracker.
 
   Returns:
-    Its tensors under their own names; the prefix that they had; and the names of what is left out:
-    tensors without the prefix, or without numbers.
+    Its tensors under their own names; the prefix that they had; and what is left out: tensors
+    without the prefix, or without numbers.
   """
   wrapped = [match[1] for match in map(_WRAPPED.fullmatch, tensors) if match]
   prefix = wrapped[0] if wrapped and 'patch_embed.proj.weight' not in tensors else ''
@@ -122,7 +144,10 @@ def _without_prefix(
     for name, array in tensors.items()
     if name.startswith(prefix) and array.size
   }
-  return taken, prefix, [name for name in tensors if name.removeprefix(prefix) not in taken]
+  left_out = {
+    name: array for name, array in tensors.items() if name.removeprefix(prefix) not in taken
+  }
+  return taken, prefix, left_out
 
 
 def _origin(file: WeightFile, prefix: str) -> list[str]:

@@ -55,7 +55,7 @@ def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
     model = import_model.read_model(weight_files.read(path))
     state, source, fresh = model.state, model.architecture, set(model.fresh)
     has_known_heads = model.has_known_heads
-    report = [f'init_from {path}: {line}' for line in model.report]
+    report = [f'init_from {path}: {line}' for line in [*model.report, *model.changes]]
   if source.image_size != architecture.image_size and source.patch_size == architecture.patch_size:
     state, _ = layouts.at_resolution(state, source, architecture.image_size)
     report.append(

@@ -31,13 +31,14 @@ class WorkdirInUse(RunFailed):
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
+def held(workdir: pathlib.Path, option: str = '--workdir') -> Iterator[None]:
   """Holds the lock inside; all processes of a run call this together.
 
   A file system that has no locks is logged, and the run goes on without one.
 
   Args:
     workdir: of the run; exists.
+    option: which the user gave it by.
 
   Raises:
     WorkdirInUse: on every process; the message says where the other run is, and since when.
@@ -47,7 +48,7 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     refused = None
     if jax.process_index() == 0:
       try:
-        stack.enter_context(_locked(workdir))
+        stack.enter_context(_locked(workdir, option))
       except (UserError, WorkdirInUse) as error:
         refused = [isinstance(error, UserError), str(error)]
     refused = json.loads(multihost.text_of_first(json.dumps(refused)))
@@ -58,14 +59,14 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
+def _locked(workdir: pathlib.Path, option: str) -> Iterator[None]:
   try:
     # Not truncated before it is locked, as it says who holds it.
     file = (workdir / FILE).open('ab+', buffering=0)
   except OSError as error:
     remedy = remedy_of(error, 'give another one, make room, or change its permissions')
     raise UserError(
-      f'--workdir={workdir} cannot be written ({error.strerror}); {remedy}.'
+      f'{option}={workdir} cannot be written ({error.strerror}); {remedy}.'
     ) from error
   with file:
     try:
@@ -73,12 +74,12 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise WorkdirInUse(
-        f'--workdir={workdir} is in use by {_holder(file)}; stop that run or wait until it has'
-        ' ended, or give another --workdir.'
+        f'{option}={workdir} is in use by {_holder(file)}; stop that run or wait until it has'
+        f' ended, or give another {option}.'
       ) from error
     except OSError as error:
       _log.warning(
-        f'{workdir} cannot be locked ({error.strerror}); start no second run with this --workdir'
+        f'{workdir} cannot be locked ({error.strerror}); start no second run with this {option}'
         ' while this one runs.'
       )
     else:

@@ -81,7 +81,7 @@ def test_files_of_the_field_are_completed(tensors, fresh, dropped):
       np.testing.assert_array_equal(array[:, 1:], FULL[name][:, 1:])
     elif name not in model.fresh:
       np.testing.assert_array_equal(array, FULL[name])
-  text = '\n'.join(model.report)
+  text = '\n'.join([*model.report, *model.changes])
   assert f'taken: {len(FULL) - len([n for n in FULL if n in fresh])} tensors' in text
   assert (dropped in text) if dropped else ('dropped' not in text)
   assert ('DropMAE has no class token' in text) == any('cls_token' in name for name in tensors)
@@ -101,7 +101,7 @@ def test_what_wraps_a_model_is_taken_off_its_names_and_said(prefix):
     "not taken, though it may hold weights too: 'model_ema'",
     f'prefix {prefix!r}: removed from the names',
   ]
-  assert model.report[-1].startswith('dropped: 1 tensors: ')
+  assert model.changes[-1].startswith('dropped: 1 tensors: ')
 
 
 def test_objects_that_were_not_read_are_named():
