@@ -18,6 +18,7 @@ setup(
       'dropmae-build = tfds_kinetics.__main__:command',
       'dropmae-clips = dropmae_jax.data.synthetic_clips:command',
       'dropmae-convert = dropmae_jax.pytorch.main:command',
+      'dropmae-evaluate = dropmae_jax.evaluation.evaluate:command',
       'dropmae-figures = dropmae_jax.evaluation.reconstruction:command',
       'dropmae-inspect = dropmae_jax.evaluation.pair_sheet:command',
       'dropmae-train = dropmae_jax.main:command',
@@ -40,6 +41,7 @@ setup(
     'orbax-checkpoint>=0.12.8,<0.13',
     'pillow>=10,<14',
     'safetensors>=0.5,<0.9',
+    'scipy>=1.14,<2',
     'simplejpeg>=1.8,<2',
     'tensorboard>=2.19,<3',
     'tensorflow-datasets>=4.9.10,<5',
@@ -59,7 +61,6 @@ setup(
       'pytest>=8,<10',
       'pytest-xdist>=3.6,<4',
       'ruff>=0.9,<0.18',
-      'scipy>=1.14,<2',
     ],
   },
 )

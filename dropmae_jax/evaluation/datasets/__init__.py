@@ -1,0 +1,1 @@
+"""The clips and measures of zero-shot benchmarks."""
