@@ -9,7 +9,7 @@ The pipeline, and the package or module of each stage:
     --model/mae, vit, asad-->      reconstruction of the masked patches
     --train_step-->                loss, gradients, new parameters
     --checkpoints/-->              the state of a run, saved and restored
-    --evaluation/, pytorch/-->     figures; weight files for PyTorch
+    --evaluation/, pytorch/-->     scores, figures; weight files for PyTorch
 
 Axes in the shapes of signatures:
 

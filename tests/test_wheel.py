@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 
 COMMANDS = {
-  'dropmae-build', 'dropmae-clips', 'dropmae-convert', 'dropmae-figures', 'dropmae-inspect',
-  'dropmae-train',
+  'dropmae-build', 'dropmae-clips', 'dropmae-convert', 'dropmae-evaluate', 'dropmae-figures',
+  'dropmae-inspect', 'dropmae-train',
 }  # fmt: skip
 
 

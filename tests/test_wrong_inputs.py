@@ -15,6 +15,7 @@ COMPLETE = {
   'dropmae-train': ['--config=quickstart', '--workdir={tmp}/new', *TINY],
   'dropmae-build': ['--config=folder', '--videos={tmp}/junk', '--data_dir={tmp}/new'],
   'dropmae-convert': ['--checkpoint={run}', '--output={tmp}/new.safetensors', '--no-verify'],
+  'dropmae-evaluate': ['davis', '--checkpoint={run}', '--root={davis}', '--output={tmp}/new'],
   'dropmae-figures': ['--checkpoint={run}', '--video={video}', '--output={tmp}/new.png'],
   'dropmae-inspect': ['--data_dir={data}', '--output={tmp}/new.png'],
   'dropmae-clips': ['--output={tmp}/new'],
@@ -105,6 +106,27 @@ convert | -checkpoint -output -no-verify --list={tmp}/junk.pth | {tmp}/junk.pth
 convert | -checkpoint -output -no-verify --list={tmp}/junk.pth --step=3 | --step=3 is for checkpoints, and {tmp}/junk.pth is a file; leave
 convert | -checkpoint -no-verify --from_torch={tmp}/junk.safetensors --output={tmp}/new | {tmp}/junk.safetensors
 convert | -checkpoint -output -no-verify --compare {run} | argument --compare: expected 2 arguments; --help lists
+evaluate | -davis                           | are required: benchmark; --help lists
+evaluate | -root                            | are required: --root; --help lists
+evaluate | --root={tmp}/folder              | --root={tmp}/folder has no ImageSets/2017/val.txt; give the folder
+evaluate | -davis --root={tmp}/folder jhmdb | --root={tmp}/folder has no splits/*_test_split1.txt; give the folder
+evaluate | -davis --root={tmp}/folder tapvid | --root={tmp}/folder holds no .pkl; give a file
+evaluate | -davis --root={tmp}/folder vip   | --root={tmp}/folder has no lists/val_videos.txt; give the folder
+evaluate | --split=tset                     | ImageSets/2017/tset.txt; give the folder
+evaluate | -davis tapvid --scale=native     | --scale does not go with tapvid; leave it out
+evaluate | --checkpoint={tmp}/folder        | {tmp}/folder holds no checkpoint; give the --workdir
+evaluate | --checkpoint={tmp}/junk.pth      | {tmp}/junk.pth
+evaluate | --checkpoint={tmp}/junk.pth --step=3 | --step=3 goes with a workdir, and {tmp}/junk.pth is none; leave it out
+evaluate | --step=3                         | {run} has no step 3; it has 4, 8
+evaluate | --output={tmp}/junk              | --output={tmp}/junk is not empty; give a new folder
+evaluate | --output={tmp}/file              | --output={tmp}/file cannot be written (File exists); give another folder
+evaluate | --top_k=0                        | --top_k=0 is not in 1..1000
+evaluate | --temperature=nan                | --temperature=nan is not in
+evaluate | --input_size=480                 | argument --input_size: '480' is not HEIGHTxWIDTH in pixels
+evaluate | --block=3                        | --block=3 is not in 1..2
+evaluate | --readout=joint --identity=x     | --identity=x goes with --readout=single; leave it out
+evaluate | --readout=joint --class_token=zero | --readout=joint has no place for a class token; add --class_token=none
+evaluate | --protcol=dino                   | there is no option --protcol; did you mean --protocol=dino?
 figures | -video                            | are required: --video; --help lists
 figures | --checkpoint={tmp}/folder         | {tmp}/folder holds no checkpoint; give the --workdir
 figures | --video={tmp}/none.mp4            | --video={tmp}/none.mp4 is not a file; give a video
@@ -149,7 +171,8 @@ def places(trained, data_dir, clips, tmp_path):
   (tmp / 'broken.py').write_text('def get_config(:')
   (tmp / 'empty.py').write_text('')
   video = next(clips.glob('val/*/*.mp4'))
-  return {'tmp': tmp, 'run': trained, 'data': data_dir, 'video': video}
+  davis = clips / 'davis'
+  return {'tmp': tmp, 'run': trained, 'data': data_dir, 'video': video, 'davis': davis}
 
 
 def files_in(folders):
