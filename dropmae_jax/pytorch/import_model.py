@@ -71,15 +71,12 @@ def read_model(file: WeightFile, *, size: str | None = None, needs_decoder: bool
     tensors['pos_embed'] = _with_class_slot(tensors['pos_embed'])
   architecture = file_metadata.read(file.entries).architecture
   has_known_heads = architecture is not None and size is None
+  if not needs_decoder and not _has_our_decoder(tensors, architecture if has_known_heads else size):
+    unused |= {name: array for name, array in tensors.items() if layouts.is_of_decoder(name)}
+    tensors = {name: array for name, array in tensors.items() if name not in unused}
   if not has_known_heads:
     architecture = _architecture(tensors, size)
   shapes = layouts.tensor_shapes(architecture)
-  if not needs_decoder and not _has_our_decoder(tensors, shapes):
-    unused |= {name: array for name, array in tensors.items() if layouts.is_of_decoder(name)}
-    tensors = {name: array for name, array in tensors.items() if name not in unused}
-    if not has_known_heads:
-      architecture = _architecture(tensors, size)
-    shapes = layouts.tensor_shapes(architecture)
   optional = set(layouts.FRAME_IDENTITIES)
   decoder = {name for name in shapes if layouts.is_of_decoder(name)}
   decoder_identities = {f'decoder_{name}' for name in layouts.FRAME_IDENTITIES}
@@ -118,10 +115,21 @@ def read_model(file: WeightFile, *, size: str | None = None, needs_decoder: bool
   return Model(state, architecture, has_known_heads, fresh, unused, report, changes)
 
 
-def _has_our_decoder(
-  tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-) -> bool:
-  """Whether a file has all tensors of our decoder but the frame identities, and no others."""
+def _has_our_decoder(tensors: Mapping[str, np.ndarray], known: Architecture | str | None) -> bool:
+  """Whether a file has all tensors of our decoder but the frame identities, and no others.
+
+  Args:
+    tensors: of the file.
+    known: the architecture or the size, if one is known.
+  """
+  if isinstance(known, Architecture):
+    architecture = known
+  else:
+    try:
+      architecture = _architecture(tensors, known)
+    except UserError:  # Its depth or width may be none of ours.
+      return False
+  shapes = layouts.tensor_shapes(architecture)
   of_file = {name: x.shape for name, x in tensors.items() if layouts.is_of_decoder(name)}
   expected = {name: shape for name, shape in shapes.items() if layouts.is_of_decoder(name)}
   optional = {f'decoder_{name}' for name in layouts.FRAME_IDENTITIES}
