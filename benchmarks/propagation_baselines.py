@@ -9,8 +9,8 @@
 `copy_first`      the first mask in every frame
 
 The first three are taken with centred features too. Without --root the clips are the validation
-clips of `dropmae-clips`. Frames are read at their own size, unless --input_size is given. Only the
-difference to random weights is evidence of learning.
+clips of `dropmae-clips`. Frames are read at their own size, unless --input_size is given. A class
+token is not used. Only the difference to random weights is evidence of learning.
 """
 
 import argparse

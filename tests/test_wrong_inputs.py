@@ -126,6 +126,9 @@ evaluate | --input_size=480                 | argument --input_size: '480' is no
 evaluate | --block=3                        | --block=3 is not in 1..2
 evaluate | --readout=joint --identity=x     | --identity=x goes with --readout=single; leave it out
 evaluate | --readout=joint --class_token=zero | --readout=joint has no place for a class token; add --class_token=none
+evaluate | --readout=attention --temperature=1 | --temperature does not go with --readout=attention
+evaluate | --model=B                        | --model=B goes with a file, and {run} is a workdir; leave it out
+evaluate | --root={tmp}/file                | --root={tmp}/file has no ImageSets/2017/val.txt; give the folder
 evaluate | --protcol=dino                   | there is no option --protcol; did you mean --protocol=dino?
 figures | -video                            | are required: --video; --help lists
 figures | --checkpoint={tmp}/folder         | {tmp}/folder holds no checkpoint; give the --workdir

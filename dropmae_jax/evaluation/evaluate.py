@@ -178,14 +178,15 @@ def run(
   results_folder.make(output)
   with workdir_lock.held(output, '--output'):
     results_folder.claim(output, settings)
+    results_folder.remove_partial(output)
     scores, records, computed = {}, {}, 0
     started = time.perf_counter()
     for number, name in enumerate(benchmark.names, 1):
-      clip, which = benchmark.open(name), f'{number}/{len(benchmark.names)} {name}'
+      which = f'{number}/{len(benchmark.names)} {name}'
+      with os_errors_as_user_errors(f'clip {name!r} cannot be read', 'complete the data set.'):
+        clip = benchmark.open(name)
       geometry = geometry_of(benchmark, clip, options, encoder.architecture.patch_size)
-      record = results_folder.record_of(
-        clip, benchmark.labels(clip, geometry, options.protocol), geometry
-      )
+      record = results_folder.record_of(benchmark, clip, geometry, options.protocol)
       folder, path = output / 'results' / name, output / 'clips' / f'{name}.json'
       if folder.is_dir():
         records[name] = results_folder.read_record(path, record, folder)
@@ -304,11 +305,12 @@ def main() -> None:
   chosen = {}
   for name, parameter in inspect.signature(benchmark_class).parameters.items():
     if name != 'root':
-      chosen[name] = getattr(given, name) or parameter.default
+      chosen[name] = getattr(given, name, None) or parameter.default
   for name in ('split', 'scale'):
     if getattr(given, name) and name not in chosen:
       raise UserError(f'--{name} does not go with {given.benchmark}; leave it out.')
-  benchmark = benchmark_class(given.root, **chosen)
+  with os_errors_as_user_errors(f'--root={given.root} cannot be read', 'give a readable folder.'):
+    benchmark = benchmark_class(given.root, **chosen)
   propagation = propagation_of(
     given.protocol,
     benchmark,
@@ -318,6 +320,13 @@ def main() -> None:
     temperature=given.temperature,
   )
   readout = Readout(given.readout, given.centred, given.identity, given.block)
+  if readout.kind == 'attention':
+    if given.temperature is not None:
+      raise UserError(
+        '--temperature does not go with --readout=attention, whose weights are the attention;'
+        ' leave it out.'
+      )
+    propagation = dataclasses.replace(propagation, temperature=None)
   options = Options(given.protocol, propagation, readout, given.input_size)
   encoder = features.load(
     given.checkpoint, step=given.step, size=given.model, class_token=given.class_token
@@ -338,7 +347,7 @@ def main() -> None:
     'class_token': given.class_token if encoder.class_token is not None else 'none',
     'weights': encoder.source,
     'unused_tensors': unused,
-    'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+    'versions': _versions(),
     'device': jax.devices()[0].device_kind,
   }
   for line in encoder.source.get('import', []):
@@ -360,14 +369,25 @@ def main() -> None:
   cli.print_line(f'{given.output}/results.json: {given.benchmark}, protocol {given.protocol}')
 
 
+def _versions() -> dict[str, str]:
+  versions = {}
+  for name in PACKAGES:
+    # Another distribution may provide it, or it runs from a checkout that is not installed.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return versions
+
+
 def tables(content: Mapping[str, Any]) -> Iterator[str]:
   """Yields the lines of a table with a row for each clip, and of one with the summary."""
   rows = content['clips']
+  columns = {name: max(10, len(name)) for name in next(iter(rows.values()))}
   width = max(map(len, rows))
-  columns = list(next(iter(rows.values())))
-  yield ' '.join([' ' * width, *(f'{name:>10}' for name in columns)])
+  yield ' '.join([' ' * width, *(f'{name:>{size}}' for name, size in columns.items())])
   for name, numbers in rows.items():
-    yield ' '.join([f'{name:<{width}}', *(f'{numbers[each]:>10.2f}' for each in columns)])
+    shown = (f'{numbers[column]:>{size}.2f}' for column, size in columns.items())
+    yield ' '.join([f'{name:<{width}}', *shown])
+  width = max(map(len, content['summary']))
   for name, number in content['summary'].items():
     yield f'{name:<{width}} {number:>10.2f}'
 

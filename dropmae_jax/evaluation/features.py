@@ -80,6 +80,8 @@ def load(
   """
   check_name('--class_token', class_token, CLASS_TOKENS)
   if path.is_dir():
+    if size is not None:
+      raise UserError(f'--model={size} goes with a file, and {path} is a workdir; leave it out.')
     weights = saved_weights.load_weights(path, step=step)
     architecture, params, unused, fresh = weights.architecture, weights.params, {}, []
     source = {'path': str(path.absolute()), 'step': weights.step}
@@ -92,8 +94,8 @@ def load(
     params = layouts.from_torch(model.state, architecture)
     source = {'path': str(path.absolute()), 'import': model.report}
   token = _class_token(unused.get(layouts.CLASS_TOKEN), class_token, architecture.width, path)
-  if token is not None:
-    unused.pop(layouts.CLASS_TOKEN, None)
+  if token is not None and class_token == 'file':
+    del unused[layouts.CLASS_TOKEN]
   digest = hashlib.sha256()
   for leaf in [*jax.tree.leaves(params), token]:
     digest.update(np.ascontiguousarray(leaf) if leaf is not None else b'')

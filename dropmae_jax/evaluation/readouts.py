@@ -73,10 +73,14 @@ class Readout:
       return False
     if tensor in layouts.FRAME_IDENTITIES and self.kind == 'single':
       return tensor.endswith(f'_{self.identity}')
-    stack, number, *_ = [*tensor.split('.'), '']
-    last = architecture.decoder_depth if self.kind == 'attention' else architecture.depth
-    is_cut = stack == ('decoder_blocks' if self.kind == 'attention' else 'blocks')
-    return not is_cut or int(number) < (self.block or last)
+    stack, number, *layer = [*tensor.split('.'), '']
+    is_attention = self.kind == 'attention'
+    if stack != ('decoder_blocks' if is_attention else 'blocks'):
+      return True
+    last = self.block or (architecture.decoder_depth if is_attention else architecture.depth)
+    # Of the block whose attention is read out, only what makes queries and keys is used.
+    ends_early = is_attention and int(number) == last - 1
+    return int(number) < last and (not ends_early or layer[0] == 'norm1' or layer[1] == 'qkv')
 
   def check(self, encoder: Encoder) -> None:
     """Checks that a model can be read out so.
@@ -104,7 +108,7 @@ class Readout:
     a = encoder.architecture
     blocks = a.decoder_depth if self.kind == 'attention' else a.depth
     if self.block is not None and not 1 <= self.block <= blocks:
-      raise UserError(f'--block={self.block} is not in 1..{blocks}.')
+      raise UserError(f'--block={self.block} is not in 1..{blocks}; give a number from there.')
 
 
 def model_affinities(

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Float32
 
 from dropmae_jax.evaluation.datasets.benchmark import Benchmark, Clip, Geometry
 from dropmae_jax.runtime import atomic_file, workdir_lock
@@ -32,23 +31,20 @@ def make(output: pathlib.Path) -> None:
   with os_errors_as_user_errors(f'--output={output} cannot be written', 'give another folder.'):
     output.mkdir(parents=True, exist_ok=True)
     names = {each.name for each in output.iterdir()}
-    # A run that was killed at once leaves no more than the lock.
-    if SETTINGS not in names and names - {workdir_lock.FILE}:
+    # A run that was killed at once leaves no more than the lock and a half-written file.
+    partial = {name for name in names if name.startswith(atomic_file.PREFIX)}
+    if SETTINGS not in names and names - partial - {workdir_lock.FILE}:
       raise UserError(f'--output={output} is not empty; give a new folder.')
 
 
 def claim(output: pathlib.Path, settings: Mapping[str, Any]) -> None:
   """Checks that a folder is new, or of an earlier run with the same settings.
 
-  What a killed run was writing is removed, so the caller holds the lock.
-
   Raises:
     UserError: the settings are others; names the first that differs.
   """
   path = output / SETTINGS
   with os_errors_as_user_errors(f'--output={output} cannot be written', 'give another folder.'):
-    for partial in [*output.rglob(f'{atomic_file.PREFIX}*')]:
-      shutil.rmtree(partial)
     if not path.exists():
       write_json(path, settings)
       return
@@ -65,12 +61,27 @@ def claim(output: pathlib.Path, settings: Mapping[str, Any]) -> None:
       )
 
 
+def remove_partial(output: pathlib.Path) -> None:
+  """Removes what a killed run was writing; the caller holds the lock and has claimed the folder."""
+  with os_errors_as_user_errors(f'--output={output} cannot be written', 'give another folder.'):
+    folders = output.glob('*/') if (output / SETTINGS).exists() else ()
+    mine = [each for each in folders if each.name in ('results', 'clips', 'overlays')]
+    partial = [each for folder in mine for each in folder.rglob(f'{atomic_file.PREFIX}*')]
+    for each in [*partial, *output.glob(f'{atomic_file.PREFIX}*')]:
+      shutil.rmtree(each)
+
+
 def record_of(
-  clip: Clip, labels: Float32[np.ndarray, 'gh gw labels'], geometry: Geometry
+  benchmark: Benchmark, clip: Clip, geometry: Geometry, protocol: str
 ) -> dict[str, Any]:
-  """Returns what the results of a clip were computed from, as values for JSON."""
+  """Returns what the results of a clip were computed from, as values for JSON.
+
+  The digest is of the labels, of what they stand for, and of three frames.
+  """
+  labels = benchmark.labels(clip, geometry, protocol)
   digest = hashlib.sha256(f'{clip.num_frames} {clip.size}'.encode())
-  digest.update(np.ascontiguousarray(labels))
+  for array in (labels, benchmark.read_out(clip, 0, labels, geometry, protocol)):
+    digest.update(np.ascontiguousarray(array))
   for number in sorted({0, clip.num_frames // 2, clip.num_frames - 1}):
     digest.update(np.ascontiguousarray(clip.frame(number)))
   return {'data': digest.hexdigest(), 'input_size': list(geometry.pixels)}

@@ -244,6 +244,16 @@ def test_results_of_other_data_are_not_mixed(command, davis, tmp_path):
   assert_one_sentence(command(root=root)[0], f'{name} holds results of other frames or labels')
 
 
+def test_results_of_objects_with_other_numbers_are_not_mixed(command, davis, tmp_path):
+  """Their labels are the same arrays."""
+  root = shutil.copytree(davis, tmp_path / 'davis')
+  name = (root / 'ImageSets' / '2017' / 'val.txt').read_text().split()[0]
+  assert command(root=root)[0].returncode == 0
+  for path in (root / 'Annotations' / '480p' / name).glob('*.png'):
+    masks.write_png(path, 2 * np.array(Image.open(path)))
+  assert_one_sentence(command(root=root)[0], f'{name} holds results of other frames or labels')
+
+
 @pytest.mark.parametrize(
   ('damage', 'message'),
   [
@@ -271,11 +281,20 @@ def test_damaged_results_are_told(command, tmp_path, damage, message):
 def test_what_a_killed_run_was_writing_is_removed(command, tmp_path):
   _, results = command()
   (tmp_path / 'out' / 'results.json').unlink()
-  half = tmp_path / 'out' / 'results' / f'{atomic_file.PREFIX}abc'
-  half.mkdir()
-  (half / '00000.png').touch()
+  names = 'results', '.', 'other'
+  folders = [tmp_path / 'out' / name / f'{atomic_file.PREFIX}abc' for name in names]
+  for folder in folders:
+    folder.mkdir(parents=True)
+    (folder / '00000.png').touch()
   assert command()[1] == results
-  assert not half.exists()
+  assert [folder.exists() for folder in folders] == [False, False, True]
+  shutil.rmtree(tmp_path / 'out' / 'other')
+
+
+def test_a_run_that_was_killed_at_once_can_start_again(command, tmp_path):
+  (tmp_path / 'out' / f'{atomic_file.PREFIX}abc').mkdir(parents=True)
+  (tmp_path / 'out' / workdir_lock.FILE).touch()
+  assert command()[0].returncode == 0
 
 
 def test_a_second_start_in_the_same_folder_is_refused(command, tmp_path):

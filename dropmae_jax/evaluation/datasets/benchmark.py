@@ -54,9 +54,9 @@ class Clip:
 class Benchmark(Protocol):
   """A data set of clips whose first frame is labelled, and the measure for the rest.
 
-  The constructor takes `root: pathlib.Path` and options of its own, reads the list of clips and
-  checks that it is not empty. All methods raise `UserError`, one sentence with path and remedy, if
-  files are missing, damaged or do not fit together.
+  The constructor takes `root: pathlib.Path` and may take `split` and `scale`, which have defaults;
+  it reads the list of clips and checks that it is not empty. All methods raise `UserError`, one
+  sentence with path and remedy, if files are missing, damaged or do not fit together.
 
   Attributes:
     names: of the clips, in the benchmark's order.
