@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -164,7 +165,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(data_dir, clips, tm
   assert 'Traceback' not in done.stderr
   done = run_python(*command(clips, tmp_path))
   assert done.returncode == 0, done.stderr
-  assert 'resuming: 3 of 9 shards are there' in done.stderr
+  # The worker goes on until it hears of the error.
+  assert re.search('resuming: [3-7] of 9 shards are there', done.stderr)
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
 
 
