@@ -20,7 +20,7 @@ from dropmae_jax.data import augment
 from dropmae_jax.data.augment import Box, Uniform
 from dropmae_jax.data.loader import Loader, keep_freed_memory
 from dropmae_jax.data.mixture import Mixture, mixture_of
-from dropmae_jax.data.pair_stream import FRAME_DRAWS, PAIR_DRAWS, PairKey, pair_keys
+from dropmae_jax.data.pair_stream import FRAME_DRAWS, PAIR_DRAWS, PairKey, PairKeys
 from dropmae_jax.data.video_source import DamagedRecord, VideoSource
 from dropmae_jax.runtime.errors import UserError
 
@@ -244,7 +244,7 @@ def pair_batches(
     )
   cv2.setNumThreads(0)
   keep_freed_memory()
-  keys, maker = pair_keys(videos, seed), PairMaker(videos, options, image_size)
+  keys, maker = PairKeys(videos, seed), PairMaker(videos, options, image_size)
   share = batch_size // num_hosts
 
   def make_buffer() -> PairBatch:

@@ -35,7 +35,7 @@ def describe_batch(
     pair that can no longer be read, `error` gives the reason in place of the crops.
   """
   maker = frame_pairs.PairMaker(dataset, config.data, config.model.image_size)
-  keys, paths = pair_stream.pair_keys(dataset, data_seed), _paths(dataset)
+  keys, paths = pair_stream.PairKeys(dataset, data_seed), _paths(dataset)
   first = (step - 1) * config.batch_size
   positions = range(first, first + config.batch_size)
   # When the keys of update N are derived, the state's step is still N - 1.

@@ -6,6 +6,9 @@ once, in a new order. Each dataset of a mixture has its own epochs.
 
 import dataclasses
 import functools
+import threading
+from collections.abc import Sequence
+from fractions import Fraction
 
 import grain
 import numpy as np
@@ -42,34 +45,66 @@ def _epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng((seed, epoch)).permutation(num_videos)
 
 
-class _DrawKey(grain.transforms.RandomMap):
-  """Maps a position in the stream of one dataset to the key of a pair.
+class _Uniforms(threading.local):
+  """The random numbers of the pairs of a dataset, by position; a generator for each thread.
 
-  It shuffles the videos itself. Grain's shuffle takes up to milliseconds per element of a dataset
-  with few videos, because it searches a range of at least 2^16 numbers for each.
+  They are those that grain's `MapDataset.range(...).seed(seed).random_map(...)` hands out (a test
+  compares them), at a sixth of its time: threads that load pairs wait for Python's lock meanwhile.
   """
 
-  def __init__(self, dataset: int, num_videos: int, seed: int) -> None:
-    self._dataset, self._num_videos, self._seed = dataset, num_videos, seed
+  def __init__(self, seed: int) -> None:
+    derived = np.random.SeedSequence((seed, 1)).generate_state(1)[0]
+    self._bits = np.random.Philox(derived)
+    self._state = self._bits.state
+    self._rng = np.random.Generator(self._bits)
 
-  def random_map(self, element: int, rng: np.random.Generator) -> PairKey:
-    """Returns the key of the pair at a position."""
-    epoch, position = divmod(int(element), self._num_videos)
-    video = int(_epoch_order(self._num_videos, self._seed, epoch)[position])
-    return PairKey(self._dataset, video, rng.random(PAIR_DRAWS))
+  def __getitem__(self, position: int) -> Float64[np.ndarray, f'{PAIR_DRAWS}']:
+    self._state['state']['counter'][3] = position
+    self._bits.state = self._state
+    return self._rng.random(PAIR_DRAWS)
 
 
-def pair_keys(videos: VideoSource | Mixture, seed: int) -> grain.MapDataset:
-  """Returns the endless stream of the keys of all pairs, indexed by position.
+class PairKeys:
+  """The endless stream of the keys of all pairs, by position; may be read in many threads.
 
-  Args:
-    videos: a dataset or a mixture. The datasets of a mixture alternate as evenly as their weights
-      allow. Shares that are not multiples of 1/100 are off by up to 1 %.
-    seed: of the order, the pairs and the crops.
+  The datasets of a mixture alternate as evenly as their weights allow. Shares that are not
+  multiples of 1/100 are off by up to 1 %.
   """
-  mixture, parts = mixture_of(videos), []
-  for number, each in enumerate(mixture.datasets):
-    own = seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-    positions = grain.MapDataset.range(len(each) * EPOCHS).seed(own)
-    parts.append(positions.random_map(_DrawKey(number, len(each), own)))
-  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
+
+  def __init__(self, videos: VideoSource | Mixture, seed: int) -> None:
+    """Reads only how many videos there are.
+
+    Args:
+      videos: a dataset or a mixture.
+      seed: of the order, the pairs and the crops.
+    """
+    datasets, weights = mixture_of(videos).datasets, mixture_of(videos).weights
+    self._num_videos = [len(each) for each in datasets]
+    self._seeds = [seed] + [
+      int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+      for number in range(1, len(datasets))
+    ]
+    self._uniforms = [_Uniforms(each) for each in self._seeds]
+    self._places = None if len(datasets) == 1 else _mix(self._num_videos, weights)
+
+  def __getitem__(self, position: int) -> PairKey:
+    dataset, own_position = self._places[position] if self._places else (0, position)
+    num_videos = self._num_videos[dataset]
+    epoch, place = divmod(own_position, num_videos)
+    # Not grain's shuffle: with few videos it takes up to milliseconds per pair, because it searches
+    # a range of at least 2^16 numbers for each.
+    video = int(_epoch_order(num_videos, self._seeds[dataset], epoch)[place])
+    return PairKey(dataset, video, self._uniforms[dataset][own_position])
+
+
+def _mix(num_videos: Sequence[int], weights: Sequence[Fraction]) -> grain.MapDataset:
+  """Returns, for each position of a mixture, the dataset and the position in its own stream."""
+  streams = [
+    grain.MapDataset.range(each * EPOCHS).map(functools.partial(_place, number))
+    for number, each in enumerate(num_videos)
+  ]
+  return grain.MapDataset.mix(streams, weights)
+
+
+def _place(dataset: int, position: int) -> tuple[int, int]:
+  return dataset, int(position)

@@ -69,7 +69,7 @@ def first_pairs(
   videos: Mixture, options: DataOptions, *, image_size: int, seed: int, count: int
 ) -> list[ShownPair]:
   """Makes the first pairs that training with this seed reads."""
-  keys = pair_stream.pair_keys(videos, seed)
+  keys = pair_stream.PairKeys(videos, seed)
   maker = frame_pairs.PairMaker(videos, options, image_size)
   pairs = []
   for number in range(count):

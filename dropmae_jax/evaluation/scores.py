@@ -13,7 +13,7 @@ from dropmae_jax.checkpoints.saved_weights import Weights
 from dropmae_jax.config import Architecture, DataOptions, Objective
 from dropmae_jax.data import frame_pairs
 from dropmae_jax.data.mixture import open_mixture
-from dropmae_jax.data.pair_stream import pair_keys
+from dropmae_jax.data.pair_stream import PairKeys
 from dropmae_jax.data.video_source import TfdsVideos
 from dropmae_jax.model import mae, pixels
 from dropmae_jax.runtime.errors import UserError, check_name
@@ -66,7 +66,7 @@ def _held_out_pairs(
   is_built = all(isinstance(each, TfdsVideos) for each in videos.datasets)
   if is_built and videos.fingerprint != fingerprint:
     raise UserError(f'{data_dir=} holds another dataset than the run was trained on; put it back.')
-  keys, maker = pair_keys(videos, seed=0), frame_pairs.PairMaker(videos, options, image_size)
+  keys, maker = PairKeys(videos, seed=0), frame_pairs.PairMaker(videos, options, image_size)
   frames = np.empty((HELD_OUT_PAIRS, 2, image_size, image_size, 3), np.uint8)
   for position, out in enumerate(frames):
     maker.crop(maker.draw(keys[position]), out)

@@ -6,6 +6,7 @@ import itertools
 from fractions import Fraction
 
 import cv2
+import grain
 import numpy as np
 import pytest
 import scipy.stats
@@ -85,7 +86,7 @@ def test_only_the_two_frames_of_a_pair_are_read():
   videos = NumberedVideos([9, 9, 9, 9])
   maker = frame_pairs.PairMaker(videos, DataOptions(frame_gap=4), 16)
   for position in range(8):
-    drawn = maker.draw(pair_stream.pair_keys(videos, 7)[position])
+    drawn = maker.draw(pair_stream.PairKeys(videos, 7)[position])
     assert videos.reads == [(drawn.video, number) for number in drawn.frame_numbers]
     videos.reads.clear()
     for image, number in zip(drawn.images, drawn.frame_numbers, strict=True):
@@ -187,7 +188,7 @@ def test_hosts_share_the_global_batch():
 def test_large_batches_are_the_plain_stream(num_threads):
   videos, size = NumberedVideos([10] * 50), 96
   options = DataOptions(frame_gap=4, num_threads=num_threads)
-  keys, maker = pair_stream.pair_keys(videos, 7), frame_pairs.PairMaker(videos, options, 16)
+  keys, maker = pair_stream.PairKeys(videos, 7), frame_pairs.PairMaker(videos, options, 16)
   shares = [
     batches(videos, 3, options=options, batch_size=size, first_step=2, host=host, num_hosts=2)
     for host in range(2)
@@ -324,6 +325,16 @@ def test_a_pair_may_meet_the_same_damaged_record_again():
     batches(DamagedVideos([1], {(0, 0)}), 1)
 
 
+@pytest.mark.parametrize('seed', [0, 2**40 + 1])
+def test_the_random_numbers_are_those_of_grain(seed):
+  """Of grain 0.2, by which runs of earlier code drew them."""
+  source = grain.MapDataset.range(10**12).seed(seed)
+  recorded = source.random_map(lambda _, rng: rng.random(pair_stream.PAIR_DRAWS))
+  keys = pair_stream.PairKeys(NumberedVideos([9] * 4), seed)
+  for position in (0, 1, 7, 10**6, 3 * 10**9):
+    np.testing.assert_array_equal(keys[position].uniforms, recorded[position])
+
+
 def test_the_stream_is_longer_than_any_run():
   class Many(NumberedVideos):
     def __len__(self):
@@ -333,8 +344,7 @@ def test_the_stream_is_longer_than_any_run():
       return 300
 
   huge = Mixture((Many([]), Many([])), (Fraction(1, 1000), Fraction(1)))
-  keys = pair_stream.pair_keys(huge, 7)
-  assert len(keys) > 10**12
+  keys = pair_stream.PairKeys(huge, 7)
   first, second = keys[10**12 + 7], keys[10**12 + 7]
   assert first.video == second.video
   np.testing.assert_array_equal(first.uniforms, second.uniforms)
@@ -370,7 +380,7 @@ class Growing(NumberedVideos):
 
 def test_each_frame_is_cropped_within_its_own_size():
   videos = Growing([2] * 20)
-  keys = pair_stream.pair_keys(videos, 0)
+  keys = pair_stream.PairKeys(videos, 0)
   maker = frame_pairs.PairMaker(videos, DataOptions(num_threads=1), 32)
   boxes = np.array([maker.draw(keys[number]).boxes for number in range(20)])
   ends = boxes[..., :2] + boxes[..., 2:]
