@@ -32,16 +32,18 @@ from benchmarks.rounds import about, check_output
 from dropmae_jax.data import synthetic_clips
 from dropmae_jax.evaluation import evaluate, features, readouts
 from dropmae_jax.evaluation.datasets.davis import Davis
-from dropmae_jax.evaluation.label_propagation import PROTOCOLS, Affinities, Propagation
+from dropmae_jax.evaluation.label_propagation import Affinities, Propagation
+from dropmae_jax.evaluation.protocols import PROTOCOLS
 from dropmae_jax.evaluation.readouts import AttentionStatistics, FrameFeatures, Readout
 from dropmae_jax.model import mae
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 
+PROTOCOL = PROTOCOLS['cropmae']
 # For small clips: few earlier frames, no radius (objects move far on a coarse grid), and few,
 # sharp weights.
 SMALL_CLIPS = dataclasses.replace(
-  PROTOCOLS['cropmae'], num_previous=5, radius=None, top_k=3, temperature=0.05
+  PROTOCOL.propagation, num_previous=5, radius=None, top_k=3, temperature=0.05
 )
 
 
@@ -93,7 +95,7 @@ class Setup:
     for name in self.benchmark.names:
       clip = self.benchmark.open(name)
       options = evaluate.Options(
-        'cropmae', self.propagation, Readout(), self.input_size or clip.size
+        PROTOCOL, self.propagation, Readout(), self.input_size or clip.size
       )
       geometry = evaluate.geometry_of(self.benchmark, clip, options, self.patch_size)
       results = evaluate.evaluate_clip(self.benchmark, clip, options, geometry, affinities_of)

@@ -27,7 +27,7 @@ import tqdm
 from benchmarks.rounds import import_torch, machine
 from dropmae_jax.evaluation import evaluate, features, label_propagation, readouts
 from dropmae_jax.evaluation.features import Encoder
-from dropmae_jax.evaluation.label_propagation import PROTOCOLS
+from dropmae_jax.evaluation.protocols import PROTOCOLS
 from dropmae_jax.evaluation.readouts import Readout
 from dropmae_jax.model import mae, vit
 from dropmae_jax.pytorch import layouts
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 LABELS = 4
 COMPILED = '/jax/core/compile/backend_compile_duration'
-PROPAGATION = PROTOCOLS['cropmae']
+PROPAGATION = PROTOCOLS['cropmae'].propagation
 
 
 def clip(num_frames: int, size: tuple[int, int], grid: tuple[int, int]) -> list[np.ndarray]:

@@ -26,12 +26,13 @@ import tqdm
 
 from dropmae_jax.evaluation import features, label_propagation, readouts, results_folder
 from dropmae_jax.evaluation.datasets import overlays
-from dropmae_jax.evaluation.datasets.benchmark import Benchmark, Clip, Geometry
+from dropmae_jax.evaluation.datasets.benchmark import Benchmark, Clip
 from dropmae_jax.evaluation.datasets.davis import Davis
 from dropmae_jax.evaluation.datasets.jhmdb import Jhmdb
 from dropmae_jax.evaluation.datasets.tapvid import TapVid
 from dropmae_jax.evaluation.datasets.vip import Vip
-from dropmae_jax.evaluation.label_propagation import PROTOCOLS, Affinities, Propagation
+from dropmae_jax.evaluation.label_propagation import Affinities, Propagation
+from dropmae_jax.evaluation.protocols import PROTOCOLS, Geometry, Protocol
 from dropmae_jax.evaluation.readouts import AttentionStatistics, Readout
 from dropmae_jax.model import vit
 from dropmae_jax.pytorch import import_model
@@ -55,6 +56,7 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
 # Distributions whose versions are written to results.json.
 PACKAGES = 'dropmae_jax', 'jax', 'jaxlib', 'numpy', 'scipy', 'opencv-python-headless', 'pillow'
 READ_AHEAD = 4
+REPLACEABLE = 'num_previous', 'radius', 'top_k', 'temperature'  # Fields of Propagation.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,42 +64,40 @@ class Options:
   """What a score depends on, beside the weights and the data.
 
   Attributes:
-    protocol: a name in PROTOCOLS; how frames are read, and labels made and read out.
+    protocol: how frames are read, and labels made and read out.
     propagation: how labels are propagated.
     readout: how affinities are computed.
     input_size: (height, width) of the network's input in pixels; None: the protocol's.
   """
 
-  protocol: str
+  protocol: Protocol
   propagation: Propagation
   readout: Readout
   input_size: tuple[int, int] | None = None
 
 
-def propagation_of(protocol: str, benchmark: Benchmark, **given: float | None) -> Propagation:
+def make_propagation(protocol: Protocol, benchmark: str, **given: float | None) -> Propagation:
   """Returns the settings of a protocol for a benchmark, with those that are given in their place.
 
   Args:
-    protocol: a name in PROTOCOLS.
-    benchmark: it may have a k of its own.
+    protocol: of the evaluation.
+    benchmark: a name in BENCHMARKS.
     **given: fields of `Propagation`; None: not given. A radius of 0 is no limit.
   """
-  settings = PROTOCOLS[protocol]
-  if protocol in benchmark.top_k:
-    settings = dataclasses.replace(settings, top_k=benchmark.top_k[protocol])
-  changes = {name: value for name, value in given.items() if value is not None}
+  changes = {'top_k': protocol.top_k.get(benchmark, protocol.propagation.top_k)}
+  changes |= {name: value for name, value in given.items() if value is not None}
   if 'radius' in changes:
     changes['radius'] = changes['radius'] or None
-  return dataclasses.replace(settings, **changes)
+  return dataclasses.replace(protocol.propagation, **changes)
 
 
 def geometry_of(benchmark: Benchmark, clip: Clip, options: Options, patch_size: int) -> Geometry:
   """Returns the size of the network's input for a clip.
 
-  Sides that are no multiple of the patch size are rounded down; by DINOv3's protocol, up.
+  Sides that are no multiple of the patch size are rounded down or up, by the protocol.
   """
   wanted = options.input_size or benchmark.input_size(clip, options.protocol, patch_size)
-  up = patch_size - 1 if options.protocol == 'dinov3' and not options.input_size else 0
+  up = patch_size - 1 if options.protocol.rounds_up and not options.input_size else 0
   grid = tuple(max(1, (side + up) // patch_size) for side in wanted)
   return Geometry(tuple(side * patch_size for side in grid), grid)
 
@@ -116,7 +116,7 @@ def evaluate_clip(
   """Propagates the labels of a clip; yields the results of all frames, such as masks, in order."""
 
   def network_input(number: int) -> np.ndarray:
-    return features.network_input(clip.frame(number), geometry.pixels, options.protocol)
+    return options.protocol.network_input(clip.frame(number), geometry.pixels)
 
   with _read_ahead(network_input, clip.num_frames) as frames:
     labels = label_propagation.propagate(
@@ -283,11 +283,9 @@ def parse() -> argparse.Namespace:
     help='davis: the size that masks are scored at; default: native',
   )  # fmt: skip
   add(
-    '--input_size',
-    type=size_in_pixels,
-    metavar='HxW',
+    '--input_size', type=size_in_pixels, metavar='HxW',
     help="of the network; default: the protocol's",
-  )
+  )  # fmt: skip
   add(
     '--num_previous', type=int, metavar='N', help='frames that a frame looks at, beside the first'
   )
@@ -311,14 +309,9 @@ def main() -> None:
       raise UserError(f'--{name} does not go with {given.benchmark}; leave it out.')
   with os_errors_as_user_errors(f'--root={given.root} cannot be read', 'give a readable folder.'):
     benchmark = benchmark_class(given.root, **chosen)
-  propagation = propagation_of(
-    given.protocol,
-    benchmark,
-    num_previous=given.num_previous,
-    radius=given.radius,
-    top_k=given.top_k,
-    temperature=given.temperature,
-  )
+  protocol = PROTOCOLS[given.protocol]
+  replaced = {name: getattr(given, name) for name in REPLACEABLE}
+  propagation = make_propagation(protocol, given.benchmark, **replaced)
   readout = Readout(given.readout, given.centred, given.identity, given.block)
   if readout.kind == 'attention':
     if given.temperature is not None:
@@ -327,7 +320,7 @@ def main() -> None:
         ' leave it out.'
       )
     propagation = dataclasses.replace(propagation, temperature=None)
-  options = Options(given.protocol, propagation, readout, given.input_size)
+  options = Options(protocol, propagation, readout, given.input_size)
   encoder = features.load(
     given.checkpoint, step=given.step, size=given.model, class_token=given.class_token
   )

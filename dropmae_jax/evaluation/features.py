@@ -10,25 +10,21 @@ import functools
 import hashlib
 import pathlib
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Float32, UInt8
-from PIL import Image
+from jaxtyping import Array, Float
 
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Architecture
-from dropmae_jax.model import mae, patches, pixels, position_embedding
+from dropmae_jax.model import mae, patches, position_embedding
 from dropmae_jax.model.attention import dense_attention
 from dropmae_jax.model.chunks import Loop
 from dropmae_jax.pytorch import import_model, layouts, weight_files
 from dropmae_jax.runtime.errors import UserError, check_name
 
-# DINO's script has another deviation of red than everyone else.
-DEVIATION_OF_DINO = (0.228, 0.224, 0.225)
 CLASS_TOKENS = 'file', 'none', 'zero'
 # On a CPU a head at a time is 1.3 times as fast as all of them; elsewhere 1/2 GiB of logits fit.
 ONE_HEAD, HALF_A_GIB = Loop(logits_at_once=1), Loop(logits_at_once=1 << 27)
@@ -126,31 +122,6 @@ def _class_token(
     )
   import_model.check_finite({layouts.CLASS_TOKEN: of_file}, str(path))
   return of_file.reshape(width).astype(np.float32)
-
-
-def network_input(
-  frame: UInt8[np.ndarray, 'h w c'], size: tuple[int, int], protocol: str
-) -> Float32[np.ndarray, 'nh nw c']:
-  """Resizes and normalises an RGB frame as a protocol does.
-
-  Args:
-    frame: of any size.
-    size: (height, width) of the result in pixels.
-    protocol: a name in `label_propagation.PROTOCOLS`.
-  """
-  height, width = size
-  deviation = pixels.IMAGENET_DEVIATION
-  if protocol == 'cropmae':
-    scaled = frame.astype(np.float32) / 255
-    resized = cv2.resize(scaled, (width, height), interpolation=cv2.INTER_LINEAR)
-  elif protocol == 'dino':
-    resized = cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR)
-    resized, deviation = resized.astype(np.float32) / 255, DEVIATION_OF_DINO
-  else:
-    image = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
-    resized = np.asarray(image).astype(np.float32) / 255
-  mean = np.array(pixels.IMAGENET_MEAN, np.float32)
-  return (resized - mean) / np.array(deviation, np.float32)
 
 
 @functools.lru_cache(maxsize=2)

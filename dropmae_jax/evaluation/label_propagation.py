@@ -1,15 +1,15 @@
 """Propagates the labels of a clip's first frame to the others, by the similarity of tokens.
 
 The label of a token is a weighted mean of the labels of the k tokens most similar to it in earlier
-frames. `PROTOCOLS` holds the settings that published evaluations use; numbers of different
-protocols cannot be compared. The labels that are propagated are the soft ones, never a mask.
+frames. `protocols.PROTOCOLS` holds the settings of published evaluations. The labels that are
+propagated are the soft ones, never a mask.
 
 Earlier frames lie in slots: slot 0 is the first frame, the others are a ring of the last n.
 `context_of` says which frames a frame looks at; the clip may begin with copies of its first frame,
 which are indices here, not data. Labels are propagated frame by frame, as features come: only n + 1
 frames are held, however long the clip is, and ties at the k-th similarity can be kept.
 
-Sources: CropMAE 5d0dab2 (from videowalk), DINO 7c446df, RSP 5ea2b91, DINOv3's notebook 6876159.
+Sources: as of `protocols`, and RSP 5ea2b91.
 """
 
 import dataclasses
@@ -63,13 +63,6 @@ class Propagation:
       value = getattr(self, name)
       if value is not None and not least <= value <= most:
         raise UserError(f'--{name}={value} is not in {least}..{most}; give a number from there.')
-
-
-PROTOCOLS: dict[str, Propagation] = {
-  'cropmae': Propagation(20, True, 20, 'disk', False, 7, 0.7, False),
-  'dino': Propagation(7, False, 12, 'square', True, 5, 0.1, True),
-  'dinov3': Propagation(7, False, 12, 'closed disk', True, 5, 0.2, True),
-}
 
 
 class Context(NamedTuple):

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from dropmae_jax.evaluation.datasets.benchmark import Benchmark, Clip, Geometry
+from dropmae_jax.evaluation.datasets.benchmark import Benchmark, Clip
+from dropmae_jax.evaluation.protocols import Geometry, Protocol
 from dropmae_jax.runtime import atomic_file, workdir_lock
 from dropmae_jax.runtime.errors import UserError, first_line, os_errors_as_user_errors
 
@@ -72,7 +73,7 @@ def remove_partial(output: pathlib.Path) -> None:
 
 
 def record_of(
-  benchmark: Benchmark, clip: Clip, geometry: Geometry, protocol: str
+  benchmark: Benchmark, clip: Clip, geometry: Geometry, protocol: Protocol
 ) -> dict[str, Any]:
   """Returns what the results of a clip were computed from, as values for JSON.
 

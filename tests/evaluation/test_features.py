@@ -13,10 +13,9 @@ from flax import nnx
 
 from dropmae_jax.config import Architecture
 from dropmae_jax.evaluation import features, label_propagation, readouts
-from dropmae_jax.evaluation.datasets import masks, measures
-from dropmae_jax.evaluation.datasets.benchmark import Geometry
+from dropmae_jax.evaluation.datasets import measures
 from dropmae_jax.evaluation.features import Encoder
-from dropmae_jax.evaluation.label_propagation import PROTOCOLS
+from dropmae_jax.evaluation.protocols import PROTOCOLS, Geometry
 from dropmae_jax.evaluation.readouts import Readout
 from dropmae_jax.model import mae, patches, position_embedding
 from dropmae_jax.model.attention import dense_attention
@@ -61,11 +60,12 @@ def test_a_clip_through_everything_is_as_recorded(tiny_file, run):
   encoder = features.load(tiny_file, class_token='none' if 'no_class' in run else 'file')
   assert (encoder.class_token is None) == ('no_class' in run)
   protocol = PROTOCOLS['cropmae']
+  propagation = protocol.propagation
   if run == 'n2_r3_k3':
-    protocol = dataclasses.replace(protocol, num_previous=2, radius=3, top_k=3)
+    propagation = dataclasses.replace(propagation, num_previous=2, radius=3, top_k=3)
 
   def read(number):
-    return features.network_input(frames[number], GEOMETRY.pixels, 'cropmae')
+    return protocol.network_input(frames[number], GEOMETRY.pixels)
 
   np.testing.assert_allclose(
     np.moveaxis(read(0)[28:44], -1, 0), golden['network_input_frame0_rows'], atol=1e-6
@@ -76,15 +76,16 @@ def test_a_clip_through_everything_is_as_recorded(tiny_file, run):
   found = features.encode_frames(params, inputs, architecture=encoder.architecture)
   np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=2e-5)
 
-  labels, ids = masks.encode(truth[0], GEOMETRY, 'cropmae')
+  labels, ids = protocol.encode(truth[0], GEOMETRY)
   np.testing.assert_allclose(labels, golden['first_label_soft'], atol=1e-6)
   affinities = readouts.model_affinities(
-    encoder, Readout(), protocol, [], read, len(frames), GEOMETRY.grid
+    encoder, Readout(), propagation, [], read, len(frames), GEOMETRY.grid
   )
-  soft = list(label_propagation.propagate(affinities, len(frames), labels, protocol))
+  soft = list(label_propagation.propagate(affinities, len(frames), labels, propagation))
   np.testing.assert_allclose(soft, golden[f'{run}/soft'], atol=2e-6)
   size = truth.shape[1:]
-  masks_found = np.stack([masks.decode(each, ids, GEOMETRY, size, 'cropmae') for each in soft])
+  decode = protocol.decode
+  masks_found = np.stack([decode(each, ids, GEOMETRY, size, 'davis') for each in soft])
   assert (masks_found != golden[f'{run}/found']).sum() <= golden[f'{run}/unsure_pixels']
   scored = measures.object_measures(list(truth), list(masks_found))
   for name, values in (('J', scored.region), ('F', scored.boundary)):
@@ -117,7 +118,7 @@ def frames():
 
 def propagate(encoder, frames, *, statistics=None, **readout):
   labels = np.random.default_rng(1).random((2, 3, 3)).astype(np.float32)
-  propagation = dataclasses.replace(PROTOCOLS['cropmae'], num_previous=2, top_k=3)
+  propagation = dataclasses.replace(PROTOCOLS['cropmae'].propagation, num_previous=2, top_k=3)
   affinities = readouts.model_affinities(
     encoder, Readout(**readout), propagation, [] if statistics is None else statistics,
     lambda number: frames[number], len(frames), (2, 3),

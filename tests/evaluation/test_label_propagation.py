@@ -8,9 +8,7 @@ import pytest
 from conftest import ROOT
 
 from dropmae_jax.evaluation import label_propagation
-from dropmae_jax.evaluation.datasets import masks
-from dropmae_jax.evaluation.datasets.benchmark import Geometry
-from dropmae_jax.evaluation.label_propagation import PROTOCOLS
+from dropmae_jax.evaluation.protocols import PROTOCOLS, Geometry
 from dropmae_jax.evaluation.readouts import FrameFeatures
 
 GOLDEN = ROOT / 'tests' / 'golden' / 'evaluation'
@@ -60,13 +58,14 @@ CASES = {
 )
 def test_labels_and_masks_are_those_of_the_published_evaluators(recorded, family, case):
   golden = recorded[family]
-  protocol = dataclasses.replace(PROTOCOLS[family], **CASES[family][case])
-  labels, ids = masks.encode(golden['first_label'], GEOMETRY, family)
+  protocol = dataclasses.replace(PROTOCOLS[family].propagation, **CASES[family][case])
+  labels, ids = PROTOCOLS[family].encode(golden['first_label'], GEOMETRY)
   soft = soft_labels(golden['features'], labels, protocol)
   expected = golden[f'{case}/soft']
   np.testing.assert_allclose(soft[-len(expected) :], expected, atol=2e-6)
   size = golden['first_label'].shape
-  found = np.stack([masks.decode(each, ids, GEOMETRY, size, family) for each in soft])
+  decode = PROTOCOLS[family].decode
+  found = np.stack([decode(each, ids, GEOMETRY, size, 'davis') for each in soft])
   expected = golden[f'{case}/mask']
   first = 0 if family == 'cropmae' else 1
   sure = np.ones(expected[first:].shape, bool)
@@ -81,7 +80,7 @@ def test_the_first_labels_are_those_of_the_published_evaluators(recorded):
     ('dino', 'first_small'),
     ('dinov3', 'first_small'),
   ):
-    labels, ids = masks.encode(recorded[family]['first_label'], GEOMETRY, family)
+    labels, ids = PROTOCOLS[family].encode(recorded[family]['first_label'], GEOMETRY)
     expected = recorded[family][name]
     found = labels if family == 'cropmae' else ids[labels.argmax(-1)]
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -89,7 +88,7 @@ def test_the_first_labels_are_those_of_the_published_evaluators(recorded):
 
 @pytest.mark.parametrize('n', [2, 20])
 def test_a_frame_looks_at_the_recorded_frames(recorded, n):
-  protocol = dataclasses.replace(PROTOCOLS['cropmae'], num_previous=n)
+  protocol = dataclasses.replace(PROTOCOLS['cropmae'].propagation, num_previous=n)
   expected = recorded['cropmae'][f'context/n{n}']
   for number in range(1, 8):
     context = label_propagation.context_of(number, protocol)
@@ -103,14 +102,14 @@ def test_neighbourhoods_are_the_recorded_ones(recorded):
     ('cropmae', 2, 'radius2_neighbours'), ('cropmae', 3, 'radius3_neighbours'),
     ('dino', 1, 'square1_neighbours'),
   ):  # fmt: skip
-    propagation = dataclasses.replace(PROTOCOLS[family], radius=radius)
+    propagation = dataclasses.replace(PROTOCOLS[family].propagation, radius=radius)
     near = [label_propagation.neighbourhood(cell, (6, 7), propagation) for cell in jnp.arange(42)]
     np.testing.assert_array_equal(near, recorded[family][name])
 
 
 def test_affinities_that_are_given_count_like_those_of_features(recorded):
   rng = np.random.default_rng(0)
-  protocol = PROTOCOLS['cropmae']
+  protocol = PROTOCOLS['cropmae'].propagation
   query, features = rng.normal(size=(42, 8)), rng.normal(size=(21, 42, 8))
   labels = rng.random((21, 42, 3)).astype(np.float32)
   context = label_propagation.context_of(30, protocol)
@@ -134,16 +133,17 @@ def test_a_moving_square_with_coded_positions_is_followed_exactly():
   for number in range(6):
     features[number] = np.roll(codes, (number, number), axis=(0, 1))
     truth[number, 8 * number : 8 * number + 24, 8 * number : 8 * number + 24] = 1
-  protocol = dataclasses.replace(PROTOCOLS['dinov3'], top_k=1)
+  protocol = dataclasses.replace(PROTOCOLS['dinov3'].propagation, top_k=1)
   geometry = Geometry(size, grid)
-  labels, ids = masks.encode(truth[0], geometry, 'dinov3')
+  labels, ids = PROTOCOLS['dinov3'].encode(truth[0], geometry)
   soft = soft_labels(features, labels, protocol)
-  found = [masks.decode(each, ids, geometry, size, 'dinov3') for each in soft]
+  decode = PROTOCOLS['dinov3'].decode
+  found = [decode(each, ids, geometry, size, 'davis') for each in soft]
   np.testing.assert_array_equal(found, truth)
 
 
 def test_more_neighbours_than_there_are_count_all():
-  protocol = dataclasses.replace(PROTOCOLS['cropmae'], num_previous=1, top_k=1000)
+  protocol = dataclasses.replace(PROTOCOLS['cropmae'].propagation, num_previous=1, top_k=1000)
   features = np.ones((3, 2, 2, 4), np.float32)
   labels = np.eye(4, dtype=np.float32).reshape(2, 2, 4)
   np.testing.assert_allclose(soft_labels(features, labels, protocol)[1:], 0.25, atol=1e-6)
@@ -153,7 +153,7 @@ def test_dinov3_enlarges_masks_by_the_nearest_of_pytorch():
   """floor(i * old / new), at a ratio that is no whole number."""
   labels = np.random.default_rng(0).random((5, 7, 3)).astype(np.float32)
   ids, geometry = np.arange(3, dtype=np.uint8), Geometry((40, 56), (5, 7))
-  found = masks.decode(labels, ids, geometry, (48, 85), 'dinov3')
+  found = PROTOCOLS['dinov3'].decode(labels, ids, geometry, (48, 85), 'davis')
   span = (labels - labels.min((0, 1))) / (labels.max((0, 1)) - labels.min((0, 1)))
   rows, columns = np.arange(48) * 5 // 48, np.arange(85) * 7 // 85
   np.testing.assert_array_equal(found, span.argmax(-1)[rows][:, columns])

@@ -6,29 +6,19 @@ To add a benchmark: write a class with the members of `Benchmark` and add it to
 
 import dataclasses
 import pathlib
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from dropmae_jax.evaluation.protocols import Geometry, Protocol
 from dropmae_jax.runtime.errors import UserError, first_line, remedy_of
 
 # What Pillow raises for files that are no images, or damaged.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-class Geometry(NamedTuple):
-  """The sizes of a clip in the network; both are (height, width).
-
-  Attributes:
-    pixels: of the network's input.
-    grid: in tokens; pixels / patch size.
-  """
-
-  pixels: tuple[int, int]
-  grid: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +40,8 @@ class Clip:
   truth: Any
 
 
-@runtime_checkable
-class Benchmark(Protocol):
+@typing.runtime_checkable
+class Benchmark(typing.Protocol):
   """A data set of clips whose first frame is labelled, and the measure for the rest.
 
   The constructor takes `root: pathlib.Path` and may take `split` and `scale`, which have defaults;
@@ -60,20 +50,18 @@ class Benchmark(Protocol):
 
   Attributes:
     names: of the clips, in the benchmark's order.
-    top_k: k of the propagation if the benchmark has one of its own, by the name of the protocol.
   """
 
   names: list[str]
-  top_k: Mapping[str, int]
 
   def open(self, name: str) -> Clip:
     """Opens a clip and checks its files."""
 
-  def input_size(self, clip: Clip, protocol: str, patch_size: int) -> tuple[int, int]:
+  def input_size(self, clip: Clip, protocol: Protocol, patch_size: int) -> tuple[int, int]:
     """Returns height and width in pixels of the network's input; the caller fits it to patches."""
 
   def labels(
-    self, clip: Clip, geometry: Geometry, protocol: str
+    self, clip: Clip, geometry: Geometry, protocol: Protocol
   ) -> Float32[np.ndarray, 'gh gw labels']:
     """Returns the labels of frame 0 on the grid of tokens."""
 
@@ -83,7 +71,7 @@ class Benchmark(Protocol):
     number: int,
     labels: Float32[np.ndarray, 'gh gw labels'],
     geometry: Geometry,
-    protocol: str,
+    protocol: Protocol,
   ) -> np.ndarray:
     """Returns the result of a frame, such as a mask, from its propagated labels."""
 

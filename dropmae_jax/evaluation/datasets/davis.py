@@ -33,9 +33,9 @@ class Davis(MaskBenchmark):
 
   Attributes:
     names: of the sequences.
-    top_k: empty; the protocol's own.
   """
 
+  benchmark = 'davis'
   highest_label = measures.VOID - 1
   fewest_frames = 3  # The first and the last one are not scored.
 
@@ -58,7 +58,6 @@ class Davis(MaskBenchmark):
       mask_folder='Annotations/480p',
       size=SCALES[scale],
     )
-    self.top_k = {}
 
   def open(self, name: str) -> Clip:
     """Opens a sequence and checks its files.
@@ -71,10 +70,6 @@ class Davis(MaskBenchmark):
       path = self.mask_folder / name / f'{clip.truth.frames[0]}.png'
       raise UserError(f'{path} shows no object to follow; remove {name!r} from {self.list_file}.')
     return clip
-
-  def input_size(self, clip: Clip, protocol: str, patch_size: int) -> tuple[int, int]:
-    """Returns height and width in pixels of the network's input; the caller fits it to patches."""
-    return input_size(clip.size, protocol, patch_size)
 
   def score(self, clip: Clip, results: list[np.ndarray]) -> dict[str, list[list[float]]]:
     """Returns mean, recall and decay of 'J' and 'F' for each object.
@@ -116,20 +111,3 @@ class Davis(MaskBenchmark):
     )
     numbers = measures.summarise_objects(region, boundary)
     return {name: 100 * value for name, value in numbers.items()}
-
-
-def input_size(size: tuple[int, int], protocol: str, patch_size: int) -> tuple[int, int]:
-  """Returns height and width of the network's input for frames of (height, width) pixels."""
-  if protocol == 'cropmae':
-    return 480, 880
-  short, long = min(size), max(size)
-  if protocol == 'dino':
-    fitted = 480, max(64, long * 480 // short // 64 * 64)
-  elif protocol == 'dinov3':
-    # The long side follows the short one after that is rounded up to patches; the caller rounds the
-    # long one up.
-    rounded = -(-960 // patch_size) * patch_size
-    fitted = rounded, -(-long * rounded // short)
-  else:
-    raise ValueError(f'{protocol=}')
-  return fitted[::-1] if size[0] > size[1] else fitted

@@ -23,7 +23,8 @@ import scipy.io
 from jaxtyping import Float32, Float64, Num, UInt8
 
 from dropmae_jax.evaluation.datasets import overlays
-from dropmae_jax.evaluation.datasets.benchmark import Clip, Geometry, read_frame
+from dropmae_jax.evaluation.datasets.benchmark import Clip, read_frame
+from dropmae_jax.evaluation.protocols import Geometry, Protocol
 from dropmae_jax.runtime.errors import UserError, first_line, os_errors_as_user_errors
 
 JOINTS = 15
@@ -42,10 +43,7 @@ class Jhmdb:
 
   Attributes:
     names: '<action>/<name>' of each clip.
-    top_k: empty; the protocols' own.
   """
-
-  top_k: Mapping[str, int] = {}
 
   def __init__(self, root: pathlib.Path, *, split: str = '1') -> None:
     """Reads the list of clips.
@@ -105,12 +103,12 @@ class Jhmdb:
 
     return Clip(name, num_frames, size, frame, positions)
 
-  def input_size(self, clip: Clip, protocol: str, patch_size: int) -> tuple[int, int]:
+  def input_size(self, clip: Clip, protocol: Protocol, patch_size: int) -> tuple[int, int]:
     """Returns 320 x 320, whatever the shape of the frames."""
     return INPUT_SIZE
 
   def labels(
-    self, clip: Clip, geometry: Geometry, protocol: str
+    self, clip: Clip, geometry: Geometry, protocol: Protocol
   ) -> Float32[np.ndarray, 'gh gw labels']:
     """Returns the spots of the joints in the first frame, after the background."""
     return draw(clip.truth[:, :, 0], clip.size, geometry)
@@ -121,7 +119,7 @@ class Jhmdb:
     number: int,
     labels: Float32[np.ndarray, 'gh gw labels'],
     geometry: Geometry,
-    protocol: str,
+    protocol: Protocol,
   ) -> Float64[np.ndarray, 'xy joints']:
     """Returns the positions of the joints in pixels of the frame, from 1; NaN: not found."""
     return to_pixels(mean_positions(labels[..., 1:]), clip.size, geometry.grid)

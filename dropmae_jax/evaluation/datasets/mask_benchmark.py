@@ -10,13 +10,8 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from dropmae_jax.evaluation.datasets import masks, overlays
-from dropmae_jax.evaluation.datasets.benchmark import (
-  IMAGE_ERRORS,
-  Clip,
-  Geometry,
-  read_frame,
-  unreadable,
-)
+from dropmae_jax.evaluation.datasets.benchmark import IMAGE_ERRORS, Clip, read_frame, unreadable
+from dropmae_jax.evaluation.protocols import Geometry, Protocol, resize_nearest
 from dropmae_jax.runtime.errors import UserError
 
 
@@ -27,19 +22,21 @@ class MaskTruth:
   Attributes:
     frames: names of the files of frames and masks, without suffix, in order.
     mask: reads the true mask of a frame, with the size of the clip.
-    encode: `masks.encode` of the first mask, computed once for each geometry and protocol.
+    encode: labels of the first mask and their object numbers, computed once for each protocol and
+      geometry.
   """
 
   frames: tuple[str, ...]
   mask: Callable[[int], UInt8[np.ndarray, 'h w']]
-  encode: Callable[[Geometry, str], tuple[np.ndarray, np.ndarray]]
+  encode: Callable[[Geometry, Protocol], tuple[np.ndarray, np.ndarray]]
 
 
 class MaskBenchmark:
-  """The readers and writers of a benchmark with masks; `Davis` and `Vip` add sizes and scores.
+  """The readers and writers of a benchmark with masks; `Davis` and `Vip` add scores.
 
   Attributes:
     names: of the clips, in the order of the list.
+    benchmark: its name in `Protocol.input_size`.
     list_file: the text file that names the clips, one a line.
     frame_folder: holds a folder of JPEGs for each clip.
     mask_folder: holds a folder of PNGs for each clip, with the names of the JPEGs.
@@ -47,6 +44,7 @@ class MaskBenchmark:
     fewest_frames: of a clip.
   """
 
+  benchmark: str
   highest_label: int
   fewest_frames: int
 
@@ -132,7 +130,7 @@ class MaskBenchmark:
       truth=MaskTruth(
         frames=tuple(frames),
         mask=mask,
-        encode=functools.cache(functools.partial(masks.encode, first_labels)),
+        encode=functools.cache(lambda geometry, protocol: protocol.encode(first_labels, geometry)),
       ),
     )
 
@@ -171,14 +169,18 @@ class MaskBenchmark:
     return np.asarray(resized)
 
   def _resize_mask(self, mask: UInt8[np.ndarray, 'h w']) -> UInt8[np.ndarray, 'sh sw']:
-    return mask if self._size is None else masks.resize_nearest(mask, self._size)
+    return mask if self._size is None else resize_nearest(mask, self._size)
 
   def without_void(self, mask: UInt8[np.ndarray, 'h w']) -> UInt8[np.ndarray, 'h w']:
     """Returns a mask whose pixels without a label are background."""
     return np.where(mask > self.highest_label, 0, mask).astype(np.uint8)
 
+  def input_size(self, clip: Clip, protocol: Protocol, patch_size: int) -> tuple[int, int]:
+    """Returns height and width in pixels of the network's input; the caller fits it to patches."""
+    return protocol.input_size[self.benchmark](clip.size, patch_size)
+
   def labels(
-    self, clip: Clip, geometry: Geometry, protocol: str
+    self, clip: Clip, geometry: Geometry, protocol: Protocol
   ) -> Float32[np.ndarray, 'gh gw labels']:
     """Returns the labels of the first mask on the grid of tokens."""
     return clip.truth.encode(geometry, protocol)[0]
@@ -189,17 +191,13 @@ class MaskBenchmark:
     number: int,
     labels: Float32[np.ndarray, 'gh gw labels'],
     geometry: Geometry,
-    protocol: str,
+    protocol: Protocol,
   ) -> UInt8[np.ndarray, 'h w']:
-    """Returns the mask of a frame, with the size of the clip.
-
-    That of frame 0 is read out of its labels like the others in the protocol cropmae, and is the
-    truth in dino and dinov3.
-    """
-    if number == 0 and protocol != 'cropmae':
+    """Returns the mask of a frame, with the size of the clip."""
+    if number == 0 and not protocol.reads_out_first:
       return self.without_void(clip.truth.mask(0))
     _, ids = clip.truth.encode(geometry, protocol)
-    return masks.decode(labels, ids, geometry, clip.size, protocol)
+    return protocol.decode(labels, ids, geometry, clip.size, self.benchmark)
 
   def write(self, clip: Clip, results: list[np.ndarray], folder: pathlib.Path) -> None:
     """Writes the masks of all frames as palette PNGs with the names of the frames."""

@@ -28,13 +28,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 
 from dropmae_jax.evaluation.datasets import array_pickle, jhmdb, overlays
-from dropmae_jax.evaluation.datasets.benchmark import Clip, Geometry
+from dropmae_jax.evaluation.datasets.benchmark import Clip
+from dropmae_jax.evaluation.protocols import Geometry, Protocol
 from dropmae_jax.runtime.errors import UserError, first_line, os_errors_as_user_errors
 
 RESOLUTION = 256  # Of the measure.
 THRESHOLDS = 1, 2, 4, 8, 16  # Pixels of it.
-INPUT_SIZES = {'dinov3': (960, 960)}
-OTHER_INPUT_SIZE = 480, 480
 TRACKS = 'tracks.npz'
 
 
@@ -79,10 +78,7 @@ class TapVid:
 
   Attributes:
     names: '<video>@<query frame>' of each clip; videos of a list are called 0000, 0001, ...
-    top_k: empty; the protocols' own.
   """
-
-  top_k: Mapping[str, int] = {}
 
   def __init__(self, root: pathlib.Path) -> None:
     """Reads the whole file.
@@ -117,12 +113,12 @@ class TapVid:
     )
     return Clip(name, len(frames), frames.shape[1:3], lambda number: frames[number], tracks)
 
-  def input_size(self, clip: Clip, protocol: str, patch_size: int) -> tuple[int, int]:
+  def input_size(self, clip: Clip, protocol: Protocol, patch_size: int) -> tuple[int, int]:
     """Returns a square, as the measure is in pixels of a square."""
-    return INPUT_SIZES.get(protocol, OTHER_INPUT_SIZE)
+    return protocol.input_size['tapvid'](clip.size, patch_size)
 
   def labels(
-    self, clip: Clip, geometry: Geometry, protocol: str
+    self, clip: Clip, geometry: Geometry, protocol: Protocol
   ) -> Float32[np.ndarray, 'gh gw labels']:
     """Returns a label per point after the background; see `splat`."""
     return splat(clip.truth.positions[:, 0] / RESOLUTION, geometry.grid)
@@ -133,7 +129,7 @@ class TapVid:
     number: int,
     labels: Float32[np.ndarray, 'gh gw labels'],
     geometry: Geometry,
-    protocol: str,
+    protocol: Protocol,
   ) -> Float32[np.ndarray, 'p xy']:
     """Returns the mean of the strongest cells' centres; the query where a point has none left."""
     query = clip.truth.positions[:, 0]

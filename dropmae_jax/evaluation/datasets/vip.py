@@ -13,18 +13,17 @@ Results are NAME/000000000001.png in grey. The evaluation of UVC and that of vid
 that of CropMAE wants NAME/000000000001_mask.png.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from dropmae_jax.evaluation.datasets import davis, masks, measures
-from dropmae_jax.evaluation.datasets.benchmark import Clip, Geometry
+from dropmae_jax.evaluation.datasets import measures
+from dropmae_jax.evaluation.datasets.benchmark import Clip
 from dropmae_jax.evaluation.datasets.mask_benchmark import MaskBenchmark
+from dropmae_jax.evaluation.protocols import resize_nearest
 from dropmae_jax.runtime.errors import UserError
 
 
@@ -33,9 +32,9 @@ class Vip(MaskBenchmark):
 
   Attributes:
     names: of the videos.
-    top_k: 10 in the protocol cropmae; the other protocols were never published for VIP.
   """
 
+  benchmark = 'vip'
   highest_label = measures.NUM_CLASSES - 1
   fewest_frames = 2
 
@@ -54,37 +53,6 @@ class Vip(MaskBenchmark):
       list_file=f'lists/{split}_videos.txt',
       frame_folder='Images',
       mask_folder='Annotations/Category_ids',
-    )
-    self.top_k = {'cropmae': 10}
-
-  def input_size(self, clip: Clip, protocol: str, patch_size: int) -> tuple[int, int]:
-    """Returns height and width in pixels of the network's input; the caller fits it to patches.
-
-    cropmae: the long side has 880. Other protocols: as for DAVIS.
-    """
-    if protocol != 'cropmae':
-      return davis.input_size(clip.size, protocol, patch_size)
-    short, long = min(clip.size), max(clip.size)
-    fitted = max(64, short * 880 // long // 64 * 64), 880
-    return fitted if clip.size[0] < clip.size[1] else fitted[::-1]
-
-  def read_out(
-    self,
-    clip: Clip,
-    number: int,
-    labels: Float32[np.ndarray, 'gh gw labels'],
-    geometry: Geometry,
-    protocol: str,
-  ) -> UInt8[np.ndarray, 'h w']:
-    """Returns the mask of a frame, with the size of the clip.
-
-    cropmae: its evaluation resizes the network's size by Pillow's nearest here, not by OpenCV's.
-    """
-    if protocol != 'cropmae':
-      return super().read_out(clip, number, labels, geometry, protocol)
-    small = dataclasses.replace(clip, size=geometry.pixels)
-    return masks.resize_nearest(
-      super().read_out(small, number, labels, geometry, protocol), clip.size
     )
 
   def write(self, clip: Clip, results: list[np.ndarray], folder: pathlib.Path) -> None:
@@ -113,7 +81,7 @@ class Vip(MaskBenchmark):
         )
       truth = clip.truth.mask(number)
       if result.shape != truth.shape:
-        result = masks.resize_nearest(result, truth.shape)
+        result = resize_nearest(result, truth.shape)
       confusion += measures.confusion_matrix(truth, result)
     return {'confusion': confusion.tolist()}
 

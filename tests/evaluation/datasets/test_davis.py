@@ -8,8 +8,8 @@ from PIL import Image
 
 from dropmae_jax.data import synthetic_clips
 from dropmae_jax.evaluation.datasets import masks, measures
-from dropmae_jax.evaluation.datasets.benchmark import Geometry
-from dropmae_jax.evaluation.datasets.davis import Davis, input_size
+from dropmae_jax.evaluation.datasets.davis import Davis
+from dropmae_jax.evaluation.protocols import PROTOCOLS, Geometry
 from dropmae_jax.runtime.errors import UserError
 
 SIZE = (24, 40)
@@ -54,7 +54,6 @@ def root(tmp_path):
 def test_the_layout_is_read(root):
   davis = Davis(root)
   assert davis.names == ['swan', 'car-turn']
-  assert davis.top_k == {}
   frame = np.random.default_rng(0).integers(0, 255, (*SIZE, 3), np.uint8)
   path = root / 'JPEGImages/480p/car-turn/00002.jpg'
   Image.fromarray(frame).save(path)
@@ -88,13 +87,13 @@ def test_frames_are_in_the_order_of_their_numbers(root):
 def test_a_mask_of_whole_cells_survives_its_labels(root, protocol):
   davis = Davis(root)
   clip, truth = davis.open('swan'), moving_objects()[0]
-  labels = davis.labels(clip, GEOMETRY, protocol)
+  labels = davis.labels(clip, GEOMETRY, PROTOCOLS[protocol])
   assert labels.shape == (3, 5, 3)
   hard = np.eye(3, dtype=np.float32)[truth[4::8, 4::8]]
-  found = davis.read_out(clip, 3, hard, GEOMETRY, protocol)
+  found = davis.read_out(clip, 3, hard, GEOMETRY, PROTOCOLS[protocol])
   np.testing.assert_array_equal(found[4::8, 4::8], truth[4::8, 4::8])
   # Only cropmae reads frame 0 out of its labels.
-  found = davis.read_out(clip, 0, hard[::-1], GEOMETRY, protocol)
+  found = davis.read_out(clip, 0, hard[::-1], GEOMETRY, PROTOCOLS[protocol])
   expected = truth[::-1] if protocol == 'cropmae' else truth
   np.testing.assert_array_equal(found[4::8, 4::8], expected[4::8, 4::8])
 
@@ -112,7 +111,7 @@ def test_a_mask_of_whole_cells_survives_its_labels(root, protocol):
   ],
 )
 def test_the_size_of_the_input(size, protocol, expected):
-  assert input_size(size, protocol, 16) == expected
+  assert PROTOCOLS[protocol].input_size['davis'](size, 16) == expected
 
 
 def test_scores_are_those_of_the_official_evaluation(tmp_path, golden):
@@ -158,8 +157,8 @@ def test_void_is_background(root):
   write_sequence(root, 'swan', truths)
   davis = Davis(root)
   clip = davis.open('swan')
-  assert davis.labels(clip, GEOMETRY, 'cropmae').shape == (3, 5, 3)
-  first = davis.read_out(clip, 0, np.zeros((3, 5, 3), np.float32), GEOMETRY, 'dino')
+  assert davis.labels(clip, GEOMETRY, PROTOCOLS['cropmae']).shape == (3, 5, 3)
+  first = davis.read_out(clip, 0, np.zeros((3, 5, 3), np.float32), GEOMETRY, PROTOCOLS['dino'])
   np.testing.assert_array_equal(first, moving_objects()[0])
   assert davis.score(clip, list(moving_objects()))['J'] == [[1, 1, 0], [1, 1, 0]]
 

@@ -9,8 +9,8 @@ import scipy.io
 from PIL import Image
 
 from dropmae_jax.evaluation.datasets import jhmdb
-from dropmae_jax.evaluation.datasets.benchmark import Geometry
 from dropmae_jax.evaluation.datasets.jhmdb import Jhmdb
+from dropmae_jax.evaluation.protocols import PROTOCOLS, Geometry
 from dropmae_jax.runtime.errors import UserError
 
 GEOMETRY = Geometry((320, 320), (20, 20))
@@ -68,13 +68,13 @@ def test_clips_are_those_of_the_split(root, recorded):
   assert clip.num_frames == recorded['1/pos_img'].shape[2]
   assert clip.size == tuple(recorded['1/size'])
   np.testing.assert_array_equal(clip.frame(3)[5, 7], (30, 0, 200))
-  assert benchmark.input_size(clip, 'cropmae', 16) == (320, 320)
+  assert benchmark.input_size(clip, PROTOCOLS['cropmae'], 16) == (320, 320)
 
 
 def test_labels_are_as_recorded(root, recorded):
   benchmark = Jhmdb(root)
   for name, expected in zip(NAMES, recorded['label_maps'], strict=True):
-    labels = benchmark.labels(benchmark.open(name), GEOMETRY, 'cropmae')
+    labels = benchmark.labels(benchmark.open(name), GEOMETRY, PROTOCOLS['cropmae'])
     np.testing.assert_allclose(labels, expected, atol=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_spots_at_and_beyond_the_border_are_as_recorded(recorded):
 def test_positions_are_read_as_recorded(root, recorded):
   benchmark = Jhmdb(root)
   clip = benchmark.open(NAMES[0])
-  positions = benchmark.read_out(clip, 1, recorded['read/soft'], GEOMETRY, 'cropmae')
+  positions = benchmark.read_out(clip, 1, recorded['read/soft'], GEOMETRY, PROTOCOLS['cropmae'])
   expected = recorded['read/coordinates'].astype(np.float64)
   expected[expected < 0] = np.nan
   height, width = clip.size
@@ -123,9 +123,9 @@ def test_true_positions_come_back_on_any_grid(root, recorded, geometry):
   truth = np.full((2, 15), 100.0)
   truth[0] += np.arange(15)
   clip.truth[:, :, 0] = truth
-  labels = benchmark.labels(clip, geometry, 'dino')
+  labels = benchmark.labels(clip, geometry, PROTOCOLS['dino'])
   assert labels.shape == (*geometry.grid, 16)
-  off = benchmark.read_out(clip, 0, labels, geometry, 'dino') - truth
+  off = benchmark.read_out(clip, 0, labels, geometry, PROTOCOLS['dino']) - truth
   cell = np.array(clip.size)[::-1, None] / np.array(geometry.grid)[::-1, None]
   assert (np.abs(off) < 0.51 * cell).all()
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dropmae_jax.evaluation.datasets import tapvid
-from dropmae_jax.evaluation.datasets.benchmark import Geometry
 from dropmae_jax.evaluation.datasets.tapvid import TapVid
+from dropmae_jax.evaluation.protocols import PROTOCOLS, Geometry
 from dropmae_jax.runtime.errors import UserError
 
 GEOMETRY = Geometry((480, 480), (30, 30))
@@ -99,8 +99,8 @@ def test_a_clip_starts_where_its_points_are_first_seen(tmp_path):
     clip.truth.positions[0], 256 * content['bmx-trees']['points'][1, 2:].astype(np.float64)
   )
   assert clip.truth.is_visible.tolist() == [[True, False, True]]
-  assert benchmark.input_size(clip, 'dinov3', 16) == (960, 960)
-  assert benchmark.input_size(clip, 'cropmae', 16) == (480, 480)
+  assert benchmark.input_size(clip, PROTOCOLS['dinov3'], 16) == (960, 960)
+  assert benchmark.input_size(clip, PROTOCOLS['cropmae'], 16) == (480, 480)
 
 
 @pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
@@ -132,11 +132,11 @@ def test_a_point_is_the_centroid_of_its_label(tmp_path, grid):
   # The outer half of the border's cells is nearer to no other centre.
   clip.truth.positions[:] = 18.3 + 219 * clip.truth.positions / 256
   geometry = Geometry((480, 480), grid)
-  labels = benchmark.labels(clip, geometry, 'cropmae')
+  labels = benchmark.labels(clip, geometry, PROTOCOLS['cropmae'])
   np.testing.assert_allclose(labels[..., 1:].sum(axis=(0, 1)), 1, rtol=1e-6)
   assert (labels[..., 1:] > 0).sum(axis=(0, 1)).max() <= 4
   np.testing.assert_allclose(labels[..., 0], np.maximum(1 - labels[..., 1:].sum(-1), 0), atol=1e-6)
-  found = benchmark.read_out(clip, 1, labels, geometry, 'cropmae')
+  found = benchmark.read_out(clip, 1, labels, geometry, PROTOCOLS['cropmae'])
   np.testing.assert_allclose(found, clip.truth.positions[:, 0], atol=1e-3)
 
 
@@ -155,10 +155,10 @@ def test_a_point_without_label_stays_at_its_query(tmp_path):
   labels[1, 5, 2] = 0.1
   geometry = Geometry((64, 128), (4, 8))
   query = clip.truth.positions[:, 0].astype(np.float32)
-  found = benchmark.read_out(clip, 2, labels, geometry, 'cropmae')
+  found = benchmark.read_out(clip, 2, labels, geometry, PROTOCOLS['cropmae'])
   np.testing.assert_array_equal(found, [query[0], (5.5 * 32, 1.5 * 64)])
   # The first frame's positions are given.
-  found = benchmark.read_out(clip, 0, labels, geometry, 'cropmae')
+  found = benchmark.read_out(clip, 0, labels, geometry, PROTOCOLS['cropmae'])
   np.testing.assert_array_equal(found, query)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dropmae_jax.evaluation.datasets import masks
-from dropmae_jax.evaluation.datasets.benchmark import Clip, Geometry
+from dropmae_jax.evaluation.datasets.benchmark import Clip
 from dropmae_jax.evaluation.datasets.mask_benchmark import MaskTruth
 from dropmae_jax.evaluation.datasets.vip import Vip
+from dropmae_jax.evaluation.protocols import PROTOCOLS, Geometry
 from dropmae_jax.runtime.errors import UserError
 
 SIZE = (27, 45)
@@ -44,7 +44,9 @@ def root(tmp_path):
 def test_the_layout_is_read(root):
   vip = Vip(root)
   assert vip.names == ['videos8', 'videos12']
-  assert vip.top_k == {'cropmae': 10}
+  assert {name: row.top_k.get('vip') for name, row in PROTOCOLS.items()} == {
+    'cropmae': 10, 'dino': None, 'dinov3': None,
+  }  # fmt: skip
   clip = vip.open('videos12')
   assert (clip.num_frames, clip.size, clip.truth.frames) == (3, SIZE, FRAMES)
   assert clip.frame(2).shape == (*SIZE, 3)
@@ -103,8 +105,8 @@ def test_what_is_no_class_is_background_in_the_first_mask(root):
   geometry = Geometry(pixels=(24, 40), grid=(3, 5))
   vip = Vip(root)
   clip = vip.open('videos8')
-  assert vip.labels(clip, geometry, 'cropmae').shape == (3, 5, 4)
-  first = vip.read_out(clip, 0, np.zeros((3, 5, 14), np.float32), geometry, 'dino')
+  assert vip.labels(clip, geometry, PROTOCOLS['cropmae']).shape == (3, 5, 4)
+  first = vip.read_out(clip, 0, np.zeros((3, 5, 14), np.float32), geometry, PROTOCOLS['dino'])
   assert np.unique(first).tolist() == [0, 2, 5, 13]
 
 
@@ -114,10 +116,10 @@ def test_masks_of_cropmae_are_resized_to_the_frame_by_pillow(root):
   clip = vip.open('videos8')
   labels = np.random.default_rng(1).random((8, 12, 4), np.float32)
   ids = np.array([0, 2, 5, 13], np.uint8)
-  decode = functools.partial(masks.decode, labels, ids, geometry, protocol='cropmae')
+  decode = functools.partial(PROTOCOLS['cropmae'].decode, labels, ids, geometry, benchmark='davis')
   pillow = Image.fromarray(decode(size=geometry.pixels)).resize(SIZE[::-1], Image.NEAREST)
   for number in (0, 2):
-    found = vip.read_out(clip, number, labels, geometry, 'cropmae')
+    found = vip.read_out(clip, number, labels, geometry, PROTOCOLS['cropmae'])
     np.testing.assert_array_equal(found, pillow)
   assert (decode(size=SIZE) != np.asarray(pillow)).any()
 
@@ -133,7 +135,7 @@ def test_masks_of_cropmae_are_resized_to_the_frame_by_pillow(root):
 )
 def test_the_size_of_the_input(root, size, protocol, expected):
   clip = Clip('one', 2, size, lambda number: None, None)
-  assert Vip(root).input_size(clip, protocol, 16) == expected
+  assert Vip(root).input_size(clip, PROTOCOLS[protocol], 16) == expected
 
 
 @pytest.mark.parametrize(
