@@ -89,7 +89,7 @@ class Setup:
   patch_size: int
   readout: Readout
 
-  def score(self, affinities_of: evaluate.AffinitiesOf) -> dict[str, float]:
+  def score(self, make_affinities: evaluate.MakeAffinities) -> dict[str, float]:
     """Returns the summary of all clips."""
     scores = {}
     for name in self.benchmark.names:
@@ -97,8 +97,8 @@ class Setup:
       options = evaluate.Options(
         PROTOCOL, self.propagation, Readout(), self.input_size or clip.size
       )
-      geometry = evaluate.geometry_of(self.benchmark, clip, options, self.patch_size)
-      results = evaluate.evaluate_clip(self.benchmark, clip, options, geometry, affinities_of)
+      geometry = evaluate.make_geometry(self.benchmark, clip, options, self.patch_size)
+      results = evaluate.evaluate_clip(self.benchmark, clip, options, geometry, make_affinities)
       scores[name] = self.benchmark.score(clip, list(results))
     return self.benchmark.summarise(scores)
 
@@ -118,11 +118,11 @@ class Setup:
     """Returns the summary of pixels in place of features."""
     encode = functools.partial(_pixels, patch_size=self.patch_size, is_mean=is_mean)
 
-    def affinities_of(frames: readouts.Frames, num_frames: int, grid: Any) -> Affinities:
+    def make_affinities(frames: readouts.Frames, num_frames: int, grid: Any) -> Affinities:
       del grid
       return FrameFeatures(encode, frames, num_frames, self.propagation, is_centred=is_centred)
 
-    return self.score(affinities_of)
+    return self.score(make_affinities)
 
 
 def compare(setup: Setup, encoder: features.Encoder, seeds: int) -> dict[str, Any]:

@@ -70,10 +70,10 @@ def torch_labels(folder: pathlib.Path, num_heads: int) -> Iterator['Tensor']:
       tokens = reference.encode(state, frames[number : number + 1], num_heads=num_heads)[0]
       return torch.nn.functional.normalize(tokens, dim=-1)
 
-    found = [labels.flatten(0, 1)]
+    propagated = [labels.flatten(0, 1)]
     encoded = [encode(0)]
     outside = torch.where(near, 0.0, -1e10)
-    yield found[0]
+    yield propagated[0]
     for number in range(1, len(frames)):
       query = encode(number)
       context = [0, *(max(0, each) for each in range(number - previous, number))]
@@ -82,10 +82,10 @@ def torch_labels(folder: pathlib.Path, num_heads: int) -> Iterator['Tensor']:
       affinity[:, 1:] += outside[:, None]
       top, indices = affinity.flatten(1).topk(PROPAGATION.top_k, dim=1)
       weights = (top / PROPAGATION.temperature).softmax(dim=1)
-      values = torch.cat([found[each] for each in context])
-      found.append((weights[..., None] * values[indices]).sum(dim=1))
+      values = torch.cat([propagated[each] for each in context])
+      propagated.append((weights[..., None] * values[indices]).sum(dim=1))
       encoded.append(query)
-      yield found[-1]
+      yield propagated[-1]
 
 
 def answer(folder: pathlib.Path, num_heads: int) -> None:
@@ -93,9 +93,9 @@ def answer(folder: pathlib.Path, num_heads: int) -> None:
   steps = torch_labels(folder, num_heads)
   for _ in sys.stdin:
     began = time.perf_counter()
-    found = next(steps)
+    propagated = next(steps)
     print(time.perf_counter() - began, flush=True)
-    np.save(folder / 'torch.npy', found.numpy())
+    np.save(folder / 'torch.npy', propagated.numpy())
 
 
 def compare(encoder: Encoder, size: tuple[int, int], num_frames: int) -> dict:
@@ -127,14 +127,14 @@ def compare(encoder: Encoder, size: tuple[int, int], num_frames: int) -> dict:
     ) as other:
       for _ in tqdm.trange(num_frames, unit='frame', disable=None):
         began, before = time.perf_counter(), len(compiled)
-        found = next(ours)
+        propagated = next(ours)
         seconds['ours'].append(time.perf_counter() - began)
         programs.append(len(compiled) - before)
         other.stdin.write('\n')
         other.stdin.flush()
         seconds['torch'].append(float(other.stdout.readline()))
       other.stdin.close()
-    difference = np.abs(np.load(folder / 'torch.npy') - found.reshape(-1, LABELS)).max()
+    difference = np.abs(np.load(folder / 'torch.npy') - propagated.reshape(-1, LABELS)).max()
   # The first frames compile, and are less work.
   rest = {name: values[5:] for name, values in seconds.items()}
   return {

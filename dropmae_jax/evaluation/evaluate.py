@@ -91,7 +91,7 @@ def make_propagation(protocol: Protocol, benchmark: str, **given: float | None) 
   return dataclasses.replace(protocol.propagation, **changes)
 
 
-def geometry_of(benchmark: Benchmark, clip: Clip, options: Options, patch_size: int) -> Geometry:
+def make_geometry(benchmark: Benchmark, clip: Clip, options: Options, patch_size: int) -> Geometry:
   """Returns the size of the network's input for a clip.
 
   Sides that are no multiple of the patch size are rounded down or up, by the protocol.
@@ -103,7 +103,7 @@ def geometry_of(benchmark: Benchmark, clip: Clip, options: Options, patch_size: 
 
 
 # Makes the affinities of a clip from its frames, their number and their grid of tokens.
-AffinitiesOf = Callable[[readouts.Frames, int, tuple[int, int]], Affinities]
+MakeAffinities = Callable[[readouts.Frames, int, tuple[int, int]], Affinities]
 
 
 def evaluate_clip(
@@ -111,7 +111,7 @@ def evaluate_clip(
   clip: Clip,
   options: Options,
   geometry: Geometry,
-  affinities_of: AffinitiesOf,
+  make_affinities: MakeAffinities,
 ) -> Iterator[np.ndarray]:
   """Propagates the labels of a clip; yields the results of all frames, such as masks, in order."""
 
@@ -120,13 +120,13 @@ def evaluate_clip(
 
   with _read_ahead(network_input, clip.num_frames) as frames:
     labels = label_propagation.propagate(
-      affinities_of(frames, clip.num_frames, geometry.grid),
+      make_affinities(frames, clip.num_frames, geometry.grid),
       clip.num_frames,
       benchmark.labels(clip, geometry, options.protocol),
       options.propagation,
     )
-    for number, of_frame in enumerate(labels):
-      yield benchmark.read_out(clip, number, of_frame, geometry, options.protocol)
+    for number, frame_labels in enumerate(labels):
+      yield benchmark.read_out(clip, number, frame_labels, geometry, options.protocol)
 
 
 @contextlib.contextmanager
@@ -185,8 +185,8 @@ def run(
       which = f'{number}/{len(benchmark.names)} {name}'
       with os_errors_as_user_errors(f'clip {name!r} cannot be read', 'complete the data set.'):
         clip = benchmark.open(name)
-      geometry = geometry_of(benchmark, clip, options, encoder.architecture.patch_size)
-      record = results_folder.record_of(benchmark, clip, geometry, options.protocol)
+      geometry = make_geometry(benchmark, clip, options, encoder.architecture.patch_size)
+      record = results_folder.make_record(benchmark, clip, geometry, options.protocol)
       folder, path = output / 'results' / name, output / 'clips' / f'{name}.json'
       if folder.is_dir():
         records[name] = results_folder.read_record(path, record, folder)
@@ -195,10 +195,10 @@ def run(
       else:
         began = time.perf_counter()
         statistics: list[AttentionStatistics] = []
-        affinities_of = functools.partial(
+        make_affinities = functools.partial(
           readouts.model_affinities, encoder, options.readout, options.propagation, statistics
         )
-        frames = evaluate_clip(benchmark, clip, options, geometry, affinities_of)
+        frames = evaluate_clip(benchmark, clip, options, geometry, make_affinities)
         shows = {'desc': name, 'unit': 'frame', 'leave': False, 'disable': None}
         results = list(tqdm.tqdm(frames, total=clip.num_frames, **shows))
         if statistics:

@@ -5,8 +5,8 @@ frames. `protocols.PROTOCOLS` holds the settings of published evaluations. The l
 propagated are the soft ones, never a mask.
 
 Earlier frames lie in slots: slot 0 is the first frame, the others are a ring of the last n.
-`context_of` says which frames a frame looks at; the clip may begin with copies of its first frame,
-which are indices here, not data. Labels are propagated frame by frame, as features come: only n + 1
+`make_context` says which frames a frame looks at; the clip may begin with copies of its first
+frame, which are indices here, not data. Labels are propagated frame by frame, as features come: only n + 1
 frames are held, however long the clip is, and ties at the k-th similarity can be kept.
 
 Sources: as of `protocols`, and RSP 5ea2b91.
@@ -77,12 +77,12 @@ class Context(NamedTuple):
   slots: Int[np.ndarray, ' c']
 
 
-def slot_of(frame: int, propagation: Propagation) -> int:
+def slot(frame: int, propagation: Propagation) -> int:
   """Returns where a frame lies."""
   return 0 if frame == 0 else 1 + (frame - 1) % propagation.num_previous
 
 
-def context_of(frame: int, propagation: Propagation) -> Context:
+def make_context(frame: int, propagation: Propagation) -> Context:
   """Returns what a frame, from 1, looks at: always 1 + n entries."""
   previous = range(frame - propagation.num_previous, frame)
   least = 0 if propagation.has_copies else -1
@@ -90,7 +90,7 @@ def context_of(frame: int, propagation: Propagation) -> Context:
   if not propagation.has_copies:
     numbers[1:] = [number if number > 0 else -1 for number in numbers[1:]]
   frames = np.array(numbers, np.int32)
-  slots = np.array([slot_of(max(number, 0), propagation) for number in numbers], np.int32)
+  slots = np.array([slot(max(number, 0), propagation) for number in numbers], np.int32)
   return Context(frames, slots)
 
 
@@ -146,10 +146,10 @@ def propagate(
   yield labels
   affinities.store(0)
   for number in range(1, num_frames):
-    propagated = affinities.propagate(number, context_of(number, propagation), slots, grid)
+    propagated = affinities.propagate(number, make_context(number, propagation), slots, grid)
     if number < num_frames - 1:
       affinities.store(number)
-      slots = put(slots, slot_of(number, propagation), propagated)
+      slots = put(slots, slot(number, propagation), propagated)
     yield np.asarray(propagated)[:, :count].reshape(labels.shape)
 
 
@@ -181,7 +181,7 @@ def from_features(
     query: features of the frame, of unit length.
     features: likewise, of the frames in all slots.
     labels: of the frames in all slots.
-    frames: of the context (`context_of`).
+    frames: of the context (`make_context`).
     slots: likewise.
     grid: of a frame in tokens, (height, width).
     propagation: the settings.

@@ -111,7 +111,7 @@ def read_index(videos: VideoSource, split: str) -> Index:
   return Index(dataset, **columns, num_bytes=sum(path.stat().st_size for path in shards))
 
 
-def class_of(index: Index, video: int) -> str:
+def class_name(index: Index, video: int) -> str:
   """Returns the name of a clip's class; '-' if there are no classes."""
   return '-' if index.classes is None else str(index.classes[index.label[video]]) or '-'
 
@@ -216,7 +216,7 @@ def contact_sheet(
     index, video = indices[pair.dataset], pair.drawn.video
     path = '-' if index.path is None else index.path[video]
     caption = (
-      f'{index.dataset}   {path}   class {class_of(index, video)}'
+      f'{index.dataset}   {path}   class {class_name(index, video)}'
       f'   frames {earlier} and {later} of {index.frames[video]}   gap {later - earlier}'
     )
     # PIL's built-in font has few letters.

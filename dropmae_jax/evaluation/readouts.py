@@ -197,7 +197,7 @@ class FrameFeatures:
     if self._slots is None:
       self._slots = jnp.stack([stored] * (1 + self._propagation.num_previous))
     else:
-      slot = label_propagation.slot_of(number, self._propagation)
+      slot = label_propagation.slot(number, self._propagation)
       self._slots = label_propagation.put(self._slots, slot, stored)
 
   def propagate(
@@ -244,7 +244,7 @@ class PairAffinities:
 
   def store(self, number: int) -> None:
     """Keeps a frame in its slot."""
-    self._stored[label_propagation.slot_of(number, self._propagation)] = self._frame(number)
+    self._stored[label_propagation.slot(number, self._propagation)] = self._frame(number)
 
   def propagate(
     self,

@@ -72,7 +72,7 @@ def remove_partial(output: pathlib.Path) -> None:
       shutil.rmtree(each)
 
 
-def record_of(
+def make_record(
   benchmark: Benchmark, clip: Clip, geometry: Geometry, protocol: Protocol
 ) -> dict[str, Any]:
   """Returns what the results of a clip were computed from, as values for JSON.

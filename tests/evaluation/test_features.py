@@ -36,10 +36,10 @@ def test_position_tables_are_those_of_the_published_evaluators():
   for name in ('random', 'sincos'):
     table = golden[f'{name}/table']
     for grid in ((30, 55), (28, 55), (20, 20), (30, 52), (6, 10), (14, 14)):
-      found = position_embedding.interpolate_table(table, grid)
+      resampled = position_embedding.interpolate_table(table, grid)
       expected = golden[f'{name}/{grid[0]}x{grid[1]}']
-      np.testing.assert_allclose(found[0, 1:].reshape(expected.shape), expected, atol=1e-5)
-      np.testing.assert_array_equal(found[:, 0], table[:, 0])
+      np.testing.assert_allclose(resampled[0, 1:].reshape(expected.shape), expected, atol=1e-5)
+      np.testing.assert_array_equal(resampled[:, 0], table[:, 0])
 
 
 @pytest.fixture(scope='module')
@@ -73,8 +73,8 @@ def test_a_clip_through_everything_is_as_recorded(tiny_file, run):
   params = features.at_grid(encoder, GEOMETRY.grid)
   expected = golden[f'{"default" if run == "n2_r3_k3" else run}/features']
   inputs = np.stack([read(number) for number in range(len(expected))])
-  found = features.encode_frames(params, inputs, architecture=encoder.architecture)
-  np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=2e-5)
+  encoded = features.encode_frames(params, inputs, architecture=encoder.architecture)
+  np.testing.assert_allclose(encoded.reshape(expected.shape), expected, atol=2e-5)
 
   labels, ids = protocol.encode(truth[0], GEOMETRY)
   np.testing.assert_allclose(labels, golden['first_label_soft'], atol=1e-6)
@@ -85,13 +85,13 @@ def test_a_clip_through_everything_is_as_recorded(tiny_file, run):
   np.testing.assert_allclose(soft, golden[f'{run}/soft'], atol=2e-6)
   size = truth.shape[1:]
   decode = protocol.decode
-  masks_found = np.stack([decode(each, ids, GEOMETRY, size, 'davis') for each in soft])
-  assert (masks_found != golden[f'{run}/found']).sum() <= golden[f'{run}/unsure_pixels']
-  scored = measures.object_measures(list(truth), list(masks_found))
+  predicted = np.stack([decode(each, ids, GEOMETRY, size, 'davis') for each in soft])
+  assert (predicted != golden[f'{run}/found']).sum() <= golden[f'{run}/unsure_pixels']
+  scored = measures.object_measures(list(truth), list(predicted))
   for name, values in (('J', scored.region), ('F', scored.boundary)):
     statistics = [measures.statistics(each) for each in values]
     # A pixel that may be of either class moves a measure by less than this.
-    tolerance = 1e-12 + 1e-2 * (masks_found != golden[f'{run}/found']).sum()
+    tolerance = 1e-12 + 1e-2 * (predicted != golden[f'{run}/found']).sum()
     np.testing.assert_allclose(statistics, golden[f'{run}/{name}_per_object'], atol=tolerance)
 
 
@@ -145,17 +145,17 @@ def test_a_pair_is_encoded_and_decoded_as_in_training(encoder):
 
   model.decode(latents, masked, [attend, attend])
   for block in range(2):
-    found = features.decoder_attention(params, pair, architecture=SMALL, block=block)
-    np.testing.assert_allclose(found, shares[block][16:, :16], atol=1e-6)
+    attention = features.decoder_attention(params, pair, architecture=SMALL, block=block)
+    np.testing.assert_allclose(attention, shares[block][16:, :16], atol=1e-6)
 
 
 def test_identities_and_blocks_change_what_is_encoded(encoder, frames):
   params = features.at_grid(encoder, (2, 3))
   encode = functools.partial(features.encode_frames, params, frames[:1], architecture=SMALL)
-  found = [encode(), encode(identity='x'), encode(identity='z'), encode(num_blocks=1)]
-  for first, second in itertools.combinations(found, 2):
+  variants = [encode(), encode(identity='x'), encode(identity='z'), encode(num_blocks=1)]
+  for first, second in itertools.combinations(variants, 2):
     assert np.abs(first - second).max() > 1e-3
-  np.testing.assert_array_equal(encode(num_blocks=2), found[0])
+  np.testing.assert_array_equal(encode(num_blocks=2), variants[0])
 
 
 def test_roles_encode_earlier_frames_as_x_and_later_ones_as_z(encoder, frames):
@@ -184,12 +184,14 @@ def test_centring_takes_away_what_all_tokens_have_in_common(encoder, frames):
 def test_attention_is_read_out_with_its_own_values_as_weights(encoder, frames):
   """The second frame of a clip looks only at the first: its labels are computed here by hand."""
   statistics = []
-  found = propagate(encoder, frames[:2], kind='attention', statistics=statistics)
+  propagated = propagate(encoder, frames[:2], kind='attention', statistics=statistics)
   params = features.at_grid(encoder, (2, 3))
   shares = features.decoder_attention(params, frames[:2], architecture=SMALL, block=1)
   # Three entries of the context, all of them the first frame; k = 3 takes the favourite thrice.
   favourites = np.asarray(shares).argmax(axis=1)
-  np.testing.assert_allclose(found[1].reshape(6, 3), found[0].reshape(6, 3)[favourites], atol=1e-5)
+  np.testing.assert_allclose(
+    propagated[1].reshape(6, 3), propagated[0].reshape(6, 3)[favourites], atol=1e-5
+  )
   (pair,) = statistics
   assert pair.crossing == pytest.approx(float(shares.sum(axis=1).mean()), abs=1e-6)
   assert pair.favourites == pytest.approx(len(set(favourites)) / 6)

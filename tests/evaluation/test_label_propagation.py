@@ -65,13 +65,13 @@ def test_labels_and_masks_are_those_of_the_published_evaluators(recorded, family
   np.testing.assert_allclose(soft[-len(expected) :], expected, atol=2e-6)
   size = golden['first_label'].shape
   decode = PROTOCOLS[family].decode
-  found = np.stack([decode(each, ids, GEOMETRY, size, 'davis') for each in soft])
+  predicted = np.stack([decode(each, ids, GEOMETRY, size, 'davis') for each in soft])
   expected = golden[f'{case}/mask']
   first = 0 if family == 'cropmae' else 1
   sure = np.ones(expected[first:].shape, bool)
   if f'{case}/sure' in golden:
     sure = np.unpackbits(golden[f'{case}/sure'], axis=-1)[..., : size[1]].astype(bool)
-  np.testing.assert_array_equal(found[first:][sure], expected[first:][sure])
+  np.testing.assert_array_equal(predicted[first:][sure], expected[first:][sure])
 
 
 def test_the_first_labels_are_those_of_the_published_evaluators(recorded):
@@ -82,8 +82,8 @@ def test_the_first_labels_are_those_of_the_published_evaluators(recorded):
   ):
     labels, ids = PROTOCOLS[family].encode(recorded[family]['first_label'], GEOMETRY)
     expected = recorded[family][name]
-    found = labels if family == 'cropmae' else ids[labels.argmax(-1)]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    encoded = labels if family == 'cropmae' else ids[labels.argmax(-1)]
+    np.testing.assert_allclose(encoded, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize('n', [2, 20])
@@ -91,9 +91,9 @@ def test_a_frame_looks_at_the_recorded_frames(recorded, n):
   protocol = dataclasses.replace(PROTOCOLS['cropmae'].propagation, num_previous=n)
   expected = recorded['cropmae'][f'context/n{n}']
   for number in range(1, 8):
-    context = label_propagation.context_of(number, protocol)
+    context = label_propagation.make_context(number, protocol)
     np.testing.assert_array_equal(context.frames, expected[number])
-    slots = [label_propagation.slot_of(frame, protocol) for frame in context.frames.tolist()]
+    slots = [label_propagation.slot(frame, protocol) for frame in context.frames.tolist()]
     np.testing.assert_array_equal(context.slots, slots)
 
 
@@ -112,7 +112,7 @@ def test_affinities_that_are_given_count_like_those_of_features(recorded):
   protocol = PROTOCOLS['cropmae'].propagation
   query, features = rng.normal(size=(42, 8)), rng.normal(size=(21, 42, 8))
   labels = rng.random((21, 42, 3)).astype(np.float32)
-  context = label_propagation.context_of(30, protocol)
+  context = label_propagation.make_context(30, protocol)
   query, features = query.astype(np.float32), features.astype(np.float32)
   one = label_propagation.from_features(
     query, features, labels, *context, grid=(6, 7), propagation=protocol
@@ -138,8 +138,8 @@ def test_a_moving_square_with_coded_positions_is_followed_exactly():
   labels, ids = PROTOCOLS['dinov3'].encode(truth[0], geometry)
   soft = soft_labels(features, labels, protocol)
   decode = PROTOCOLS['dinov3'].decode
-  found = [decode(each, ids, geometry, size, 'davis') for each in soft]
-  np.testing.assert_array_equal(found, truth)
+  predicted = [decode(each, ids, geometry, size, 'davis') for each in soft]
+  np.testing.assert_array_equal(predicted, truth)
 
 
 def test_more_neighbours_than_there_are_count_all():
@@ -153,7 +153,7 @@ def test_dinov3_enlarges_masks_by_the_nearest_of_pytorch():
   """floor(i * old / new), at a ratio that is no whole number."""
   labels = np.random.default_rng(0).random((5, 7, 3)).astype(np.float32)
   ids, geometry = np.arange(3, dtype=np.uint8), Geometry((40, 56), (5, 7))
-  found = PROTOCOLS['dinov3'].decode(labels, ids, geometry, (48, 85), 'davis')
+  mask = PROTOCOLS['dinov3'].decode(labels, ids, geometry, (48, 85), 'davis')
   span = (labels - labels.min((0, 1))) / (labels.max((0, 1)) - labels.min((0, 1)))
   rows, columns = np.arange(48) * 5 // 48, np.arange(85) * 7 // 85
-  np.testing.assert_array_equal(found, span.argmax(-1)[rows][:, columns])
+  np.testing.assert_array_equal(mask, span.argmax(-1)[rows][:, columns])

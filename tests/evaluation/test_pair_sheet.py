@@ -21,7 +21,7 @@ from dropmae_jax.train_step import derive_seeds
 SIZE = 40
 
 
-def sheet_of(monkeypatch, capsys, output, *arguments):
+def draw_sheet(monkeypatch, capsys, output, *arguments):
   """Runs the command in this process; returns the sheet and what it printed."""
   monkeypatch.setattr('sys.argv', ['inspect_data', f'--output={output}', *arguments])
   pair_sheet.main()
@@ -50,7 +50,7 @@ def test_the_sheet_shows_the_training_stream(data_dir, tmp_path, monkeypatch, ca
   flags = [f'--{name}={getattr(chosen, name)}' for name in chosen._fields[:-1]]
   flags += ['--shared_augmentation'] * chosen.shared_augmentation
   flags += [f'--data_dir={data_dir}', f'--image_size={SIZE}']
-  sheet, printed = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags)
+  sheet, printed = draw_sheet(monkeypatch, capsys, tmp_path / 'a.png', *flags)
   dataset = open_dataset(str(data_dir), 'kinetics_frames/folder', chosen.split)
   how = chosen._asdict()
   options = DataOptions(
@@ -128,7 +128,7 @@ def test_the_statistics_are_those_of_the_index():
     f'        1  30.0% {25 * "#"}',
     f'        2  60.0% {50 * "#"}',
   ]
-  assert [pair_sheet.class_of(index, video) for video in range(3)] == ['a', '-', 'a']
+  assert [pair_sheet.class_name(index, video) for video in range(3)] == ['a', '-', 'a']
 
 
 class Clips(NumberedVideos):
@@ -150,7 +150,7 @@ def test_a_class_of_the_user_is_shown(tmp_path, monkeypatch, capsys, kind):
   real = pair_sheet.contact_sheet
   monkeypatch.setattr(pair_sheet, 'contact_sheet', lambda *a: drawn.append(a) or real(*a))
   flags = f'--data_dir=here --split=all --dataset={name} --pairs=1 --image_size={SIZE}'
-  sheet, printed = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
+  sheet, printed = draw_sheet(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
   assert printed.splitlines()[:6] == [
     f'dataset           {name}',
     'clips             2',
@@ -183,12 +183,12 @@ class OddClips(NumberedVideos):
 
 def test_frames_of_extreme_sizes_make_no_larger_sheet(tmp_path, monkeypatch, capsys):
   flags = f'--data_dir=x --dataset={__name__}:OddClips --pairs=4 --image_size=1000'
-  sheet, _ = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
+  sheet, _ = draw_sheet(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
   side = pair_sheet.PANEL
   assert sheet.shape[1] == 5 * MARGIN + 4 * side
   assert sheet.shape[0] == MARGIN + 4 * (CAPTION + side + MARGIN) + CHART
   flags = flags.replace('1000', '16')
-  low, _ = sheet_of(monkeypatch, capsys, tmp_path / 'b.png', *flags.split())
+  low, _ = draw_sheet(monkeypatch, capsys, tmp_path / 'b.png', *flags.split())
   # Two rows are as high as the high clip, and two as the crops; each clip is met twice.
   assert low.shape[0] == MARGIN + 4 * (CAPTION + MARGIN) + 2 * (side + 16) + CHART
   frames = low[:, : 2 * MARGIN + side]
@@ -205,7 +205,7 @@ def test_a_mixture_is_shown_as_training_reads_it(data_dir, tmp_path, monkeypatch
   real = pair_sheet.contact_sheet
   monkeypatch.setattr(pair_sheet, 'contact_sheet', lambda *a: drawn.append(a) or real(*a))
   flags = f'--data_dir={tmp_path} --dataset={text} --seed=5 --pairs=6 --image_size={SIZE}'
-  sheet, printed = sheet_of(monkeypatch, capsys, tmp_path / 'o.png', *flags.split())
+  sheet, printed = draw_sheet(monkeypatch, capsys, tmp_path / 'o.png', *flags.split())
   ((pairs, indices, counts),) = drawn
   stream = frame_pairs.pair_batches(
     open_mixture(str(tmp_path), text), DataOptions(num_threads=1), image_size=SIZE, batch_size=6,
@@ -237,7 +237,7 @@ def test_damaged_records_are_reported_once_each(data_dir, tmp_path, monkeypatch,
       file.seek(500)
       file.write(b'damage')
   flags = f'--data_dir={tmp_path}/data --image_size={SIZE} --pairs=30 --seed=5'
-  _, printed = sheet_of(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
+  _, printed = draw_sheet(monkeypatch, capsys, tmp_path / 'a.png', *flags.split())
   stream = frame_pairs.pair_batches(
     open_dataset(f'{tmp_path}/data', 'kinetics_frames/folder'), DataOptions(num_threads=1),
     image_size=SIZE, batch_size=30, seed=derive_seeds(5).data,

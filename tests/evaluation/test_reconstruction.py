@@ -64,7 +64,7 @@ def draw(monkeypatch, *arguments):
   monkeypatch.setattr(saved_weights, 'load_weights', load)
 
 
-def panels_of(path):
+def read_panels(path):
   """The panels of a figure by row and column, at the size of the model's frames; checks titles."""
   sheet = np.asarray(Image.open(path))
   height, width = HEADER + 2 * (SIDE + MARGIN), MARGIN + 3 * (SIDE + MARGIN)
@@ -84,7 +84,7 @@ def panels_of(path):
   return panels
 
 
-def frames_of(video, numbers):
+def read_frames(video, numbers):
   """Frames of a video, cut and scaled by PIL."""
   with av.open(str(video)) as container:
     images = [frame.to_image() for frame in container.decode(video=0)]
@@ -110,8 +110,8 @@ def test_the_figure_shows_what_the_model_predicts(
   assert capsys.readouterr().out == (
     f'{tmp_path / "a.png"}: frames {numbers}, checkpoint of step 10\n'
   )
-  shown, masked, outcome = panels_of(tmp_path / 'a.png').swapaxes(0, 1)
-  expected = frames_of(video, numbers)
+  shown, masked, outcome = read_panels(tmp_path / 'a.png').swapaxes(0, 1)
+  expected = read_frames(video, numbers)
   assert (expected[0] != expected[1]).any()
   np.testing.assert_array_equal(shown, expected)
   is_masked = masked_patches(seed, objective)
@@ -139,9 +139,9 @@ def test_the_seed_alone_decides_what_is_masked(trained, clips, tmp_path, monkeyp
     output = tmp_path / f'{name}.png'
     draw(monkeypatch, f'--checkpoint={workdir}', f'--video={video}', f'--output={output}', *more)
   a, b, c = (tmp_path / f'{name}.png' for name in 'abc')
-  np.testing.assert_array_equal(panels_of(a)[:, 0], frames_of(video, (0, 10)))
+  np.testing.assert_array_equal(read_panels(a)[:, 0], read_frames(video, (0, 10)))
   assert a.read_bytes() == b.read_bytes()
-  (first, second) = ((panels_of(path)[:, 1] == 128).all(axis=-1) for path in (a, c))
+  (first, second) = ((read_panels(path)[:, 1] == 128).all(axis=-1) for path in (a, c))
   assert (first != second).any()
   assert stat.S_IMODE(a.stat().st_mode) == 0o644
   assert sorted(tmp_path.iterdir()) == [a, b, c]

@@ -38,7 +38,7 @@ class Colours:
     return np.full((20, 30, 3), 30 * video, np.uint8)
 
 
-def weights_of(params, dataset='its_colours:Colours'):
+def make_weights(params, dataset='its_colours:Colours'):
   config = {'data_dir': 'colours', 'dataset': dataset, 'data': dataclasses.asdict(DataOptions())}
   objective = Objective(attention_dropout=0.4, normalise_targets=False)
   return Weights(params, 7, ARCHITECTURE, objective, {'config': config})
@@ -56,13 +56,13 @@ def test_the_held_out_loss_has_a_known_value(zeros):
   """A model that predicts zeros loses the mean square of the pixels of the split `val`."""
   colours = np.stack([np.full(3, 30 * video, np.uint8) for video in range(8)])
   expected = np.square(np.asarray(pixels.normalise(jnp.asarray(colours)))).mean()
-  assert scores.held_out(weights_of(zeros))['loss'] == pytest.approx(expected, rel=1e-5)
+  assert scores.held_out(make_weights(zeros))['loss'] == pytest.approx(expected, rel=1e-5)
 
 
 def test_scores_that_fail_are_left_out(zeros, monkeypatch, caplog):
   monkeypatch.setitem(scores.SCORES, 'bug', lambda weights: {'x': 1 / 0})
   monkeypatch.setitem(scores.SCORES, 'mine', lambda weights: {'step': weights.step})
-  weights = weights_of(zeros, dataset='kinetics_frames/none')
+  weights = make_weights(zeros, dataset='kinetics_frames/none')
   assert scores.take(['held_out', 'bug', 'mine'], weights) == {'mine/step': 7.0}
   assert "there is no score 'held_out' of step 7: there is no dataset" in caplog.text
   assert "the score 'bug' has failed at step 7; training goes on" in caplog.text

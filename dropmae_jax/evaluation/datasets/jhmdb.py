@@ -147,10 +147,10 @@ class Jhmdb:
 
   def score(self, clip: Clip, results: list[np.ndarray]) -> Any:
     """Counts for each joint the frames in which it was found, and those with a small distance."""
-    found = np.stack(results, axis=-1)
-    distances = relative_distances(found, clip.truth)
+    predicted = np.stack(results, axis=-1)
+    distances = relative_distances(predicted, clip.truth)
     return {
-      'found': np.isfinite(found[0, :, 1:]).sum(axis=1).tolist(),
+      'found': np.isfinite(predicted[0, :, 1:]).sum(axis=1).tolist(),
       'within': {
         str(threshold): (distances <= threshold).sum(axis=1).tolist() for threshold in THRESHOLDS
       },
@@ -219,22 +219,22 @@ def to_pixels(
 
 
 def relative_distances(
-  found: Float64[np.ndarray, 'xy joints t'], truth: Num[np.ndarray, 'xy joints t']
+  predicted: Float64[np.ndarray, 'xy joints t'], truth: Num[np.ndarray, 'xy joints t']
 ) -> Float64[np.ndarray, 'joints later']:
   """Returns distances to the truth in units of the person's size, without those of frame 0.
 
   The size is .6 of the diagonal of the box around the truth of all joints that were found.
 
   Args:
-    found: positions in pixels, from 1; NaN where a joint was not found, as then in the result.
+    predicted: positions in pixels, from 1; NaN where a joint was not found, as then in the result.
     truth: true positions.
   """
-  found, truth = found - 1, truth - 1
-  is_found = np.isfinite(found)
+  predicted, truth = predicted - 1, truth - 1
+  is_found = np.isfinite(predicted)
   # The published code looks for the largest from -1 on, and so for persons left of the frame.
   box = truth.max(1, where=is_found, initial=-1) - truth.min(1, where=is_found, initial=1e6)
   with np.errstate(divide='ignore', invalid='ignore'):  # A box around one joint has no size.
-    return (np.hypot(*(found - truth)) / (0.6 * np.hypot(*box)))[:, 1:]
+    return (np.hypot(*(predicted - truth)) / (0.6 * np.hypot(*box)))[:, 1:]
 
 
 def _pck(scores: list[Any]) -> dict[str, float]:

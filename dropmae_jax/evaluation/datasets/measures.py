@@ -48,10 +48,10 @@ class ObjectMeasures(NamedTuple):
   boundary: Float64[np.ndarray, 'objects frames']
 
 
-def region_similarity(truth: Bool[np.ndarray, 'h w'], found: Bool[np.ndarray, 'h w']) -> float:
+def region_similarity(truth: Bool[np.ndarray, 'h w'], predicted: Bool[np.ndarray, 'h w']) -> float:
   """Returns J, intersection over union, of two masks of an object; 1 if both are empty."""
-  union = np.count_nonzero(truth | found)
-  return np.count_nonzero(truth & found) / union if union else 1.0
+  union = np.count_nonzero(truth | predicted)
+  return np.count_nonzero(truth & predicted) / union if union else 1.0
 
 
 def boundary_map(mask: Bool[np.ndarray, 'h w']) -> Bool[np.ndarray, 'h w']:
@@ -79,24 +79,24 @@ def _disk(radius: int) -> UInt8[np.ndarray, 'side side']:
   return (offsets[:, None] + offsets <= radius**2).astype(np.uint8)
 
 
-def boundary_accuracy(truth: Bool[np.ndarray, 'h w'], found: Bool[np.ndarray, 'h w']) -> float:
+def boundary_accuracy(truth: Bool[np.ndarray, 'h w'], predicted: Bool[np.ndarray, 'h w']) -> float:
   """Returns F, the harmonic mean of precision and recall of the boundary of an object's mask.
 
   A pixel of one boundary is right if the other has one within `boundary_tolerance`. F is 1 if
   neither mask has a boundary, and 0 if one has none.
   """
-  boundaries = [boundary_map(mask).view(np.uint8) for mask in (truth, found)]
+  boundaries = [boundary_map(mask).view(np.uint8) for mask in (truth, predicted)]
   # The rest of the frame is in neither boundary, so dilating these parts is enough.
   left, top, width, height = cv2.boundingRect(boundaries[0] | boundaries[1])
-  truth_part, found_part = (
+  truth_part, predicted_part = (
     np.ascontiguousarray(each[top : top + height, left : left + width]) for each in boundaries
   )
-  num_truth, num_found = np.count_nonzero(truth_part), np.count_nonzero(found_part)
-  if not num_truth or not num_found:
-    return float(num_truth == num_found)
+  num_truth, num_predicted = np.count_nonzero(truth_part), np.count_nonzero(predicted_part)
+  if not num_truth or not num_predicted:
+    return float(num_truth == num_predicted)
   disk = _disk(boundary_tolerance(truth.shape))
-  precision = np.count_nonzero(found_part & cv2.dilate(truth_part, disk)) / num_found
-  recall = np.count_nonzero(truth_part & cv2.dilate(found_part, disk)) / num_truth
+  precision = np.count_nonzero(predicted_part & cv2.dilate(truth_part, disk)) / num_predicted
+  recall = np.count_nonzero(truth_part & cv2.dilate(predicted_part, disk)) / num_truth
   return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
@@ -121,7 +121,7 @@ def num_objects(first_truth: UInt8[np.ndarray, 'h w']) -> int:
 
 
 def object_measures(
-  truths: Sequence[UInt8[np.ndarray, 'h w']], found: Sequence[UInt8[np.ndarray, 'h w']]
+  truths: Sequence[UInt8[np.ndarray, 'h w']], predicted: Sequence[UInt8[np.ndarray, 'h w']]
 ) -> ObjectMeasures:
   """Compares the masks of a sequence of DAVIS.
 
@@ -131,16 +131,16 @@ def object_measures(
   Args:
     truths: of all frames, the first and the last included; object numbers, 0 is background, and so
       is `VOID`.
-    found: the same.
+    predicted: the same.
   """
   objects = range(1, num_objects(truths[0]) + 1)
   shape = len(objects), len(truths) - 2
   measures = ObjectMeasures(np.empty(shape), np.empty(shape))
-  for frame, (truth, mask) in enumerate(zip(truths[1:-1], found[1:-1], strict=True)):
+  for frame, (truth, mask) in enumerate(zip(truths[1:-1], predicted[1:-1], strict=True)):
     for row, number in enumerate(objects):
-      is_truth, is_found = truth == number, mask == number
-      measures.region[row, frame] = region_similarity(is_truth, is_found)
-      measures.boundary[row, frame] = boundary_accuracy(is_truth, is_found)
+      is_truth, is_predicted = truth == number, mask == number
+      measures.region[row, frame] = region_similarity(is_truth, is_predicted)
+      measures.boundary[row, frame] = boundary_accuracy(is_truth, is_predicted)
   return measures
 
 
@@ -163,21 +163,21 @@ def summarise_objects(
 
 
 def confusion_matrix(
-  truth: UInt8[np.ndarray, 'h w'], found: UInt8[np.ndarray, 'h w']
-) -> Int64[np.ndarray, 'truth found']:
-  """Counts the pixels of every pair of a true and a found class of VIP.
+  truth: UInt8[np.ndarray, 'h w'], predicted: UInt8[np.ndarray, 'h w']
+) -> Int64[np.ndarray, 'truth predicted']:
+  """Counts the pixels of every pair of a true and a predicted class of VIP.
 
   Args:
     truth: classes; pixels of others than 0..19 do not count.
-    found: classes; all in 0..19.
+    predicted: classes; all in 0..19.
   """
   counts = truth < NUM_CLASSES
-  pairs = NUM_CLASSES * truth[counts].astype(np.int64) + found[counts]
+  pairs = NUM_CLASSES * truth[counts].astype(np.int64) + predicted[counts]
   return np.bincount(pairs, minlength=NUM_CLASSES**2).reshape(NUM_CLASSES, NUM_CLASSES)
 
 
-def class_ious(confusion: Int64[np.ndarray, 'truth found']) -> Float64[np.ndarray, ' classes']:
-  """Returns intersection over union of every class; NaN of one neither in truth nor found."""
+def class_ious(confusion: Int64[np.ndarray, 'truth predicted']) -> Float64[np.ndarray, ' classes']:
+  """Returns intersection over union of every class; NaN of one neither in truth nor predicted."""
   right = confusion.diagonal()
   union = confusion.sum(axis=0) + confusion.sum(axis=1) - right
   return np.divide(right, union, out=np.full(len(right), np.nan), where=union > 0)

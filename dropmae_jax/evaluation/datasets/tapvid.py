@@ -135,9 +135,9 @@ class TapVid:
     query = clip.truth.positions[:, 0]
     height, width = geometry.grid
     cells = jhmdb.mean_positions(labels[..., 1:]).T
-    found = (cells + 0.5) / (width, height) * RESOLUTION
-    is_given = np.isnan(found) | (number == 0)
-    return np.where(is_given, query, found).astype(np.float32)
+    positions = (cells + 0.5) / (width, height) * RESOLUTION
+    is_given = np.isnan(positions) | (number == 0)
+    return np.where(is_given, query, positions).astype(np.float32)
 
   def write(self, clip: Clip, results: list[np.ndarray], folder: pathlib.Path) -> None:
     """Writes tracks.npz.
@@ -233,18 +233,18 @@ def _weights(
 
 
 def position_counts(
-  found: Float[np.ndarray, 'p t xy'],
+  predicted: Float[np.ndarray, 'p t xy'],
   truth: Float[np.ndarray, 'p t xy'],
   is_measured: Bool[np.ndarray, 'p t'],
 ) -> dict[str, Any]:
   """Counts the positions to measure, and those nearer to the truth than each threshold.
 
   Args:
-    found: x, y in pixels of 256 x 256.
+    predicted: x, y in pixels of 256 x 256.
     truth: likewise.
     is_measured: whether a point is visible in a frame that is measured.
   """
-  squared = np.square(found - truth).sum(axis=-1)
+  squared = np.square(predicted - truth).sum(axis=-1)
   return {
     'visible': int(is_measured.sum()),
     'within': {

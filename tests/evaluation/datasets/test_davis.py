@@ -90,12 +90,12 @@ def test_a_mask_of_whole_cells_survives_its_labels(root, protocol):
   labels = davis.labels(clip, GEOMETRY, PROTOCOLS[protocol])
   assert labels.shape == (3, 5, 3)
   hard = np.eye(3, dtype=np.float32)[truth[4::8, 4::8]]
-  found = davis.read_out(clip, 3, hard, GEOMETRY, PROTOCOLS[protocol])
-  np.testing.assert_array_equal(found[4::8, 4::8], truth[4::8, 4::8])
+  mask = davis.read_out(clip, 3, hard, GEOMETRY, PROTOCOLS[protocol])
+  np.testing.assert_array_equal(mask[4::8, 4::8], truth[4::8, 4::8])
   # Only cropmae reads frame 0 out of its labels.
-  found = davis.read_out(clip, 0, hard[::-1], GEOMETRY, PROTOCOLS[protocol])
+  mask = davis.read_out(clip, 0, hard[::-1], GEOMETRY, PROTOCOLS[protocol])
   expected = truth[::-1] if protocol == 'cropmae' else truth
-  np.testing.assert_array_equal(found[4::8, 4::8], expected[4::8, 4::8])
+  np.testing.assert_array_equal(mask[4::8, 4::8], expected[4::8, 4::8])
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def save_frame(folder, number, size, colour=0):
   Image.fromarray(image).save(folder / f'{number:05d}.png')
 
 
-def results_of(recorded, number):
+def recorded_results(recorded, number):
   """The positions found for a clip, in pixels."""
   cells = recorded[f'{number}/found_cells']
   cells = np.where(cells < 0, np.nan, cells)
@@ -98,13 +98,13 @@ def test_positions_are_read_as_recorded(root, recorded):
 def test_pck_of_written_results_is_as_recorded(root, recorded, tmp_path):
   benchmark, scores = Jhmdb(root), {}
   for number, name in enumerate(NAMES):
-    clip, results = benchmark.open(name), results_of(recorded, number)
+    clip, results = benchmark.open(name), recorded_results(recorded, number)
     folder = tmp_path / 'results' / name
     folder.mkdir(parents=True)
     benchmark.write(clip, results, folder)
-    found = benchmark.read(clip, folder)
-    np.testing.assert_array_equal(found, results)
-    scores[name] = json.loads(json.dumps(benchmark.score(clip, found)))
+    reread = benchmark.read(clip, folder)
+    np.testing.assert_array_equal(reread, results)
+    scores[name] = json.loads(json.dumps(benchmark.score(clip, reread)))
   summary = benchmark.summarise(scores)
   assert list(summary) == [f'PCK@{threshold}' for threshold in recorded['thresholds']]
   np.testing.assert_allclose(list(summary.values()), recorded['pck'], rtol=0, atol=1e-9)
@@ -145,24 +145,24 @@ def test_the_truth_scores_100_and_what_is_not_found_does_not_count(root):
 
 def test_distances_are_relative_to_the_person(root):
   """The box of what was found; left of the frame it goes on to the border, as it is published."""
-  truth, found = np.ones((2, 15, 2)), np.full((2, 15, 2), np.nan)
+  truth, predicted = np.ones((2, 15, 2)), np.full((2, 15, 2), np.nan)
   truth[:, 0], truth[:, 1], truth[:, 2] = [[31], [41]], [[1], [1]], [[900], [900]]
-  found[:, :2] = truth[:, :2]
-  found[0, 1] += 6
-  distances = jhmdb.relative_distances(found, truth)
+  predicted[:, :2] = truth[:, :2]
+  predicted[0, 1] += 6
+  distances = jhmdb.relative_distances(predicted, truth)
   np.testing.assert_allclose(distances[:3, 0], [0, 6 / (0.6 * 50), np.nan], rtol=1e-12)
   benchmark = Jhmdb(root)
   clip = dataclasses.replace(benchmark.open(NAMES[0]), truth=truth)
-  score = benchmark.score(clip, list(np.moveaxis(found, -1, 0)))
+  score = benchmark.score(clip, list(np.moveaxis(predicted, -1, 0)))
   # The threshold itself is within.
   assert [score['within'][each][1] for each in ('0.1', '0.2', '0.3')] == [0, 1, 1]
-  found[:, 0] = np.nan  # A single joint has a box without size.
-  np.testing.assert_array_equal(jhmdb.relative_distances(found, truth)[:2, 0], [np.nan, np.inf])
+  predicted[:, 0] = np.nan  # A single joint has a box without size.
+  np.testing.assert_array_equal(jhmdb.relative_distances(predicted, truth)[:2, 0], [np.nan, np.inf])
   truth = np.ones((2, 15, 2))
   truth[0] = np.linspace(-51, -31, 15)[:, None]
-  found = truth.copy()
-  found[0] += 3
-  distances = jhmdb.relative_distances(found, truth)
+  predicted = truth.copy()
+  predicted[0] += 3
+  distances = jhmdb.relative_distances(predicted, truth)
   np.testing.assert_allclose(distances, 3 / (0.6 * 51), rtol=1e-12)
 
 
@@ -245,7 +245,7 @@ def test_a_root_without_clips_is_refused(root, tmp_path):
 
 def test_results_of_another_clip_are_refused(root, recorded, tmp_path):
   benchmark = Jhmdb(root)
-  benchmark.write(benchmark.open(NAMES[1]), results_of(recorded, 1), tmp_path)
+  benchmark.write(benchmark.open(NAMES[1]), recorded_results(recorded, 1), tmp_path)
   with pytest.raises(UserError, match='has positions for 5 frames, and the clip has 7; remove'):
     benchmark.read(benchmark.open(NAMES[0]), tmp_path)
   cut(tmp_path / 'joint_positions.mat')

@@ -52,22 +52,22 @@ def direct_boundary(mask):
   ]
 
 
-def direct_measures(truth, found, tolerance):
+def direct_measures(truth, predicted, tolerance):
   """J and F by loops over pixels and over pairs of boundary pixels."""
   both = either = 0
-  for is_truth, is_found in zip(truth.flat, found.flat, strict=True):
-    both += int(is_truth and is_found)
-    either += int(is_truth or is_found)
+  for is_truth, is_predicted in zip(truth.flat, predicted.flat, strict=True):
+    both += int(is_truth and is_predicted)
+    either += int(is_truth or is_predicted)
   region = both / either if either else 1
 
   def share(these, those):
     near = sum(any((y - v) ** 2 + (x - u) ** 2 <= tolerance**2 for v, u in those) for y, x in these)
     return near / len(these)
 
-  truth, found = direct_boundary(truth), direct_boundary(found)
-  if not truth or not found:
-    return region, float(not truth and not found)
-  precision, recall = share(found, truth), share(truth, found)
+  truth, predicted = direct_boundary(truth), direct_boundary(predicted)
+  if not truth or not predicted:
+    return region, float(not truth and not predicted)
+  precision, recall = share(predicted, truth), share(truth, predicted)
   return region, 2 * precision * recall / (precision + recall) if precision + recall else 0
 
 
@@ -84,11 +84,11 @@ def mask_pairs(draw):
 @given(mask_pairs(), st.sampled_from([0.008, 0.15, 0.25, 0.4]))
 def test_measures_are_those_of_a_direct_loop(pair, share):
   """The tolerance of so small masks is 1; larger shares of the diagonal are up to 6 pixels."""
-  truth, found = pair
+  truth, predicted = pair
   tolerance = math.ceil(share * math.hypot(*truth.shape))
   with unittest.mock.patch.object(measures, 'BOUNDARY_TOLERANCE', share):
-    got = measures.region_similarity(truth, found), measures.boundary_accuracy(truth, found)
-  np.testing.assert_allclose(got, direct_measures(truth, found, tolerance), rtol=0, atol=1e-6)
+    got = measures.region_similarity(truth, predicted), measures.boundary_accuracy(truth, predicted)
+  np.testing.assert_allclose(got, direct_measures(truth, predicted, tolerance), rtol=0, atol=1e-6)
 
 
 def test_sequences_have_the_recorded_measures(recorded):
@@ -134,8 +134,8 @@ def test_a_data_set_is_the_mean_over_objects(recorded):
 
 def test_iou_of_classes_known_beforehand():
   truth = np.array([[0, 0, 1, 255], [1, 1, 2, 20]], np.uint8)
-  found = np.array([[0, 1, 1, 3], [1, 0, 4, 3]], np.uint8)
-  ious = measures.class_ious(measures.confusion_matrix(truth, found))
+  predicted = np.array([[0, 1, 1, 3], [1, 0, 4, 3]], np.uint8)
+  ious = measures.class_ious(measures.confusion_matrix(truth, predicted))
   # Class 2 is never found, 4 is never true, and 3 is found only where nothing counts.
   np.testing.assert_allclose(ious[:5], [1 / 3, 1 / 2, 0, np.nan, 0])
   assert np.isnan(ious[5:]).all()

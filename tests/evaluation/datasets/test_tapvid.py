@@ -46,9 +46,9 @@ def test_accuracy_is_as_recorded(golden, tmp_path):
     for number in range(3):
       arrays = (recorded[key][number] for key in ('pred_tracks', 'gt_tracks'))
       counts = tapvid.position_counts(*arrays, is_visible[number] & is_measured[number])
-      found = [counts['within'][each.rpartition('_')[2]] / counts['visible'] for each in NAMES]
+      accuracies = [counts['within'][each.rpartition('_')[2]] / counts['visible'] for each in NAMES]
       expected = [recorded[f'{mode}/{each}'][number] for each in NAMES]
-      np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+      np.testing.assert_allclose(accuracies, expected, rtol=0, atol=1e-12)
 
   # Points are first seen in their query frames, as the recorded measure has it.
   occluded = recorded['gt_occluded'] | (frames < query_frames[..., None])
@@ -65,8 +65,8 @@ def test_accuracy_is_as_recorded(golden, tmp_path):
   assert len(benchmark.names) > 10
   for name in benchmark.names:
     clip, number = benchmark.open(name), int(name[1])
-    found = recorded['pred_tracks'][number, clip.truth.points, clip.truth.query_frame :]
-    results = list(np.moveaxis(found.astype(np.float32), 1, 0))
+    tracks = recorded['pred_tracks'][number, clip.truth.points, clip.truth.query_frame :]
+    results = list(np.moveaxis(tracks.astype(np.float32), 1, 0))
     scores[name] = json.loads(json.dumps(benchmark.score(clip, results)))
   summary = benchmark.summarise(scores)
   assert list(summary) == [*NAMES, 'average_pts_within_thresh']
@@ -111,10 +111,10 @@ def test_all_protocols_and_layouts_are_read(tmp_path, protocol):
   content[2]['extra'] = np.float64(25)
   videos = tapvid.read_videos(save(tmp_path, content, protocol))
   assert list(videos) == ['0000', '0001', '0002']
-  for found, expected in zip(videos.values(), content, strict=True):
-    np.testing.assert_array_equal(found.frames, expected['video'])
-    np.testing.assert_array_equal(found.points, expected['points'])
-    np.testing.assert_array_equal(found.is_visible, ~expected['occluded'])
+  for loaded, expected in zip(videos.values(), content, strict=True):
+    np.testing.assert_array_equal(loaded.frames, expected['video'])
+    np.testing.assert_array_equal(loaded.points, expected['points'])
+    np.testing.assert_array_equal(loaded.is_visible, ~expected['occluded'])
 
 
 def test_files_of_numpy_1_are_read(tmp_path):
@@ -136,8 +136,8 @@ def test_a_point_is_the_centroid_of_its_label(tmp_path, grid):
   np.testing.assert_allclose(labels[..., 1:].sum(axis=(0, 1)), 1, rtol=1e-6)
   assert (labels[..., 1:] > 0).sum(axis=(0, 1)).max() <= 4
   np.testing.assert_allclose(labels[..., 0], np.maximum(1 - labels[..., 1:].sum(-1), 0), atol=1e-6)
-  found = benchmark.read_out(clip, 1, labels, geometry, PROTOCOLS['cropmae'])
-  np.testing.assert_allclose(found, clip.truth.positions[:, 0], atol=1e-3)
+  positions = benchmark.read_out(clip, 1, labels, geometry, PROTOCOLS['cropmae'])
+  np.testing.assert_allclose(positions, clip.truth.positions[:, 0], atol=1e-3)
 
 
 def test_points_at_the_border_stay_in_the_border_cells():
@@ -155,11 +155,11 @@ def test_a_point_without_label_stays_at_its_query(tmp_path):
   labels[1, 5, 2] = 0.1
   geometry = Geometry((64, 128), (4, 8))
   query = clip.truth.positions[:, 0].astype(np.float32)
-  found = benchmark.read_out(clip, 2, labels, geometry, PROTOCOLS['cropmae'])
-  np.testing.assert_array_equal(found, [query[0], (5.5 * 32, 1.5 * 64)])
+  positions = benchmark.read_out(clip, 2, labels, geometry, PROTOCOLS['cropmae'])
+  np.testing.assert_array_equal(positions, [query[0], (5.5 * 32, 1.5 * 64)])
   # The first frame's positions are given.
-  found = benchmark.read_out(clip, 0, labels, geometry, PROTOCOLS['cropmae'])
-  np.testing.assert_array_equal(found, query)
+  positions = benchmark.read_out(clip, 0, labels, geometry, PROTOCOLS['cropmae'])
+  np.testing.assert_array_equal(positions, query)
 
 
 def test_results_are_read_back(tmp_path):
@@ -180,8 +180,8 @@ def test_results_are_read_back(tmp_path):
 
 def test_the_threshold_itself_is_not_within():
   truth = np.full((1, 3, 2), 9.0)
-  found = truth + np.array([[0, 0], [0, 4], [0, 0]])
-  counts = tapvid.position_counts(found, truth, np.array([[False, True, True]]))
+  predicted = truth + np.array([[0, 0], [0, 4], [0, 0]])
+  counts = tapvid.position_counts(predicted, truth, np.array([[False, True, True]]))
   assert counts == {'visible': 2, 'within': {'1': 1, '2': 1, '4': 1, '8': 2, '16': 2}}
 
 

@@ -63,8 +63,8 @@ def test_the_score_is_that_of_the_published_evaluation(root, golden):
     encode=lambda geometry, protocol: None,
   )
   clip = Clip('one', frames, (27, 44), lambda number: None, truth)
-  vip, found = Vip(root), [recorded[f'{number}/found'] for number in range(frames)]
-  score = vip.score(clip, found)
+  vip, predicted = Vip(root), [recorded[f'{number}/found'] for number in range(frames)]
+  score = vip.score(clip, predicted)
   np.testing.assert_array_equal(score['confusion'], recorded['confusion'])
   summary = vip.summarise({'one': score})
   assert summary.pop('mIoU') == pytest.approx(100 * recorded['miou'], abs=1e-10)
@@ -119,8 +119,8 @@ def test_masks_of_cropmae_are_resized_to_the_frame_by_pillow(root):
   decode = functools.partial(PROTOCOLS['cropmae'].decode, labels, ids, geometry, benchmark='davis')
   pillow = Image.fromarray(decode(size=geometry.pixels)).resize(SIZE[::-1], Image.NEAREST)
   for number in (0, 2):
-    found = vip.read_out(clip, number, labels, geometry, PROTOCOLS['cropmae'])
-    np.testing.assert_array_equal(found, pillow)
+    mask = vip.read_out(clip, number, labels, geometry, PROTOCOLS['cropmae'])
+    np.testing.assert_array_equal(mask, pillow)
   assert (decode(size=SIZE) != np.asarray(pillow)).any()
 
 
