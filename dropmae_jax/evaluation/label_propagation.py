@@ -6,8 +6,8 @@ propagated are the soft ones, never a mask.
 
 Earlier frames lie in slots: slot 0 is the first frame, the others are a ring of the last n.
 `make_context` says which frames a frame looks at; the clip may begin with copies of its first
-frame, which are indices here, not data. Labels are propagated frame by frame, as features come: only n + 1
-frames are held, however long the clip is, and ties at the k-th similarity can be kept.
+frame, which are indices here, not data. Labels are propagated frame by frame, as features come:
+only n + 1 frames are held, however long the clip is, and ties at the k-th similarity can be kept.
 
 Sources: as of `protocols`, and RSP 5ea2b91.
 """
