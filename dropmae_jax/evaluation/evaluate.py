@@ -77,12 +77,9 @@ class Options:
 
 
 def make_propagation(protocol: Protocol, benchmark: str, **given: float | None) -> Propagation:
-  """Returns the settings of a protocol for a benchmark, with those that are given in their place.
+  """Returns the settings of a protocol for a benchmark (by name), with those that are given.
 
-  Args:
-    protocol: of the evaluation.
-    benchmark: a name in BENCHMARKS.
-    **given: fields of `Propagation`; None: not given. A radius of 0 is no limit.
+  Of these fields of `Propagation`, None keeps the protocol's, and a radius of 0 is no limit.
   """
   changes = {'top_k': protocol.top_k.get(benchmark, protocol.propagation.top_k)}
   changes |= {name: value for name, value in given.items() if value is not None}
