@@ -6,14 +6,11 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
-import time
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import run_python
 
 from tfds_kinetics import build, shards, workers
 from tfds_kinetics.configs import COLLECTIONS
@@ -111,22 +108,6 @@ def test_damaged_videos(clips, tmp_path):
   path.write_bytes(torn)
   kept = list(read_jpegs(str(path), FrameOptions(max_damage=suggested)))
   assert 0 < len(kept) <= 8
-
-
-def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
-  process = subprocess.Popen([sys.executable, *command(clips, tmp_path, '--workers=2')], cwd=ROOT)
-  partial = tmp_path / PARTIAL
-  deadline = time.monotonic() + 60
-  while not list(partial.glob('*.current')) and time.monotonic() < deadline:
-    time.sleep(0.002)
-  children = pathlib.Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-  assert children
-  process.kill()
-  process.wait()
-  deadline = time.monotonic() + 30
-  while any(pathlib.Path(f'/proc/{pid}').exists() for pid in children):
-    assert time.monotonic() < deadline
-    time.sleep(0.1)
 
 
 def test_long_videos_are_spread_over_files(clips, tmp_path, monkeypatch):

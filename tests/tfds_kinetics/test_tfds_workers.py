@@ -36,6 +36,34 @@ if __name__ == '__main__':
 """
 
 
+def started(clips, folder, *, deed, name='', options=()):
+  """A builder in a process group of its own; something happens at each video with `name` in it."""
+  script = folder / 'build.py'
+  script.write_text(SCRIPT.format(name=name, deed=deed, grace=(1.0, 0.5)))
+  return subprocess.Popen(
+    [sys.executable, script, *command(clips, folder, '--workers=2', *options)[2:]],
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+
+
+def until_there_is(pattern, process, folder):
+  """Waits for a file of the unfinished build, which `process` may not remove again."""
+  deadline = time.monotonic() + 60
+  while not list((folder / PARTIAL).glob(pattern)):
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < deadline, f'no {pattern}'
+    time.sleep(0.01)
+
+
+def until_reading(process, folder):
+  """Waits for the process of a worker to begin a video; its `deed` must keep it there."""
+  until_there_is('*.current', process, folder)
+
+
 def report_of(folder):
   return json.loads((folder / DATASET / 'build_report.json').read_text())
 
@@ -259,11 +287,8 @@ def test_a_thousand_damaged_videos(clips, tmp_path):
 def test_a_build_that_was_stopped_ends_like_one_that_was_not(
   data_dir, clips, tmp_path, number, workers
 ):
-  process = started(clips, tmp_path, deed='time.sleep(0.5)')
-  partial = tmp_path / PARTIAL
-  deadline = time.monotonic() + 60
-  while not list(partial.glob('train-*.json')) and time.monotonic() < deadline:
-    time.sleep(0.002)
+  process = started(clips, tmp_path, deed='time.sleep(1e6)', name='swaying')
+  until_there_is('train-*.json', process, tmp_path)
   if number == signal.SIGKILL:
     os.killpg(process.pid, number)
   else:
@@ -280,7 +305,7 @@ def test_a_build_that_was_stopped_ends_like_one_that_was_not(
   counted = [int(number) for number in re.findall(r'shard (\d+) of 9: ', done.stderr)]
   assert counted == list(range(there + 1, 10))
   assert contents(tmp_path / DATASET) == contents(data_dir / DATASET)
-  assert not partial.exists()
+  assert not (tmp_path / PARTIAL).exists()
 
 
 def test_an_array_job_writes_what_one_machine_does(clips, tmp_path):
@@ -333,29 +358,9 @@ def test_a_full_disk_is_no_fault_of_the_video(clips, tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def started(clips, folder, *, deed, options=()):
-  """A builder in a process group of its own, in whose processes something happens at each video."""
-  script = folder / 'build.py'
-  script.write_text(SCRIPT.format(name='', deed=deed, grace=(1.0, 0.5)))
-  return subprocess.Popen(
-    [sys.executable, script, *command(clips, folder, '--workers=2', *options)[2:]],
-    cwd=ROOT,
-    env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    stderr=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-  )
-
-
-def until_reading(folder):
-  deadline = time.monotonic() + 60
-  while not list((folder / PARTIAL).glob('*.current')) and time.monotonic() < deadline:
-    time.sleep(0.01)
-
-
 def test_ctrl_c_does_not_wait_for_the_video_nor_break_off_when_repeated(clips, tmp_path):
   process = started(clips, tmp_path, deed='time.sleep(1e6)')
-  until_reading(tmp_path)
+  until_reading(process, tmp_path)
   for _ in range(3):
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)
@@ -366,14 +371,30 @@ def test_ctrl_c_does_not_wait_for_the_video_nor_break_off_when_repeated(clips, t
 
 
 def test_a_suspended_build_blames_no_video(clips, tmp_path):
-  process = started(clips, tmp_path, deed='time.sleep(0.2)', options=['--time_limit=2'])
-  until_reading(tmp_path)
-  os.killpg(process.pid, signal.SIGSTOP)
+  """It suspends itself at a video, with all of its processes."""
+  (video, *_) = clips.glob('val/*/*.mp4')
+  deed = 'os.killpg(0, signal.SIGSTOP); time.sleep(1)'
+  process = started(clips, tmp_path, deed=deed, name=video.name, options=['--time_limit=2'])
+  assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
   time.sleep(6)
   os.killpg(process.pid, signal.SIGCONT)
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 0, errors
   assert list(skipped_of(tmp_path)) == ['train/bouncing/broken.mp4']
+
+
+def test_workers_end_when_the_builder_is_killed(clips, tmp_path):
+  process = started(clips, tmp_path, deed='time.sleep(1e6)')
+  until_reading(process, tmp_path)
+  threads = pathlib.Path(f'/proc/{process.pid}/task').glob('*/children')
+  children = [pid for thread in threads for pid in thread.read_text().split()]
+  assert len(children) > 1  # A worker, and the process that Python keeps for shared resources.
+  process.kill()
+  process.wait()
+  deadline = time.monotonic() + 30
+  while any(pathlib.Path(f'/proc/{pid}').exists() for pid in children):
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
 
 
 def test_a_mistyped_option_does_not_cost_what_is_finished(data_dir, clips, tmp_path):
@@ -392,7 +413,7 @@ def test_a_shard_is_written_by_one_task_only(clips, tmp_path):
   go_on = tmp_path / 'go_on'
   deed = f'while not os.path.exists({str(go_on)!r}): time.sleep(0.05)'
   first = started(clips, tmp_path, deed=deed, options=['--shard_range=1/3'])
-  until_reading(tmp_path)
+  until_reading(first, tmp_path)
   try:
     for other in ('--shard_range=1/3', '--shard_range=0/4', '--workers=1'):
       refused = run_python(*command(clips, tmp_path, other))
