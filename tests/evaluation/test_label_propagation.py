@@ -72,6 +72,13 @@ def test_labels_and_masks_are_those_of_the_published_evaluators(recorded, family
   if f'{case}/sure' in golden:
     sure = np.unpackbits(golden[f'{case}/sure'], axis=-1)[..., : size[1]].astype(bool)
   np.testing.assert_array_equal(predicted[first:][sure], expected[first:][sure])
+  if family == 'dino':
+    # CropMAE's masks are those of labels that are not scaled.
+    decode = PROTOCOLS['cropmae'].decode
+    unscaled = [decode(each, ids, GEOMETRY, size, 'davis') for each in soft[1:]]
+    changed = (predicted[1:] != unscaled).sum(axis=(1, 2))
+    unsure = (~sure).sum(axis=(1, 2))
+    assert (abs(changed - golden[f'{case}/changed_by_norm_mask']) <= unsure).all()
 
 
 def test_the_first_labels_are_those_of_the_published_evaluators(recorded):

@@ -133,6 +133,8 @@ def test_scores_are_those_of_the_official_evaluation(tmp_path, golden):
     for letter in 'JF':
       expected = recorded[f'seq/{name}/{letter}_statistics']
       np.testing.assert_allclose(scores[name][letter], expected, rtol=0, atol=1e-12)
+  objects = [f'{name}_{i + 1}' for name in names for i in range(len(scores[name]['J']))]
+  assert objects == recorded['all/objects'].tolist()
   summary = list(davis.summarise(scores).values())
   np.testing.assert_allclose(summary, 100 * recorded['all/global'], rtol=0, atol=1e-10)
   row = davis.table(scores)[names[1]]

@@ -25,6 +25,8 @@ def test_pairs_of_masks_have_the_recorded_measures(recorded):
     for side in ('truth', 'found'):
       boundary = recorded[f'pair/{name}/boundary_{side}']
       np.testing.assert_array_equal(measures.boundary_map(pair[side]), boundary, name)
+    tolerance = measures.boundary_tolerance(pair['truth'].shape)
+    assert tolerance == recorded[f'pair/{name}/tolerance']
     got = (
       measures.region_similarity(pair['truth'], pair['found']),
       measures.boundary_accuracy(pair['truth'], pair['found']),

@@ -49,6 +49,8 @@ def test_accuracy_is_as_recorded(golden, tmp_path):
       accuracies = [counts['within'][each.rpartition('_')[2]] / counts['visible'] for each in NAMES]
       expected = [recorded[f'{mode}/{each}'][number] for each in NAMES]
       np.testing.assert_allclose(accuracies, expected, rtol=0, atol=1e-12)
+      expected = recorded[f'{mode}/average_pts_within_thresh'][number]
+      np.testing.assert_allclose(np.mean(accuracies), expected, rtol=0, atol=1e-12)
 
   # Points are first seen in their query frames, as the recorded measure has it.
   occluded = recorded['gt_occluded'] | (frames < query_frames[..., None])
