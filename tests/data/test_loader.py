@@ -84,7 +84,11 @@ def test_two_batches_are_ready_and_no_more():
 
   batches = Loader(numbered, lambda: np.zeros(ROWS, int), move, rows=ROWS, num_threads=2)
   for taken in range(4):
-    time.sleep(0.1)
+    deadline = time.monotonic() + 60
+    while len(moved) < taken + loader.AHEAD:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    time.sleep(0.1)  # For more.
     assert moved == list(range(taken + loader.AHEAD))
     next(batches)
   batches.close()

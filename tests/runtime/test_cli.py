@@ -63,9 +63,9 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number, before):
   assert list(tmp_path.iterdir()) == []
 
 
-# Its cleanup takes some time.
+# Its cleanup takes until a line comes in.
 CLEANING = """
-import time
+import sys, time
 from dropmae_jax.runtime import cli
 
 def main():
@@ -74,7 +74,7 @@ def main():
     time.sleep(60)
   finally:
     print('cleaning', flush=True)
-    time.sleep(0.5)
+    sys.stdin.readline()
     print('clean', flush=True)
 
 cli.run(main)
@@ -82,11 +82,11 @@ cli.run(main)
 
 
 def test_a_second_sigterm_does_not_interrupt_the_cleanup():
-  process = start(CLEANING)
+  process = start(CLEANING, stdin=subprocess.PIPE)
   for text in ('working', 'cleaning'):
     assert process.stdout.readline() == f'{text}\n'
     process.send_signal(signal.SIGTERM)
-  assert process.communicate(timeout=60) == ('clean\n', 'stopped by SIGTERM\n')
+  assert process.communicate('\n', timeout=60) == ('clean\n', 'stopped by SIGTERM\n')
   assert process.returncode == 128 + signal.SIGTERM
 
 

@@ -28,6 +28,11 @@ number = int(sys.argv[-2].removeprefix('--process_id='))
 def tell(*words):
   # One call: print() makes several where Python does not buffer, and lines of processes mix.
   os.write(1, (' '.join(map(str, words)) + chr(10)).encode())
+def until_alone():
+  # The last one waits until it is known how the others have ended.
+  parent = os.getppid()
+  while len(open(f'/proc/{parent}/task/{parent}/children').read().split()) > 1:
+    time.sleep(0.01)
 %s
 '''
 sys.exit(local_processes.run(local_processes.connected([sys.executable, '-c', CHILD], 3)))
@@ -48,9 +53,13 @@ def test_every_process_is_told_its_place():
 @pytest.mark.parametrize(
   ('program', 'status'),
   [
-    ('time.sleep(number); sys.exit([0, 2, 69][number])', 2),
-    ('time.sleep(2 - number); sys.exit([75, 75, 0][number])', 75),
-    ('os.kill(os.getpid(), signal.SIGKILL) if number == 2 else time.sleep(1); sys.exit(69)', 137),
+    ('number == 2 and until_alone(); sys.exit([0, 2, 69][number])', 2),
+    ('number == 2 and until_alone(); sys.exit([75, 75, 0][number])', 75),
+    (
+      'number == 1 and os.kill(os.getpid(), signal.SIGKILL)\n'
+      'number == 2 and until_alone(); sys.exit([0, 0, 69][number])',
+      137,
+    ),
     # Those that do not end are killed.
     ('sys.exit(1) if number == 1 else time.sleep(60)', 1),
   ],
