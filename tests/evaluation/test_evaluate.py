@@ -6,13 +6,15 @@ import json
 import os
 import pickle
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 import scipy.io
-from conftest import assert_one_sentence
+from conftest import assert_one_sentence, run_python
 from PIL import Image
+from processes import running, wait_for_line
 
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Architecture, Objective
@@ -108,6 +110,47 @@ def test_finished_clips_are_not_computed_again(command, tmp_path, monkeypatch):
   assert computed == [*whole['clips'], second]
   assert results == whole
   assert 'finished before' in (tmp_path / 'out' / 'log.txt').read_text()
+
+
+# Hangs in the middle of the second clip.
+HANGING = """
+import threading
+from dropmae_jax.evaluation import evaluate
+from dropmae_jax.runtime import cli
+real, names = evaluate.evaluate_clip, []
+def evaluate_clip(benchmark, clip, *arguments):
+  names.append(clip.name)
+  for number, result in enumerate(real(benchmark, clip, *arguments)):
+    if len(names) == 2 and number == 2:
+      print('hanging', flush=True)
+      threading.Event().wait()
+    yield result
+evaluate.evaluate_clip = evaluate_clip
+cli.run(evaluate.main)
+"""
+
+
+def test_a_sigterm_keeps_what_is_finished(command, checkpoint, davis, tmp_path):
+  whole = command(output=tmp_path / 'whole')[1]
+  first, second = whole['clips']
+  out = tmp_path / 'out'
+  arguments = f'--checkpoint={checkpoint}', f'--root={davis}', f'--output={out}'
+  with running('-c', HANGING, 'davis', *arguments, *FAST) as process:
+    wait_for_line(process, 'hanging')
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert errors.splitlines()[-1] == 'stopped by SIGTERM'
+  assert 'Traceback' not in errors
+  assert [path.name for path in (out / 'results').iterdir()] == [first]
+  kept = {path: path.stat().st_mtime_ns for path in (out / 'results' / first).iterdir()}
+  done = run_python('-m', 'dropmae_jax.evaluation.evaluate', 'davis', *arguments, *FAST)
+  assert done.returncode == 0, done.stderr
+  assert json.loads((out / 'results.json').read_text()) == whole
+  assert {path: path.stat().st_mtime_ns for path in (out / 'results' / first).iterdir()} == kept
+  for name in (first, second):
+    for path in (out / 'results' / name).iterdir():
+      assert path.read_bytes() == (tmp_path / 'whole' / 'results' / name / path.name).read_bytes()
 
 
 def test_nothing_is_compiled_for_the_second_clip(command, monkeypatch):
