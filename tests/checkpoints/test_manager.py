@@ -570,12 +570,17 @@ def test_a_disk_that_is_full_at_the_end_is_no_success(data_dir, tmp_path):
   assert 'resuming after step 2 of 5' in done.stdout
 
 
-# Kills itself in the middle of the writing of the checkpoint of step 6.
+# Kills itself in the middle of the writing of the checkpoint of step 6, which waits for that.
 KILLED_WHILE_SAVING = """
 import os, pathlib, signal, threading, time
 from dropmae_jax import main
 from dropmae_jax.checkpoints import manager
-real = manager.Checkpoints.save
+real, rename = manager.Checkpoints.save, os.rename
+def hold(old, new, **other):
+  if pathlib.Path(new) == pathlib.Path(WORKDIR, 'checkpoints', '6'):
+    threading.Event().wait()
+  rename(old, new, **other)
+os.rename = hold
 def watch():
   folder = pathlib.Path(WORKDIR, 'checkpoints')
   while not list(folder.glob('6.*tmp*/params*')):
