@@ -166,7 +166,11 @@ def _stretched(labels: Float32[np.ndarray, 'h w labels']) -> Float32[np.ndarray,
 
 PROTOCOLS: dict[str, Protocol] = {
   'cropmae': Protocol(
-    propagation=Propagation(20, True, 20, 'disk', False, 7, 0.7, False), top_k={'vip': 10},
+    propagation=Propagation(
+      num_previous=20, has_copies=True, radius=20, shape='disk', is_first_limited=False,
+      top_k=7, temperature=0.7, keeps_ties=False,
+    ),
+    top_k={'vip': 10},
     resize=_resize_floats, deviation=pixels.IMAGENET_DEVIATION,
     input_size={
       'davis': lambda *_: (480, 880), 'vip': _long_side_880, 'tapvid': lambda *_: (480, 480),
@@ -175,7 +179,11 @@ PROTOCOLS: dict[str, Protocol] = {
     resize_mask={'davis': _resize_nearest_by_opencv, 'vip': resize_nearest}, reads_out_first=True,
   ),
   'dino': Protocol(
-    propagation=Propagation(7, False, 12, 'square', True, 5, 0.1, True), top_k={},
+    propagation=Propagation(
+      num_previous=7, has_copies=False, radius=12, shape='square', is_first_limited=True,
+      top_k=5, temperature=0.1, keeps_ties=True,
+    ),
+    top_k={},
     resize=_resize_bytes, deviation=(0.228, 0.224, 0.225),  # Red differs from ImageNet's.
     input_size={'davis': _short_side_480, 'vip': _short_side_480, 'tapvid': lambda *_: (480, 480)},
     rounds_up=False, encode=functools.partial(_encode_hard, has_all=False),
@@ -183,7 +191,11 @@ PROTOCOLS: dict[str, Protocol] = {
     resize_mask={'davis': resize_nearest, 'vip': resize_nearest}, reads_out_first=False,
   ),
   'dinov3': Protocol(
-    propagation=Propagation(7, False, 12, 'closed disk', True, 5, 0.2, True), top_k={},
+    propagation=Propagation(
+      num_previous=7, has_copies=False, radius=12, shape='closed disk', is_first_limited=True,
+      top_k=5, temperature=0.2, keeps_ties=True,
+    ),
+    top_k={},
     resize=_resize_bicubic, deviation=pixels.IMAGENET_DEVIATION,
     input_size={'davis': _short_side_960, 'vip': _short_side_960, 'tapvid': lambda *_: (960, 960)},
     rounds_up=True, encode=functools.partial(_encode_hard, has_all=True),
