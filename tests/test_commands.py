@@ -93,6 +93,7 @@ cli.run(main.main)
 """
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(trained, data_dir, tmp_path):
   """Eight steps in one go equal five, a kill -9, and what is left from the checkpoint of three."""
   arguments = train_arguments(

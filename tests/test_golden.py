@@ -75,7 +75,9 @@ def imported(state, tmp_path_factory):
     pytest.param('fwd_p04_raw', True, marks=pytest.mark.slow),
   ],
 )
-def test_forward_and_gradients(golden, state, request, tmp_path, name, through_checkpoint):
+def test_forward_and_gradients(
+  golden, state, request, run_here, tmp_path, name, through_checkpoint
+):
   recorded = golden(name)
   config = CONFIG | {'P': float(recorded['P']), 'norm_pix_loss': bool(recorded['norm_pix'])}
   source = []
@@ -91,9 +93,7 @@ def test_forward_and_gradients(golden, state, request, tmp_path, name, through_c
     'config': json.dumps(config),
   }
   np.savez(tmp_path / 'case.npz', **case)
-  done = run_python(
-    'tests/parity.py', f'--case={tmp_path}/case.npz', f'--output={tmp_path}/o.npz', *source
-  )
+  done = run_here(parity.main, f'--case={tmp_path}/case.npz', f'--output={tmp_path}/o.npz', *source)
   assert done.returncode == 0, done.stderr
   result = np.load(tmp_path / 'o.npz')
 

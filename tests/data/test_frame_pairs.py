@@ -110,34 +110,37 @@ def test_a_stream_resumes_at_any_step(step):
   assert_same(batches(videos, 8)[step:], batches(videos, 8 - step, first_step=step))
 
 
-# Prints a digest of every pair of three batches, two epochs of the six videos.
+# Prints a digest of every pair of three batches, two epochs of the six videos; once for each group
+# of host, number of hosts and threads.
 HOST = """
 import contextlib, hashlib, sys
 from dropmae_jax.config import DataOptions
 from dropmae_jax.data import frame_pairs, video_source
-host, num_hosts, num_threads = map(int, sys.argv[2:])
-dataset = video_source.open_dataset(sys.argv[1], 'kinetics_frames/folder')
-options = DataOptions(frame_gap=4, num_threads=num_threads)
-stream = frame_pairs.pair_batches(dataset, options, image_size=16, batch_size=4, seed=7,
-                                  host=host, num_hosts=num_hosts)
-with contextlib.closing(stream):
-  for batch in [next(stream) for _ in range(3)]:
-    pairs = zip(batch['frames'], batch['video'], batch['frame_numbers'], strict=True)
-    print(*(hashlib.sha256(b''.join(a.tobytes() for a in pair)).hexdigest() for pair in pairs))
+for group in sys.argv[2:]:
+  host, num_hosts, num_threads = map(int, group.split(','))
+  dataset = video_source.open_dataset(sys.argv[1], 'kinetics_frames/folder')
+  options = DataOptions(frame_gap=4, num_threads=num_threads)
+  stream = frame_pairs.pair_batches(dataset, options, image_size=16, batch_size=4, seed=7,
+                                    host=host, num_hosts=num_hosts)
+  with contextlib.closing(stream):
+    for batch in [next(stream) for _ in range(3)]:
+      pairs = zip(batch['frames'], batch['video'], batch['frame_numbers'], strict=True)
+      print(*(hashlib.sha256(b''.join(a.tobytes() for a in pair)).hexdigest() for pair in pairs))
 """
 
 
 def test_two_epochs_are_the_same_on_any_threads_and_hosts(data_dir):
-  def digests(host, num_hosts, num_threads):
-    done = run_python('-c', HOST, data_dir, host, num_hosts, num_threads)
+  def digests(*groups):
+    done = run_python('-c', HOST, data_dir, *groups)
     assert done.returncode == 0, done.stderr
-    return [line.split() for line in done.stdout.splitlines()]
+    batches_of = [line.split() for line in done.stdout.splitlines()]
+    return [batches_of[start : start + 3] for start in range(0, len(batches_of), 3)]
 
-  whole = digests(0, 1, 1)
+  (whole,) = digests('0,1,1')
   assert [len(batch) for batch in whole] == [4, 4, 4]
   assert len({pair for batch in whole for pair in batch}) == 12
-  assert digests(0, 1, 3) == whole
-  halves = digests(0, 2, 1), digests(1, 2, 2)
+  threads, *halves = digests('0,1,3', '0,2,1', '1,2,2')  # In another process, too.
+  assert threads == whole
   assert [first + second for first, second in zip(*halves, strict=True)] == whole
 
 

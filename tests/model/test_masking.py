@@ -56,11 +56,11 @@ def test_restore_undoes_select(seed, visible):
 
 def test_random_masking_is_joint_over_both_frames():
   """The number of the first frame is hypergeometric: mean 49, deviation 4.3, of 98 visible."""
-  keys = jax.random.split(jax.random.key(0), 20_000)
+  keys = jax.random.split(jax.random.key(0), 4_000)
   masked = masking.random_masking(keys, num_tokens=392, mask_ratio=0.75)
   share = np.asarray((masked.visible < 196).sum(axis=1))
-  assert share.mean() == pytest.approx(49.0, abs=0.15)
-  assert share.std() == pytest.approx(4.3, abs=0.1)
+  assert share.mean() == pytest.approx(49.0, abs=0.25)
+  assert share.std() == pytest.approx(4.3, abs=0.15)
 
 
 def test_visible_tokens_come_in_the_order_of_their_noise():

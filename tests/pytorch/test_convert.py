@@ -59,10 +59,10 @@ SMALL = dataclasses.replace(
 @needs_torch
 def test_out_and_in_and_out_again(trained, tmp_path, command):
   path = tmp_path / 'dropmae.pth'
-  done = run_python('convert_to_torch.py', f'--checkpoint={trained}', f'--output={path}')
-  assert done.returncode == 0, done.stderr
-  assert 'verified: features in PyTorch and in JAX differ by' in done.stdout
-  assert 'See docs/convert.md' in done.stdout
+  status, out, err = command(f'--checkpoint={trained}', f'--output={path}')
+  assert (status, err) == (0, '')
+  assert 'verified: features in PyTorch and in JAX differ by' in out
+  assert 'See docs/convert.md' in out
   content = torch.load(path, weights_only=True)
   assert list(content) == ['model', 'epoch', 'args']
   # 6 videos are one batch of 4: an epoch is a step, and the eighth is number 7.
@@ -130,13 +130,18 @@ def test_training_goes_on_from_what_came_through_pytorch(trained, data_dir, tmp_
   assert_same_weights(back, trained)
 
 
+QUICK = ('encoder', 'pth'), ('timm', 'safetensors')
+
+
 @needs_torch
 @pytest.mark.parametrize(
   ('layout', 'file_format'),
   [
-    # One of the formats of each layout; the others take as long.
+    # Both formats and both other layouts; the whole one goes out and in above.
     pytest.param(
-      layout, kind, marks=() if (kind == 'pth') == (layout == 'encoder') else pytest.mark.slow
+      layout,
+      kind,
+      marks=() if (layout, kind) in QUICK else pytest.mark.slow,
     )
     for layout in layouts.LAYOUTS
     for kind in weight_files.FORMATS

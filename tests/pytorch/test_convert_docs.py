@@ -18,8 +18,14 @@ BASE = architecture_of_size('B')
 
 @pytest.fixture(scope='module')
 def params():
-  drawn = mae.init_params(jax.random.key(0), BASE)
-  return jax.tree.map(np.asarray, drawn)
+  """Of the size of initial ones; no program is compiled for them."""
+  rng = np.random.default_rng(0)
+  _, shapes = mae.abstract_model(BASE)
+
+  def draw(path, x):
+    return 0.04 * rng.standard_normal(x.shape, np.float32) + np.float32("'scale'" in str(path[-1]))
+
+  return jax.tree.map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope='module')

@@ -112,21 +112,22 @@ def test_they_share_the_cores(data_dir, tmp_path, monkeypatch, run_here, given, 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (['--local_processes=0'], '--local_processes=0 is not a number of processes; give 1 or more.'),
     (['--local_processes=2', '--distributed'], 'starts all processes of a run itself; give it alo'),
-    (['--local_processes=2', '--process_id=0'], 'starts all processes of a run itself; give it al'),
     (['--distributed', '--local_device_ids=a'], '--local_device_ids=a is not a list of numbers su'),
   ],
 )
-def test_options_that_contradict_one_another(data_dir, tmp_path, options, message):
-  done = run_python(*train_arguments(data_dir, tmp_path, '--config.num_steps=1', *options))
+def test_options_that_contradict_one_another(data_dir, tmp_path, run_here, options, message):
+  arguments = train_arguments(data_dir, tmp_path, '--config.num_steps=1', *options)[2:]
+  done = run_here(main.main, *arguments)
   assert_one_sentence(done, message)
 
 
-def test_a_launcher_around_it_is_refused(data_dir, tmp_path, monkeypatch):
+def test_a_launcher_around_it_is_refused(data_dir, tmp_path, monkeypatch, run_here):
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
-  arguments = train_arguments(data_dir, tmp_path, '--config.num_steps=1', '--local_processes=2')
-  assert_one_sentence(run_python(*arguments), 'SLURM_STEP_NUM_TASKS=2: a launcher has started sev')
+  arguments = train_arguments(data_dir, tmp_path, '--config.num_steps=1', '--local_processes=2')[2:]
+  assert_one_sentence(
+    run_here(main.main, *arguments), 'SLURM_STEP_NUM_TASKS=2: a launcher has started sev'
+  )
 
 
 # The first process of a container, as which a trainer starts another that hangs.
