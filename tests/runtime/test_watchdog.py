@@ -131,9 +131,21 @@ def test_no_time_passes_while_the_watchdog_is_suspended():
   assert errors.startswith('error: the last took more than 1 s')
 
 
+# Sends a signal to the watchdog once that has said that it ignores it; before, it would end it.
+SIGNALLED = """
+def ignored():
+  with open(f'/proc/{watchdog._process.pid}/status') as file:
+    return int(file.read().split('SigIgn:')[1].split()[0], 16)
+while not ignored() >> (NUMBER - 1) & 1:
+  time.sleep(0.01)
+os.kill(watchdog._process.pid, NUMBER)
+time.sleep(60)
+"""
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_to_all_processes_of_a_job_do_not_end_the_watchdog(number):
-  program = BEGIN + f'time.sleep(0.3); os.kill(watchdog._process.pid, {number:d}); time.sleep(60)'
+  program = BEGIN + SIGNALLED.replace('NUMBER', f'{number:d}')
   done = run_python('-c', program, timeout=30)
   assert done.returncode == ABORTED, done.stderr
 
