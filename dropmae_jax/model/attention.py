@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
-from jaxtyping import Array, Float, Key
+from einops import rearrange, repeat
+from jaxtyping import Array, Bool, Float, Key
 
 from dropmae_jax.model import asad, fast_asad
 from dropmae_jax.model.chunks import NO_LOOP, Loop, in_chunks
@@ -24,21 +24,33 @@ def dense_attention(
   key: Float[Array, 'b l m e'],
   value: Float[Array, 'b l m e'],
   *,
+  present: Bool[Array, 'b l'] | None = None,
   loop: Loop = NO_LOOP,
 ) -> Float[Array, 'b l m e']:
   """Softmax attention without dropout; the softmax is in float32.
 
   The backward pass of a loop of more than one chunk rematerialises the logits.
+
+  Args:
+    query: one vector per token and head.
+    key: likewise.
+    value: likewise.
+    present: the tokens that are attended to, at least one of a sample; None: all.
+    loop: the size of the chunks.
   """
 
-  def attend(query: Array, key: Array, value: Array, nothing: None) -> Array:
-    del nothing
+  def attend(query: Array, key: Array, value: Array, present: Array | None) -> Array:
     query, key, value = (rearrange(each, 'b l m e -> b m l e') for each in (query, key, value))
     logits = jnp.einsum('bmie,bmje->bmij', query, key, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(logits * query.shape[-1] ** -0.5).astype(value.dtype)
+    logits = logits * query.shape[-1] ** -0.5
+    if present is not None:
+      logits = jnp.where(present[:, :, None], logits, -jnp.inf)
+    probs = jax.nn.softmax(logits).astype(value.dtype)
     return rearrange(jnp.einsum('bmij,bmje->bmie', probs, value), 'b m l e -> b l m e')
 
-  return in_chunks(attend, query, key, value, None, loop, rematerialise=True)
+  if present is not None:
+    present = repeat(present, 'b l -> b m l', m=query.shape[2])
+  return in_chunks(attend, query, key, value, present, loop, rematerialise=True)
 
 
 class Implementations(NamedTuple):

@@ -78,9 +78,12 @@ def _largest_divisor(number: int, most: float) -> int:
   return max(k for k in range(1, number + 1) if number % k == 0 and k <= max(most, 1))
 
 
-def split_heads(per_head: Shaped[Array, 'b m'], counts: ChunkCounts) -> Shaped[Array, 'g c k']:
-  """Returns the numbers of the heads by chunk: g chunks of k heads of c samples."""
-  return rearrange(per_head, '(s c) (h k) -> (s h) c k', s=counts.samples, h=counts.heads)
+def split_heads(
+  per_head: Shaped[Array, 'b m ...'], counts: ChunkCounts
+) -> Shaped[Array, 'g c k ...']:
+  """Returns what belongs to the heads by chunk: g chunks of k heads of c samples."""
+  pattern = '(s c) (h k) ... -> (s h) c k ...'
+  return rearrange(per_head, pattern, s=counts.samples, h=counts.heads)
 
 
 def in_chunks(
@@ -103,7 +106,7 @@ def in_chunks(
     query: one vector per token and head.
     key: likewise.
     value: likewise.
-    per_head: a tree of arrays [b, m]; None: there are none.
+    per_head: a tree of arrays [b, m, ...]; None: there are none.
     loop: the size of the chunks.
     rematerialise: a loop stores no residuals: its backward pass rematerialises them.
   """

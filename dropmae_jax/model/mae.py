@@ -186,7 +186,7 @@ def pretraining_loss(
   return reconstruction_loss(reconstruction, targets, normalise_targets=objective.normalise_targets)
 
 
-class _ParamKeys(nnx.Rngs):
+class ParamKeys(nnx.Rngs):
   """The keys of `nnx.Rngs(params=key)`, counted in Python.
 
   Flax (0.12.8) keeps the count in an array. Under tracing, each access to it searches the trace
@@ -213,7 +213,7 @@ def abstract_model(
   """
 
   def make() -> MaskedAutoencoder:
-    keys = _ParamKeys(jax.random.key(0))
+    keys = ParamKeys(jax.random.key(0))
     return MaskedAutoencoder(architecture, rngs=keys, dtype=dtype, remat=remat)
 
   model = nnx.eval_shape(make)
@@ -224,7 +224,7 @@ def abstract_model(
 @functools.partial(jax.jit, static_argnames='architecture')
 def init_params(key: Key[Array, ''], architecture: Architecture) -> dict:
   """Draws initial parameters (always float32) as published, and returns them as a pure dict."""
-  model = MaskedAutoencoder(architecture, rngs=_ParamKeys(key))
+  model = MaskedAutoencoder(architecture, rngs=ParamKeys(key))
   return nnx.to_pure_dict(nnx.state(model))
 
 
