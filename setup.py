@@ -39,7 +39,7 @@ setup(
     'opencv-python-headless>=4.10,<6',
     'optax>=0.2.8,<0.3',
     'orbax-checkpoint>=0.12.8,<0.13',
-    'pillow>=10,<14',
+    'pillow>=10.1,<14',
     'safetensors>=0.5,<0.9',
     'scipy>=1.14,<2',
     'simplejpeg>=1.8,<2',
