@@ -99,7 +99,7 @@ _SIZES = 'location error threshold (sizes of the target)'
 
 
 def _ope_curves(
-  overlaps: Float64[np.ndarray, ' t'], relative: Float64[np.ndarray, ' t']
+  overlaps: Float64[np.ndarray, ' t'], relative: Float64[np.ndarray, ' u']
 ) -> dict[str, Curve]:
   return {
     'success': Curve('overlap', overlaps, np.greater, _OVERLAP),

@@ -14,7 +14,7 @@ from dropmae_jax.tracking.sequences.sequence import Sequence
 Boxes = Float64[np.ndarray, 'n 4']
 # By name: 'overlap', intersection over union; 'centre', distance in pixels; 'relative', distance in
 # widths and heights of the true box; of the frames that count.
-Errors = dict[str, Float64[np.ndarray, ' n']]
+Errors = dict[str, Float64[np.ndarray, ' counted']]
 
 
 def got10k_val(sequence: Sequence, boxes: Boxes) -> Errors:
@@ -43,7 +43,8 @@ def _clipped(boxes: Boxes, size: tuple[int, int]) -> Boxes:
 
 def _overlap_of_got10k(found: Boxes, truth: Boxes) -> Float64[np.ndarray, ' n']:
   inter, union = _areas(found, truth)
-  return np.clip(inter / (union + np.finfo(np.float64).eps), 0, 1)
+  overlap = np.clip(inter / (union + np.finfo(np.float64).eps), 0, 1)
+  return np.nan_to_num(overlap, nan=0.0)
 
 
 def _areas(

@@ -93,9 +93,11 @@ class _Pen:
     self._font = ImageFont.load_default(SCALE * FONT_SIZE)
 
   def text(self, place: tuple[float, float], text: str, colour: str = 'black') -> None:
+    """Writes text from its upper left corner."""
     self._pen.text((SCALE * place[0], SCALE * place[1]), text, fill=colour, font=self._font)
 
   def line(self, points: list[tuple[float, float]], colour: str, width: float) -> None:
+    """Draws a line through points."""
     scaled = [(SCALE * x, SCALE * y) for x, y in points]
     self._pen.line(scaled, fill=colour, width=round(SCALE * width), joint='curve')
 

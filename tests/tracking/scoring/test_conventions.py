@@ -1,0 +1,141 @@
+"""The scoring conventions against numbers recorded from the toolkits (tests/golden)."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from dropmae_jax.tracking.scoring import conventions
+from dropmae_jax.tracking.scoring.conventions import CONVENTIONS
+from dropmae_jax.tracking.sequences.sequence import Sequence
+
+# Recorded names of one number, by ours; recorded fractions are marked by a factor of 100.
+OPE = {'success': 'success', 'success_rate': 'success_rate50', 'precision': 'precision'}
+OSTRACK = {name: name.lower() for name in ('AUC', 'OP50', 'OP75', 'precision', 'norm_precision')}
+RECORDED = {
+  'got10k_lasot': ('got10k', 100, {**OPE, 'norm_precision': 'norm_precision'}),
+  'got10k_otb': ('got10k', 100, OPE),
+  'got10k': ('got10k-got10k', 100, {'AO': 'ao', 'SR0.50': 'sr50', 'SR0.75': 'sr75'}),
+  'pytracking_otb': ('ostrack', 1, OSTRACK),
+  'pytracking_lasot': ('ostrack-lasot', 1, OSTRACK),
+  'pytracking_lasot_extension_subset': ('ostrack-lasot_ext', 1, OSTRACK),
+  'pytracking_uav': ('ostrack-uav', 1, OSTRACK),
+  'trackingnet': (
+    'trackingnet', 1, {key: key for key in ('coverage', 'success', 'precision', 'norm_precision')}
+  ),
+}  # fmt: skip
+# Recorded curves, by ours; those of data sets, then those of sequences.
+CURVES = {'success': 'success_curve', 'precision': 'precision_curve',
+          'norm_precision': 'norm_precision_curve'}  # fmt: skip
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope='module')
+def recorded(golden):
+  return golden('tracker/tracker_scores')
+
+
+def sequences_of(recorded):
+  """The recorded sequences, and the predictions for each."""
+  for name in recorded['names']:
+    part = {key: recorded[f'{name}/{key}'] for key in ('gt', 'pred', 'cover', 'size_wh')}
+    labels = [recorded[f'{name}/{key}'] for key in ('full_occlusion', 'out_of_view')]
+    frames = tuple(pathlib.Path(str(number)) for number in range(len(part['gt'])))
+    sequence = Sequence(
+      str(name),
+      frames,
+      part['gt'],
+      in_view=(labels[0] == 0) & (labels[1] == 0),
+      cover=part['cover'],
+      size=tuple(part['size_wh'].tolist()),
+    )
+    yield sequence, part['pred']
+
+
+def measured_of(recorded, name):
+  convention = CONVENTIONS[name]
+  each = [
+    conventions.measure(convention, convention.errors(sequence, boxes))
+    for sequence, boxes in sequences_of(recorded)
+  ]
+  return convention, each, conventions.combine(convention, each)
+
+
+def test_every_convention_was_recorded():
+  assert {name for name, _, _ in RECORDED.values()} == CONVENTIONS.keys()
+
+
+@pytest.mark.parametrize('tag', RECORDED)
+def test_numbers_are_as_recorded(recorded, tag):
+  name, factor, names = RECORDED[tag]
+  convention, _, total = measured_of(recorded, name)
+  numbers = conventions.in_percent(convention.numbers, total)
+  scalars = {key for key in recorded if key.startswith(f'{tag}/') and not recorded[key].shape}
+  assert scalars == {f'{tag}/{theirs}' for theirs in names.values()}
+  for ours, theirs in names.items():
+    expected = factor * recorded[f'{tag}/{theirs}']
+    assert numbers[ours] == pytest.approx(expected, rel=TOLERANCE), ours
+
+
+@pytest.mark.parametrize('tag', RECORDED)
+def test_curves_are_as_recorded(recorded, tag):
+  name, factor, _ = RECORDED[tag]
+  _, each, total = measured_of(recorded, name)
+  names = {'success': 'curve'} if tag == 'got10k' else CURVES
+  for curve, theirs in names.items():
+    if f'{tag}/{theirs}' in recorded:
+      expected = factor * recorded[f'{tag}/{theirs}']
+      np.testing.assert_allclose(100 * total.curves[curve], expected, rtol=TOLERANCE)
+    if f'{tag}/sequence_{theirs}' in recorded:
+      expected = recorded[f'{tag}/sequence_{theirs}']
+      np.testing.assert_allclose([m.curves[curve] for m in each], expected, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+  ('key', 'number', 'factor'),
+  [
+    ('got10k/sequence_ao', 'AO', 100),
+    ('got10k/sequence_sr50', 'SR0.50', 100),
+    ('got10k_lasot/sequence_success', 'success', 100),
+    ('got10k_otb/sequence_success', 'success', 100),
+    *((f'{tag}/sequence_mean_overlap', 'mean_overlap', 100)
+      for tag in RECORDED if tag.startswith('pytracking')),
+    ('trackingnet/sequence', ('coverage', 'success', 'precision', 'norm_precision'), 1),
+  ],
+)  # fmt: skip
+def test_numbers_of_sequences_are_as_recorded(recorded, key, number, factor):
+  convention, each, _ = measured_of(recorded, RECORDED[key.partition('/')[0]][0])
+  numbers = {**convention.numbers, **convention.sequence_numbers}
+  found = [conventions.in_percent(numbers, measured) for measured in each]
+  expected = factor * recorded[key]
+  columns = number if isinstance(number, tuple) else (number,)
+  for column, values in zip(columns, expected.reshape(len(found), -1).T, strict=True):
+    np.testing.assert_allclose([row[column] for row in found], values, rtol=TOLERANCE)
+
+
+def test_all_recorded_arrays_are_compared(recorded):
+  """Every array is an input, or is compared above."""
+  compared = {'got10k/curve', 'trackingnet/sequence', 'pytracking_thresholds', 'names'}
+  for tag, (_, _, names) in RECORDED.items():
+    compared |= {f'{tag}/{each}' for each in names.values()}
+    compared |= {
+      f'{tag}/{before}{each}' for each in CURVES.values() for before in ('', 'sequence_')
+    }
+    compared |= {f'{tag}/sequence_{each}' for each in ('ao', 'sr50', 'success', 'mean_overlap')}
+  inputs = {f'{name}/{key}' for name in recorded['names'] for key in
+            ('gt', 'pred', 'full_occlusion', 'out_of_view', 'cover', 'size_wh')}  # fmt: skip
+  assert recorded.keys() <= compared | inputs
+  thresholds = CONVENTIONS['ostrack'].curves['success'].thresholds
+  np.testing.assert_allclose(thresholds, recorded['pytracking_thresholds'], atol=1e-7)
+
+
+@pytest.mark.parametrize('name', CONVENTIONS)
+def test_frames_without_a_true_box_do_not_crash(recorded, name):
+  """Some data sets say so with NaN."""
+  sequence, boxes = next(sequences_of(recorded))
+  truth = np.where(np.arange(sequence.num_frames)[:, None] < 3, sequence.boxes, np.nan)
+  sequence = dataclasses.replace(sequence, boxes=truth)
+  measured = conventions.measure(CONVENTIONS[name], CONVENTIONS[name].errors(sequence, boxes))
+  for curve in measured.curves.values():
+    assert np.isfinite(curve).all()
