@@ -57,10 +57,12 @@ setup(
     'dev': [
       'beartype>=0.22.1,<0.24',
       'dm-pix>=0.4.5,<0.5',
+      'got10k>=0.1.3,<0.2',
       'hypothesis>=6.100,<7',
       'pytest>=8,<10',
       'pytest-xdist>=3.6,<4',
       'ruff>=0.9,<0.18',
+      'six>=1.16,<2',  # Which got10k does not ask for.
     ],
   },
 )
