@@ -110,6 +110,7 @@ def _ope_curves(
 
 _GOT10K = 'GOT-10k toolkit (got-10k/toolkit 956e728)'
 _OSTRACK = "the published tracker's own analysis (jimmy-dq/DropTrack 4364304, as in OSTrack)"
+# It is pytracking's, but for curves that are shares of all frames in every data set.
 _OSTRACK_RULES = (
   'success over all frames at 21 thresholds and its mean; precision at 20 pixels; normalised'
   ' precision at 0.2; a prediction of zero size repeats the one before; frames without a true box'

@@ -61,14 +61,16 @@ def draw(
   pen.text((LEFT, 36), toolkit, '#555555')
   _draw_grid(pen, axes, label)
   colours = [COLOURS[number % len(COLOURS)] for number in range(len(lines))]
+  # A second round of the colours is thinner.
+  widths = [3 if number < len(COLOURS) else 1 for number in range(len(lines))]
   # The first tracker is drawn last, over the others.
-  for line, colour in reversed(list(zip(lines, colours, strict=True))):
+  for line, colour, line_width in reversed(list(zip(lines, colours, widths, strict=True))):
     points = [axes.place(*point) for point in zip(thresholds, line.percent, strict=True)]
-    pen.line(points, colour, 2.5)
+    pen.line(points, colour, line_width)
   order = sorted(range(len(lines)), key=lambda number: -lines[number].number)
   for row, number in enumerate(order):
     y = TOP + HEIGHT + BOTTOM + ROW * row
-    pen.line([(LEFT, y), (LEFT + 28, y)], colours[number], 3)
+    pen.line([(LEFT, y), (LEFT + 28, y)], colours[number], widths[number])
     pen.text((LEFT + 38, y - 9), f'{lines[number].number:6.2f}   {one_line(lines[number].tracker)}')
   return sheet.resize(size, Image.Resampling.BOX)
 
@@ -96,10 +98,10 @@ class _Pen:
     """Writes text from its upper left corner."""
     self._pen.text((SCALE * place[0], SCALE * place[1]), text, fill=colour, font=self._font)
 
-  def line(self, points: list[tuple[float, float]], colour: str, width: float) -> None:
+  def line(self, points: list[tuple[float, float]], colour: str, width: int) -> None:
     """Draws a line through points."""
     scaled = [(SCALE * x, SCALE * y) for x, y in points]
-    self._pen.line(scaled, fill=colour, width=round(SCALE * width), joint='curve')
+    self._pen.line(scaled, fill=colour, width=SCALE * width, joint='curve')
 
 
 def save(image: Image.Image, path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ content = score(results, 'got10k', root, split='val', plots=folder)
 for line in table(content): ...
 """
 
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -101,7 +102,7 @@ def _by_name(folders: list[pathlib.Path]) -> dict[str, pathlib.Path]:
   """Returns folders by the names of their trackers."""
   named: dict[str, pathlib.Path] = {}
   for folder in folders:
-    name = folder.absolute().name
+    name = os.path.basename(os.path.abspath(folder))
     if name in named:
       raise UserError(
         f'{named[name]} and {folder} are both called {name!r}; rename one of the folders, as the'

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Callable
 
-from dropmae_jax.runtime.errors import UserError, check_name
+from dropmae_jax.runtime.errors import UserError, check_name, os_errors_as_user_errors
 from dropmae_jax.tracking.sequences import folder, got10k, lasot, otb, trackingnet
 from dropmae_jax.tracking.sequences.sequence import Sequence
 
@@ -31,4 +31,5 @@ def open_sequences(benchmark: str, root: pathlib.Path, split: str | None = None)
   check_name('--dataset', benchmark, BENCHMARKS)
   if not root.is_dir():
     raise UserError(f'--root={root} is no folder; give the folder of the data set.')
-  return BENCHMARKS[benchmark](root, split)
+  with os_errors_as_user_errors(f'--root={root} cannot be read', 'give a readable folder.'):
+    return BENCHMARKS[benchmark](root, split)

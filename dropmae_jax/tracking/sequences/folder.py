@@ -7,6 +7,7 @@ The frames are all images, in the order of the numbers in their names. A single 
 first frame: enough for tracking, but not for scores.
 """
 
+import os
 import pathlib
 
 from dropmae_jax.runtime.errors import UserError
@@ -37,10 +38,11 @@ def open_split(root: pathlib.Path, split: str | None = None) -> list[Sequence]:
 
 def _open_sequence(folder: pathlib.Path) -> Sequence:
   boxes = common.read_boxes(folder / TRUTH, 'correct the file')
-  frames = common.all_frames(folder / 'img' if (folder / 'img').is_dir() else folder)
+  images = folder / 'img' if (folder / 'img').is_dir() else folder
+  frames = common.all_frames(images)
   if len(boxes) not in (1, len(frames)):
     raise UserError(
       f'{folder} has {len(frames)} images, and {TRUTH} {len(boxes)} boxes; give one box for each'
       ' image, or that of the first image only.'
     )
-  return common.check(Sequence(folder.absolute().name, frames, boxes))
+  return common.check(Sequence(os.path.basename(os.path.abspath(folder)), images, frames, boxes))

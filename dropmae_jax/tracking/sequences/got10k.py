@@ -45,7 +45,7 @@ def open_sequence(folder: pathlib.Path) -> Sequence:
   boxes = common.read_boxes(folder / 'groundtruth.txt')
   frames = common.numbered_frames(folder, first=1, digits=8)
   if len(boxes) == 1 < len(frames):
-    return common.check(Sequence(folder.name, frames, boxes))
+    return common.check(Sequence(folder.name, folder, frames, boxes))
   if len(boxes) != len(frames):
     raise UserError(f'{folder} has {len(frames)} frames and {len(boxes)} boxes; {AGAIN}.')
   absence, cover = (
@@ -54,6 +54,7 @@ def open_sequence(folder: pathlib.Path) -> Sequence:
   return common.check(
     Sequence(
       folder.name,
+      folder,
       frames,
       boxes,
       in_view=np.equal(absence, 0),

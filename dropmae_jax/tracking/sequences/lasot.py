@@ -113,6 +113,7 @@ def _open_sequence(folder: pathlib.Path) -> Sequence:
     common.read_labels(folder / f'{name}.txt', len(boxes))
     for name in ('full_occlusion', 'out_of_view')
   )
-  frames = common.numbered_frames(folder / 'img', first=1, digits=8, num_frames=len(boxes))
+  images = folder / 'img'
+  frames = common.numbered_frames(images, first=1, digits=8, num_frames=len(boxes))
   in_view = np.equal(is_hidden, 0) & np.equal(is_outside, 0)
-  return common.check(Sequence(folder.name, frames, boxes, in_view=in_view))
+  return common.check(Sequence(folder.name, images, frames, boxes, in_view=in_view))

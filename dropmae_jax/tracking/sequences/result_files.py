@@ -93,14 +93,14 @@ def read(
 
 
 def _find(benchmark: str, folder: pathlib.Path, sequence: Sequence) -> list[pathlib.Path]:
-  if benchmark == 'got10k':
+  """Returns the file of boxes, or those of all repetitions."""
+  names = [sequence.name, *sequence.aliases]
+  # The published tracker keeps results of GOT-10k like those of others until they are submitted.
+  files = [path for name in names if (path := folder / f'{name}.txt').is_file()][:1]
+  inside = folder / sequence.name
+  if benchmark == 'got10k' and inside.is_dir():
     pattern = re.compile(re.escape(sequence.name) + r'_\d+\.txt')
-    inside = folder / sequence.name
-    names = common.folder_names(inside) if inside.is_dir() else []
-    files = [inside / name for name in names if pattern.fullmatch(name)]
-  else:
-    names = [sequence.name, *sequence.aliases]
-    files = [path for name in names if (path := folder / f'{name}.txt').is_file()][:1]
+    files = [inside / name for name in common.folder_names(inside) if pattern.fullmatch(name)]
   if files:
     return files
   expected = paths(benchmark, folder, sequence.name)[0]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, UInt8
 
 from dropmae_jax.evaluation.datasets import benchmark
-from dropmae_jax.runtime.errors import UserError, first_line, os_errors_as_user_errors
+from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors
 
 IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp'
 AGAIN = 'download the sequence again, or correct the file'
@@ -24,7 +24,8 @@ class Sequence:
 
   Attributes:
     name: unique in its data set; the name of its results too.
-    frames: paths of the images, in order.
+    folder: of the images.
+    frames: names of the images, in order.
     boxes: [n, 4] true boxes; [1, 4], the first one only, where the data set withholds the others.
       Later ones may be NaN or of zero size, where there is no target to see.
     in_view: by the labels of the data set; None if it has no labels.
@@ -34,7 +35,8 @@ class Sequence:
   """
 
   name: str
-  frames: tuple[pathlib.Path, ...]
+  folder: pathlib.Path
+  frames: tuple[str, ...]
   boxes: Float64[np.ndarray, 'n 4']
   in_view: Bool[np.ndarray, ' n'] | None = None
   cover: Int[np.ndarray, ' n'] | None = None
@@ -70,14 +72,14 @@ class Sequence:
     Raises:
       UserError: it is missing or damaged.
     """
-    return benchmark.read_frame(self.frames[number])
+    return benchmark.read_frame(self.folder / self.frames[number])
 
 
 def check(sequence: Sequence) -> Sequence:
   """Returns a sequence after checking that it can be tracked.
 
   Raises:
-    UserError: it has no frames, or the first box is empty.
+    UserError: the first box is empty.
   """
   box = sequence.first_box
   if not np.isfinite(box).all() or (box[2:] <= 0).any():
@@ -152,17 +154,22 @@ def read_labels(path: pathlib.Path, num_frames: int) -> Int[np.ndarray, ' n']:
     UserError: the file is missing, holds something else, or has another number of labels.
   """
   words = read_text(path).replace(',', ' ').split()
-  try:
-    labels = np.array([int(float(word)) for word in words], np.int64)
-  except (ValueError, OverflowError) as error:
-    raise UserError(
-      f'{path} holds something other than whole numbers ({first_line(error)}); {AGAIN}.'
-    ) from error
+  labels = np.array([_label(path, word) for word in words], np.int64)
   if len(labels) != num_frames:
     raise UserError(
       f'{path} has {len(labels)} labels, and the sequence {num_frames} boxes; {AGAIN}.'
     )
   return labels
+
+
+def _label(path: pathlib.Path, word: str) -> int:
+  try:
+    value = float(word)
+    if value.is_integer():
+      return int(value)
+  except ValueError:
+    pass
+  raise UserError(f'{path} has {word[:40]!r} as a label, and not a whole number; {AGAIN}.')
 
 
 def read_names(path: pathlib.Path) -> list[str]:
@@ -185,8 +192,8 @@ def read_names(path: pathlib.Path) -> list[str]:
 
 def numbered_frames(
   folder: pathlib.Path, *, first: int, digits: int, num_frames: int | None = None
-) -> tuple[pathlib.Path, ...]:
-  """Returns the JPEGs of a folder whose names are their numbers, in order.
+) -> tuple[str, ...]:
+  """Returns the names of the JPEGs of a folder that are called by their numbers, in order.
 
   Args:
     folder: of the frames; other files are left alone.
@@ -206,11 +213,11 @@ def numbered_frames(
   if missing:
     total = f'{len(present)} frames' if num_frames is None else f'{num_frames} boxes'
     raise UserError(f'{folder / missing} does not exist, and there are {total}; copy it again.')
-  return tuple(folder / name for name in names)
+  return tuple(names)
 
 
-def all_frames(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
-  """Returns the images of a folder in the order of the numbers in their names.
+def all_frames(folder: pathlib.Path) -> tuple[str, ...]:
+  """Returns the names of the images of a folder, in the order of the numbers in them.
 
   Raises:
     UserError: the folder is missing or holds no images.
@@ -220,7 +227,7 @@ def all_frames(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
     raise UserError(
       f'{folder} holds no images ({", ".join(IMAGE_SUFFIXES)}); copy the frames there.'
     )
-  return tuple(folder / name for name in sorted(names, key=in_order))
+  return tuple(sorted(names, key=in_order))
 
 
 def in_order(name: str) -> list[tuple[int, str]]:

@@ -37,10 +37,10 @@ def open_split(root: pathlib.Path, split: str | None = None) -> list[Sequence]:
 
 def _open_sequence(folder: pathlib.Path, name: str) -> Sequence:
   boxes = common.read_boxes(folder / 'anno' / f'{name}.txt')
-  frames = common.numbered_frames(folder / 'frames' / name, first=0, digits=1)
+  images = folder / 'frames' / name
+  frames = common.numbered_frames(images, first=0, digits=1)
   if len(boxes) not in (1, len(frames)):
     raise UserError(
-      f'{folder / "frames" / name} has {len(frames)} frames, and there are {len(boxes)} boxes;'
-      f' {AGAIN}.'
+      f'{images} has {len(frames)} frames, and there are {len(boxes)} boxes; {AGAIN}.'
     )
-  return common.check(Sequence(name, frames, boxes))
+  return common.check(Sequence(name, images, frames, boxes))

@@ -41,9 +41,10 @@ def sequences_of(recorded):
   for name in recorded['names']:
     part = {key: recorded[f'{name}/{key}'] for key in ('gt', 'pred', 'cover', 'size_wh')}
     labels = [recorded[f'{name}/{key}'] for key in ('full_occlusion', 'out_of_view')]
-    frames = tuple(pathlib.Path(str(number)) for number in range(len(part['gt'])))
+    frames = tuple(f'{number}.jpg' for number in range(len(part['gt'])))
     sequence = Sequence(
       str(name),
+      pathlib.Path('frames'),
       frames,
       part['gt'],
       in_view=(labels[0] == 0) & (labels[1] == 0),

@@ -125,6 +125,8 @@ def test_other_trackers_and_plots(tracked, tmp_path):
     with Image.open(path) as image:
       assert image.format == 'PNG'
       assert image.size[0] >= 640
+  (tmp_path / 'file').touch()
+  assert 'file cannot be written' in refusal(results, 'lasot', root, plot_folder=tmp_path / 'file')
 
 
 def test_curves_are_drawn_where_they_are():

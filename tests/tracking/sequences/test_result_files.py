@@ -94,6 +94,8 @@ def test_results_of_other_trackers(opened, tmp_path):
   trees.save_boxes(tmp_path / sequence.name / f'{sequence.name}_time.txt', np.ones((5, 3)))
   runs = result_files.read('got10k', tmp_path, sequence)
   assert [run[0, 0] for run in runs] == [11, 12, 13]
+  trees.save_boxes(tmp_path / 'flat' / f'{sequence.name}.txt', BOXES, '\t')
+  assert len(result_files.read('got10k', tmp_path / 'flat', sequence)) == 1
 
 
 @pytest.mark.parametrize(

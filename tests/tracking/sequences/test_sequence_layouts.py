@@ -94,13 +94,16 @@ def test_targets_and_annotated_parts_of_otb(tmp_path):
   # As it is distributed: an empty file beside the real one.
   (tmp_path / 'Human4' / 'groundtruth_rect.1.txt').write_text('\n')
   trees.save_boxes(tmp_path / 'Freeman4' / 'groundtruth_rect.txt', trees.boxes(283))
-  names = [f'{number:04d}.jpg' for number in range(1, 298)]
   (tmp_path / 'Freeman4' / 'img').mkdir()
-  for name in names:
-    shutil.copy(tmp_path / 'Human4/img/0001.jpg', tmp_path / 'Freeman4' / 'img' / name)
+  for number in range(1, 298):
+    (tmp_path / f'Freeman4/img/{number:04d}.jpg').touch()
+  trees.save_frames(tmp_path / 'Tiger1' / 'img', [f'{number:04d}.jpg' for number in range(1, 8)])
+  trees.save_boxes(tmp_path / 'Tiger1' / 'groundtruth_rect.txt', trees.boxes(7))
   by_name = {sequence.name: sequence for sequence in open_sequences('otb', tmp_path)}
-  assert list(by_name) == ['Freeman4', 'Human4', 'Jogging.1', 'Jogging.2']
-  assert by_name['Freeman4'].frames[-1].name == '0283.jpg'
+  assert list(by_name) == ['Freeman4', 'Human4', 'Jogging.1', 'Jogging.2', 'Tiger1']
+  assert by_name['Freeman4'].frames[-1] == '0283.jpg'
+  assert by_name['Tiger1'].frames == ('0006.jpg', '0007.jpg')
+  np.testing.assert_array_equal(by_name['Tiger1'].boxes, trees.boxes(7)[5:])
   # What the published tracker's analysis and OTB's own call the results.
   assert {'Human4_2', 'Human4-2'} <= set(by_name['Human4'].aliases)
   assert by_name['Jogging.2'].aliases == ('Jogging_2', 'Jogging-2')
@@ -114,7 +117,7 @@ def test_a_folder_may_be_one_video_and_have_one_box(tmp_path):
   assert sequence.name == 'mine'
   assert sequence.is_withheld
   # frame8, frame9, frame10, ...
-  assert [path.stem for path in sequence.frames] == [f'frame{number}' for number in range(8, 13)]
+  assert list(sequence.frames) == [f'frame{number}.png' for number in range(8, 13)]
 
 
 def write(path, text):
@@ -132,8 +135,8 @@ LASOT = 'airplane/airplane-1'
 BROKEN = {
   'labels too few': ('got10k', write(f'{VAL}/absence.label', '0\n' * 4), 'absence.label has 4'),
   'no labels': ('got10k', remove(f'{VAL}/cover.label'), 'cover.label cannot be read'),
-  'words as labels': ('got10k', write(f'{VAL}/cover.label', 'x\n' * 5), "to float: 'x'"),
-  'infinite labels': ('got10k', write(f'{VAL}/cover.label', 'inf\n' * 5), 'float infinity'),
+  'words as labels': ('got10k', write(f'{VAL}/cover.label', 'x\n' * 5), "'x' as a label"),
+  'infinite labels': ('got10k', write(f'{VAL}/cover.label', 'inf\n' * 5), "'inf' as a label"),
   'no size': ('got10k', write(f'{VAL}/meta_info.ini', '[METAINFO]\n'), 'resolution'),
   'first box empty': ('got10k', write(f'{VAL}/groundtruth.txt', ZERO), 'is 0,0,0,0'),
   'boxes too few': ('got10k', write(f'{VAL}/groundtruth.txt', '1,2,3,4\n' * 4), '5 frames and 4'),
@@ -193,6 +196,6 @@ def test_an_unknown_split_is_refused(tmp_path, benchmark):
 def test_a_missing_or_damaged_frame_is_reported_when_it_is_read(tmp_path):
   trees.folder(tmp_path)
   sequence = open_sequences('folder', tmp_path)[0]
-  sequence.frames[1].write_bytes(b'\xff\xd8 no image')
+  (tmp_path / 'mine/frame9.png').write_bytes(b'\xff\xd8 no image')
   with pytest.raises(UserError, match='frame9'):
     sequence.frame(1)
