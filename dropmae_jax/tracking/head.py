@@ -16,8 +16,6 @@ from jaxtyping import Array, Float, Int
 
 from dropmae_jax.model import masking
 
-# The samples whose statistics are taken together, and whose losses are averaged, as published.
-GROUP_SIZE = 32
 EPSILON = 1e-5
 MOMENTUM = 0.1
 # Scores and sizes are within [LEAST, 1 - LEAST].
@@ -56,13 +54,14 @@ class BatchNorm(nnx.Module):
     Args:
       maps: what to normalise.
       running: `running_mean`, `running_var` and `num_batches_tracked`.
-      group_size: samples of a group; None: the running statistics are used and stay.
+      group_size: samples of a group, or more than there are; None: the running statistics are used
+        and stay as they are.
     """
     maps = maps.astype(jnp.float32)
     if group_size is None:
       centred, variance = maps - running['running_mean'], running['running_var']
     else:
-      grouped = rearrange(maps, '(g n) h w c -> g n h w c', n=group_size)
+      grouped = rearrange(maps, '(g n) h w c -> g n h w c', n=min(group_size, len(maps)))
       mean = grouped.mean(axis=(1, 2, 3), keepdims=True)
       centred = grouped - mean
       variance = jnp.square(centred).mean(axis=(1, 2, 3), keepdims=True)

@@ -92,9 +92,6 @@ class TrackerArchitecture(Options):
 def tracker_of_size(size: str, **other: int | float | str | tuple) -> TrackerArchitecture:
   """Returns the tracker of a row of `vit.SIZES`.
 
-  Tokens are eliminated after a quarter, a half and three quarters of the blocks: for ViT-B, the
-  only published size, in blocks 3, 6 and 9.
-
   Args:
     size: a name in `vit.SIZES`.
     **other: further fields of `TrackerArchitecture`, or other values for those of the row.
@@ -104,8 +101,16 @@ def tracker_of_size(size: str, **other: int | float | str | tuple) -> TrackerArc
   """
   check_name('size', size, vit.SIZES)
   row = vit.SIZES[size]
-  blocks = tuple(sorted({row.depth * quarter // 4 for quarter in (1, 2, 3)}))
+  blocks = elimination_blocks(row.depth)
   return TrackerArchitecture(**({'elimination_blocks': blocks} | row._asdict() | other))
+
+
+def elimination_blocks(depth: int) -> tuple[int, ...]:
+  """Returns the blocks of an encoder in which tokens are eliminated, at each quarter.
+
+  Of ViT-B, the only published size, they are 3, 6 and 9.
+  """
+  return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
 
 
 class Backbone(nnx.Module):

@@ -25,7 +25,12 @@ def test_attention_in_chunks_is_as_all_at_once(heads, mesh):
   logits = heads * 32**2
   drawn = {'draw_keys': jax.random.split(jax.random.key(1), 4), 'drop_rate': 0.3}
   mesh = mesh and jax.sharding.Mesh(jax.devices()[:2], ('data',))
-  for attend in (partial(fast_asad.asad_attention, **drawn), attention.dense_attention):
+  present = jnp.asarray(np.random.default_rng(0).random((4, 32)) < 0.5)
+  for attend in (
+    partial(fast_asad.asad_attention, **drawn),
+    attention.dense_attention,
+    partial(attention.dense_attention, present=present),
+  ):
 
     def results(at_once, attend=attend):
       output, pull = jax.vjp(partial(attend, loop=chunks.Loop(at_once, mesh)), *arguments)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import recorded
+import recorded_tracker as recorded
 from flax import nnx, traverse_util
 from recorded import ARCHITECTURE, GRAPHDEF, channels_last
 
@@ -24,9 +24,7 @@ def forward(golden):
 @pytest.fixture(scope='module')
 def state(golden):
   """Parameters and running statistics."""
-  tensors = recorded.with_prefix(golden('tracker/tracker_state'), 'state/')
-  statistics = jax.eval_shape(functools.partial(model.init_statistics, ARCHITECTURE))
-  return tuple(recorded.of_name(tensors, tree) for tree in (recorded.SHAPES, statistics))
+  return recorded.initial_state(golden)
 
 
 @pytest.fixture(scope='module')
@@ -139,9 +137,23 @@ def test_batch_statistics(trained, images, forward, tag):
   boxes = head.decode(maps)
   np.testing.assert_allclose(boxes, forward[f'{tag}/pred_boxes'][:, 0], rtol=0, atol=3.6e-6)
   if tag == 'train_r085':
-    tensors = recorded.with_prefix(forward, f'{tag}/after/')
-    for name, ours, theirs in recorded.compared(after, tensors):
+    for name, ours in recorded.tensors_of(after).items():
+      theirs = forward[f'{tag}/after/{name}']
       np.testing.assert_allclose(ours, theirs, rtol=0, atol=4e-7, err_msg=name)
+
+
+def test_mixed_precision_is_near(trained, state, images):
+  """In training mode, where nothing is removed."""
+  kept = ARCHITECTURE.kept(1.0)
+  graphdef, _ = model.abstract_tracker(ARCHITECTURE, dtype=jnp.bfloat16)
+  low, _ = jax.jit(
+    lambda params: nnx.merge(graphdef, params)(*images, state[1], kept=kept, group_size=2)
+  )(state[0])
+  high, _ = trained(*images, jnp.asarray(kept), 2)
+  for one, other in zip(low, high, strict=True):
+    assert one.dtype == jnp.float32
+    error = float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other))
+    assert 1e-4 < error < 5e-2
 
 
 def test_position_tables_are_resampled_as_published(golden):

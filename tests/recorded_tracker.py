@@ -1,5 +1,8 @@
 """What tests of the tracker share: the tiny one that is recorded, its names and its axes."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -38,15 +41,21 @@ def of_name(tensors, shapes):
   return traverse_util.unflatten_dict({path: leaf(path, shape) for path, shape in flat.items()})
 
 
+def tensors_of(*trees):
+  """PyTorch's tensors by name, of several trees of ours."""
+  leaves = {}
+  for path, leaf in (pair for tree in trees for pair in traverse_util.flatten_dict(tree).items()):
+    array, name = np.asarray(leaf), name_of(path)
+    if name.endswith('patch_embed.proj.weight'):
+      array = array.reshape(ARCHITECTURE.patch_size, ARCHITECTURE.patch_size, 3, -1)
+    if path[-1] == 'kernel':
+      array = array.transpose(-1, -2, *range(array.ndim - 2))
+    leaves[name] = array
+  return leaves
+
+
 def with_prefix(arrays, prefix):
   return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-
-def compared(ours, tensors):
-  """Name, our leaf and the recorded one in our layout, of every leaf of a tree."""
-  theirs = traverse_util.flatten_dict(of_name(tensors, ours))
-  for path, leaf in traverse_util.flatten_dict(ours).items():
-    yield name_of(path), np.asarray(leaf), np.asarray(theirs[path])
 
 
 def channels_last(images):
@@ -58,3 +67,10 @@ def places_of(standing):
   places = np.asarray(standing.places)
   present = np.ones(places.shape, bool) if standing.present is None else standing.present
   return [row[keep].tolist() for row, keep in zip(places, np.asarray(present), strict=True)]
+
+
+def initial_state(golden):
+  """The recorded parameters and running statistics."""
+  tensors = with_prefix(golden('tracker/tracker_state'), 'state/')
+  statistics = jax.eval_shape(functools.partial(model.init_statistics, ARCHITECTURE))
+  return tuple(of_name(tensors, tree) for tree in (SHAPES, statistics))
