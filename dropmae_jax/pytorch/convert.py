@@ -287,16 +287,5 @@ def _verified(
   from dropmae_jax.pytorch import reference
 
   difference = reference.largest_difference(tensors, params, architecture)
-  tolerance, reason = reference.TOLERANCE, ''
-  if difference > tolerance:
-    rounding = reference.rounding(tensors, architecture)
-    tolerance = reference.tolerance_of(rounding)
-    reason = f'; rounding alone makes {rounding:.1e} with these weights'
-  if not difference <= tolerance:
-    raise UserError(
-      f'the features in PyTorch and in JAX differ by {difference:.2g} (relative; at most'
-      f' {tolerance:.0e} is allowed), so nothing is written; please report this, or give'
-      ' --no-verify.'
-    )
-  yield f'verified: features in PyTorch and in JAX differ by {difference:.1e} (relative){reason}'
+  yield reference.judge(difference, lambda: reference.rounding(tensors, architecture))
   return difference

@@ -97,7 +97,7 @@ def read_model(file: WeightFile, *, size: str | None = None, needs_decoder: bool
   unused |= remaining
   converted = layouts.as_float32(taken) | _fresh_tensors(architecture, fresh)
   state = {name: converted[name] for name in shapes}
-  report = [*_origin(file, prefix), f'taken: {len(taken)} tensors of {architecture}']
+  report = [*origin(file, prefix), f'taken: {len(taken)} tensors of {architecture}']
   if not has_known_heads:
     report.append(
       f'assumed, as the file does not tell: {architecture.num_heads} attention heads in the'
@@ -158,7 +158,7 @@ def _without_prefix(
   return taken, prefix, left_out
 
 
-def _origin(file: WeightFile, prefix: str) -> list[str]:
+def origin(file: WeightFile, prefix: str) -> list[str]:
   """Returns lines that say where in a file the tensors were, and what else was there."""
   lines = []
   if file.key:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from dropmae_jax.config import Architecture
+from dropmae_jax.config import Architecture, Options
 from dropmae_jax.model import mae, position_embedding
 from dropmae_jax.runtime.errors import UserError, check_name
 
@@ -31,7 +31,7 @@ _TOP_LEVEL = (
   'decoder_temporal_pos_embed_x',
   'decoder_temporal_pos_embed_z',
 )
-_BLOCK_LAYERS = ('norm1', 'attn.qkv', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2')
+BLOCK_LAYERS = ('norm1', 'attn.qkv', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2')
 _PATCHES = 'patch_embed.proj.weight'
 
 
@@ -42,7 +42,8 @@ class Tensor(NamedTuple):
     name: its name in the state dict.
     shape: its shape in the state dict.
     path: of the parameter in the pure parameter dict.
-    is_kernel: whether it is a matrix: (in, out) in the model, (out, in) in the state dict.
+    is_kernel: whether it is a matrix or a convolution: (*sides, in, out) in the model, and
+      (out, in, *sides) in the state dict.
   """
 
   name: str
@@ -60,10 +61,10 @@ def tensor_names(architecture: Architecture) -> Iterator[str]:
   """Yields the names of the full layout in the order of the published state dict."""
   yield from _TOP_LEVEL
   layers = ['patch_embed.proj']
-  layers += [f'blocks.{i}.{x}' for i in range(architecture.depth) for x in _BLOCK_LAYERS]
+  layers += [f'blocks.{i}.{x}' for i in range(architecture.depth) for x in BLOCK_LAYERS]
   layers += ['norm', 'decoder_embed']
   layers += [
-    f'decoder_blocks.{i}.{x}' for i in range(architecture.decoder_depth) for x in _BLOCK_LAYERS
+    f'decoder_blocks.{i}.{x}' for i in range(architecture.decoder_depth) for x in BLOCK_LAYERS
   ]
   layers += ['decoder_norm', 'decoder_pred']
   yield from (f'{layer}.{leaf}' for layer in layers for leaf in ('weight', 'bias'))
@@ -75,14 +76,27 @@ def tensors(architecture: Architecture) -> tuple[Tensor, ...]:
   _, abstract = mae.abstract_model(architecture)
   by_name = {}
   for path, leaf in traverse_util.flatten_dict(abstract).items():
-    is_kernel = path[-1] == 'kernel'
-    leaf_name = 'weight' if path[-1] in ('kernel', 'scale') else path[-1]
-    name = '.'.join(map(str, (*path[:-1], leaf_name)))
-    shape = leaf.shape[::-1] if is_kernel else leaf.shape
-    if name == _PATCHES:
-      shape = (architecture.width, 3, architecture.patch_size, architecture.patch_size)
-    by_name[name] = Tensor(name, shape, path, is_kernel)
+    tensor = tensor_at(path, leaf.shape, architecture.patch_size)
+    by_name[tensor.name] = tensor
   return tuple(by_name[name] for name in tensor_names(architecture))
+
+
+def tensor_at(path: tuple[str | int, ...], shape: tuple[int, ...], patch_size: int) -> Tensor:
+  """Returns the tensor of a parameter.
+
+  Args:
+    path: of the parameter in its pure parameter dict.
+    shape: of the parameter.
+    patch_size: of the model, in pixels.
+  """
+  is_kernel = path[-1] == 'kernel'
+  leaf_name = 'weight' if path[-1] in ('kernel', 'scale') else path[-1]
+  name = '.'.join(map(str, (*path[:-1], leaf_name)))
+  if name.endswith(_PATCHES):
+    shape = (shape[-1], 3, patch_size, patch_size)
+  elif is_kernel:
+    shape = (shape[-1], shape[-2], *shape[:-2])
+  return Tensor(name, shape, path, is_kernel)
 
 
 def tensor_shapes(architecture: Architecture, layout: str = 'full') -> dict[str, tuple[int, ...]]:
@@ -101,7 +115,7 @@ def to_torch(params: dict, architecture: Architecture) -> dict[str, np.ndarray]:
   """
   leaves = traverse_util.flatten_dict(params)
   return {
-    t.name: np.array(_tensor_of(np.asarray(leaves[t.path]), t), dtype=np.float32, order='C')
+    t.name: np.array(tensor_of(np.asarray(leaves[t.path]), t), dtype=np.float32, order='C')
     for t in tensors(architecture)
   }
 
@@ -122,7 +136,7 @@ def from_torch(state: Mapping[str, np.ndarray], architecture: Architecture) -> d
 def check_shapes(
   state: Mapping[str, np.ndarray],
   expected: Mapping[str, tuple[int, ...]],
-  architecture: Architecture,
+  architecture: Options,
 ) -> None:
   """Checks that a state dict has exactly the expected tensors.
 
@@ -244,17 +258,20 @@ def at_published_resolution(
   return state | tables, published
 
 
-def _tensor_of(leaf: np.ndarray, tensor: Tensor) -> np.ndarray:
-  """Transposes (in, out) to (out, in); unfolds the patch projection to colour, row, column."""
-  if tensor.name == _PATCHES:
+def tensor_of(leaf: np.ndarray, tensor: Tensor) -> np.ndarray:
+  """Returns a parameter as the tensor of a state dict, which has outputs and inputs first.
+
+  The patch projection is unfolded to (out, colour, row, column).
+  """
+  if tensor.name.endswith(_PATCHES):
     width, colours, side, _ = tensor.shape
     return leaf.reshape(side, side, colours, width).transpose(3, 2, 0, 1)
-  return leaf.T if tensor.is_kernel else leaf
+  return np.moveaxis(leaf, (-1, -2), (0, 1)) if tensor.is_kernel else leaf
 
 
 def leaf_of(array: np.ndarray, tensor: Tensor) -> np.ndarray:
   """Returns a tensor of a state dict as the float32 parameter at `tensor.path`."""
   array = array.astype(np.float32, copy=False)
-  if tensor.name == _PATCHES:
+  if tensor.name.endswith(_PATCHES):
     return array.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
-  return array.T if tensor.is_kernel else array
+  return np.moveaxis(array, (0, 1), (-1, -2)) if tensor.is_kernel else array

@@ -1,11 +1,11 @@
 """The network in plain PyTorch, run on a state dict: an independent check of written files.
 
 It follows the published layout and shares no code with the JAX model, so that an error in names,
-order or transposition shows as a difference in features. This is the only module that imports
-PyTorch at its top.
+order or transposition shows as a difference in features. This module and that of the tracker are
+the only ones that import PyTorch at their top.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from dropmae_jax.config import Architecture
 from dropmae_jax.model import attention, mae, patches
 from dropmae_jax.model.masking import Masking
 from dropmae_jax.pytorch import layouts
+from dropmae_jax.runtime.errors import UserError
 
 # Well above float32 rounding; a tanh GELU instead of the exact one differs by 1e-4.
 TOLERANCE = 2e-5
@@ -61,7 +62,7 @@ def encode(state: StateDict, images: torch.Tensor, *, num_heads: int) -> torch.T
   if 'temporal_pos_embed_x' in state:
     identities = torch.cat([state[f'temporal_pos_embed_{frame}'] for frame in _FRAMES])
     tokens = (tokens + identities).flatten(0, 1)[None]
-  return _layer_norm(state, 'norm', _blocks(state, 'blocks', tokens, num_heads))
+  return layer_norm(state, 'norm', blocks(state, 'blocks', tokens, num_heads))
 
 
 def decode(state: StateDict, latents: torch.Tensor, *, num_heads: int) -> torch.Tensor:
@@ -70,22 +71,22 @@ def decode(state: StateDict, latents: torch.Tensor, *, num_heads: int) -> torch.
   tokens[:, 1::2] = state['mask_token']
   table = state['decoder_pos_embed'][:, 1:]
   code = [table + state[f'decoder_temporal_pos_embed_{frame}'] for frame in _FRAMES]
-  tokens = _blocks(state, 'decoder_blocks', tokens + torch.cat(code, dim=1), num_heads)
-  return _linear(state, 'decoder_pred', _layer_norm(state, 'decoder_norm', tokens))
+  tokens = blocks(state, 'decoder_blocks', tokens + torch.cat(code, dim=1), num_heads)
+  return _linear(state, 'decoder_pred', layer_norm(state, 'decoder_norm', tokens))
 
 
-def _blocks(state: StateDict, stack: str, tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
+def blocks(state: StateDict, stack: str, tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
   """Runs the pre-norm transformer blocks of the encoder or decoder."""
   b, length, width = tokens.shape
   depth = len({name.split('.')[1] for name in state if name.startswith(f'{stack}.')})
   for name in (f'{stack}.{i}' for i in range(depth)):
-    fused = _linear(state, f'{name}.attn.qkv', _layer_norm(state, f'{name}.norm1', tokens))
+    fused = _linear(state, f'{name}.attn.qkv', layer_norm(state, f'{name}.norm1', tokens))
     fused = fused.reshape(b, length, 3, num_heads, width // num_heads)
     query, key, value = fused.permute(2, 0, 3, 1, 4)
     weights = (query @ key.transpose(-2, -1) * (width // num_heads) ** -0.5).softmax(dim=-1)
     mixed = (weights @ value).transpose(1, 2).reshape(b, length, width)
     tokens = tokens + _linear(state, f'{name}.attn.proj', mixed)
-    hidden = _linear(state, f'{name}.mlp.fc1', _layer_norm(state, f'{name}.norm2', tokens))
+    hidden = _linear(state, f'{name}.mlp.fc1', layer_norm(state, f'{name}.norm2', tokens))
     tokens = tokens + _linear(state, f'{name}.mlp.fc2', functional.gelu(hidden))
   return tokens
 
@@ -94,7 +95,8 @@ def _linear(state: StateDict, name: str, tokens: torch.Tensor) -> torch.Tensor:
   return functional.linear(tokens, state[f'{name}.weight'], state[f'{name}.bias'])
 
 
-def _layer_norm(state: StateDict, name: str, tokens: torch.Tensor) -> torch.Tensor:
+def layer_norm(state: StateDict, name: str, tokens: torch.Tensor) -> torch.Tensor:
+  """Runs a layer norm of a state dict."""
   weight, bias = state[f'{name}.weight'], state[f'{name}.bias']
   return functional.layer_norm(tokens, weight.shape, weight, bias, eps=1e-6)
 
@@ -190,7 +192,7 @@ def largest_difference(
     as_pair=layouts.FRAME_IDENTITIES[0] in tensors,
     with_decoder='decoder_embed.weight' in tensors,
   )
-  return _relative(torch_outputs(tensors, images, architecture), expected)
+  return relative(torch_outputs(tensors, images, architecture), expected)
 
 
 def rounding(tensors: Mapping[str, np.ndarray], architecture: Architecture) -> float:
@@ -202,7 +204,7 @@ def rounding(tensors: Mapping[str, np.ndarray], architecture: Architecture) -> f
   images = fixed_images(architecture.image_size)
   double = {name: array.astype(np.float64) for name, array in tensors.items()}
   exact = torch_outputs(double, images.astype(np.float64), architecture)
-  return _relative(torch_outputs(tensors, images, architecture), exact)
+  return relative(torch_outputs(tensors, images, architecture), exact)
 
 
 def tolerance_of(rounding: float) -> float:
@@ -210,7 +212,32 @@ def tolerance_of(rounding: float) -> float:
   return min(max(TOLERANCE, ROUNDINGS * rounding), LARGEST_TOLERANCE)
 
 
-def _relative(outputs: list[np.ndarray], expected: list[np.ndarray]) -> float:
+def judge(difference: float, rounding: Callable[[], float], *, what: str = 'features') -> str:
+  """Returns a line that says by how much the outputs of two networks differ.
+
+  Args:
+    difference: as `relative` measures it.
+    rounding: returns how much rounding alone makes; called if the difference is not small.
+    what: the outputs.
+
+  Raises:
+    UserError: they differ by more than rounding explains.
+  """
+  tolerance, reason = TOLERANCE, ''
+  if difference > tolerance:
+    of_rounding = rounding()
+    tolerance = tolerance_of(of_rounding)
+    reason = f'; rounding alone makes {of_rounding:.1e} with these weights'
+  if not difference <= tolerance:
+    raise UserError(
+      f'the {what} in PyTorch and in JAX differ by {difference:.2g} (relative; at most'
+      f' {tolerance:.0e} is allowed), so nothing is written; please report this, or give'
+      ' --no-verify.'
+    )
+  return f'verified: {what} in PyTorch and in JAX differ by {difference:.1e} (relative){reason}'
+
+
+def relative(outputs: list[np.ndarray], expected: list[np.ndarray]) -> float:
   """Returns the largest difference divided by the largest expected value; nan if any is nan."""
   pairs = zip(outputs, expected, strict=True)
   return float(np.max([np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in pairs]))
