@@ -71,16 +71,19 @@ def stored_size(width: int, height: int, short_side: int) -> tuple[int, int]:
   return max(short_side, round(width * scale)), max(short_side, round(height * scale))
 
 
-def _encode(frame: av.VideoFrame, options: FrameOptions) -> bytes:
+def _pixels(frame: av.VideoFrame, options: FrameOptions) -> np.ndarray:
   width, height = stored_size(frame.width, frame.height, options.short_side)
   if max(width, height) > MOST_PIXELS:
     raise UnusableVideo(f'its frames are {width} x {height} pixels; JPEG has {MOST_PIXELS} at most')
   pixels = frame.reformat(width, height, 'rgb24', interpolation='BICUBIC').to_ndarray()
   # Phones store unrotated frames and an angle; players rotate them, the decoder does not.
-  upright = np.rot90(pixels, round(frame.rotation / 90))
+  return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+
+
+def _encode(pixels: np.ndarray, options: FrameOptions) -> bytes:
   try:
     return simplejpeg.encode_jpeg(
-      np.ascontiguousarray(upright),
+      pixels,
       quality=options.jpeg_quality,
       colorspace='RGB',
       colorsubsampling='420',
@@ -92,7 +95,18 @@ def _encode(frame: av.VideoFrame, options: FrameOptions) -> bytes:
 
 
 def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
-  """Decodes every frame of the first video stream, in order of presentation, as JPEG.
+  """Decodes a video as `read_frames` does, to JPEGs.
+
+  Raises:
+    UnusableVideo, MachineFault: as there.
+  """
+  with _video_errors(path):
+    for pixels in _read_frames(path, options):
+      yield _encode(pixels, options)
+
+
+def read_frames(path: str, options: FrameOptions) -> Iterator[np.ndarray]:
+  """Decodes every frame of the first video stream, in order of presentation.
 
   Packets that fail and frames that the decoder marks as corrupt are left out and counted. Whether
   they are too many is known only at the end: after an exception, discard what was yielded.
@@ -102,11 +116,19 @@ def read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
       much of it is damaged. The content of a file raises nothing else.
     MachineFault: the machine could not read it, or has too little memory for a verdict.
     Exception: any other, such as a TypeError, is a bug in a program and not the video's fault.
+
+  Yields:
+    uint8 RGB [h, w, 3], upright, of the size at which frames are stored.
   """
+  with _video_errors(path):
+    yield from _read_frames(path, options)
+
+
+@contextlib.contextmanager
+def _video_errors(path: str) -> Iterator[None]:
+  """Turns whatever reading a video raises into UnusableVideo or MachineFault."""
   try:
-    if not stat.S_ISREG(os.stat(path).st_mode):
-      raise UnusableVideo('it is not a file')  # Reading a pipe would never end.
-    yield from _read_jpegs(path, options)
+    yield
   except UnusableVideo as verdict:
     if shortages.is_memory_short(LEAST_MEMORY):
       raise machine_fault(path, MemoryError(f'too little memory to tell why: {verdict}')) from None
@@ -147,7 +169,9 @@ def _demuxing() -> Iterator[None]:
     raise UnusableVideo(f'{type(error).__name__}: {error}') from error
 
 
-def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
+def _read_frames(path: str, options: FrameOptions) -> Iterator[np.ndarray]:
+  if not stat.S_ISREG(os.stat(path).st_mode):
+    raise UnusableVideo('it is not a file')  # Reading a pipe would never end.
   failures: collections.Counter[str] = collections.Counter()
   packets = number = stored = 0
   # Processor time, not wall-clock time: a busy or suspended machine is not the video's fault.
@@ -186,7 +210,7 @@ def _read_jpegs(path: str, options: FrameOptions) -> Iterator[bytes]:
         if frame.is_corrupt:
           failures['a corrupt frame'] += 1
         elif number % options.frame_stride == 0 and stored < (options.max_frames or math.inf):
-          yield _encode(frame, options)
+          yield _pixels(frame, options)
           stored += 1
         number += 1
     # The header of an mp4 has the number of packets, so those missing at its end can be counted.

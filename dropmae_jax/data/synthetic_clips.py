@@ -11,10 +11,13 @@ class is a kind of motion. The same seed gives the same clips. Below DIR:
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable
+from fractions import Fraction
 
 import av
 import cv2
@@ -142,19 +145,33 @@ def make_clip(
   return frames, labels
 
 
-def write_mp4(path: pathlib.Path, frames: UInt8[np.ndarray, 't h w c']) -> None:
+def write_mp4(
+  path: pathlib.Path,
+  frames: Iterable[UInt8[np.ndarray, 'h w c']],
+  *,
+  rate: int | Fraction = FRAMES_PER_SECOND,
+) -> None:
   """Encodes frames as h264 so that the bytes are always the same.
 
   One thread, and a constant quantiser: with a constant rate factor the encoder's decisions changed
   from one call to the next (PyAV 18.1.0, November 2026).
+
+  Args:
+    path: to write.
+    frames: one or more; of an odd side the last row or column is left out, as h264 needs.
+    rate: frames a second.
   """
+  frames = iter(frames)
+  first = next(frames)
+  height, width = (side // 2 * 2 for side in first.shape[:2])
   with av.open(str(path), 'w') as container:
-    stream = container.add_stream('libx264', rate=FRAMES_PER_SECOND)
-    stream.height, stream.width = frames.shape[1:3]
+    stream = container.add_stream('libx264', rate=rate)
+    stream.height, stream.width = height, width
     stream.pix_fmt = 'yuv420p'
     stream.options = {'qp': '18', 'threads': '1'}
-    for frame in frames:
-      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, 'rgb24')))
+    for frame in itertools.chain([first], frames):
+      pixels = np.ascontiguousarray(frame[:height, :width])
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, 'rgb24')))
     container.mux(stream.encode())
 
 

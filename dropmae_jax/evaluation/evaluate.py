@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import inspect
 import pathlib
 import re
@@ -44,7 +43,6 @@ from dropmae_jax.runtime.errors import (
   lacks_memory,
   os_errors_as_user_errors,
 )
-from tfds_kinetics.messages import one_line
 
 # Each is a class with the members of `benchmark.Benchmark`.
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
@@ -53,8 +51,6 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
   'jhmdb': Jhmdb,
   'tapvid': TapVid,
 }
-# Distributions whose versions are written to results.json.
-PACKAGES = 'dropmae_jax', 'jax', 'jaxlib', 'numpy', 'scipy', 'opencv-python-headless', 'pillow'
 READ_AHEAD = 4
 REPLACEABLE = 'num_previous', 'radius', 'top_k', 'temperature'  # Fields of Propagation.
 
@@ -188,7 +184,7 @@ def run(
       if folder.is_dir():
         records[name] = results_folder.read_record(path, record, folder)
         results = benchmark.read(clip, folder)
-        _tell(output, f'{which}: finished before')
+        results_folder.tell(output, f'{which}: finished before')
       else:
         began = time.perf_counter()
         statistics: list[AttentionStatistics] = []
@@ -208,7 +204,9 @@ def run(
         now = time.perf_counter()
         left = (now - started) / computed * (len(benchmark.names) - number)
         rate = (now - began) / clip.num_frames
-        _tell(output, f'{which}: {clip.num_frames} frames, {rate:.2f} s each, left {left:.0f} s')
+        results_folder.tell(
+          output, f'{which}: {clip.num_frames} frames, {rate:.2f} s each, left {left:.0f} s'
+        )
       scores[name] = benchmark.score(clip, results)
       if visualise:
         overlays.write(benchmark, clip, results, output / 'overlays' / name)
@@ -225,16 +223,6 @@ def run(
       }
     results_folder.write_json(output / 'results.json', content)
   return content
-
-
-def _tell(output: pathlib.Path, line: str) -> None:
-  """Prints a line, and writes it to the log file."""
-  cli.print_line(line)
-  with (
-    os_errors_as_user_errors(f'{output}/log.txt cannot be written', 'give another --output.'),
-    (output / 'log.txt').open('a') as file,
-  ):
-    file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {one_line(line)}\n')
 
 
 def size_in_pixels(text: str) -> tuple[int, int]:
@@ -337,7 +325,7 @@ def main() -> None:
     'class_token': given.class_token if encoder.class_token is not None else 'none',
     'weights': encoder.source,
     'unused_tensors': unused,
-    'versions': _versions(),
+    'versions': results_folder.versions(),
     'device': jax.devices()[0].device_kind,
   }
   for line in encoder.source.get('import', []):
@@ -357,15 +345,6 @@ def main() -> None:
   for line in tables(content):
     cli.print_line(line)
   cli.print_line(f'{given.output}/results.json: {given.benchmark}, protocol {given.protocol}')
-
-
-def _versions() -> dict[str, str]:
-  versions = {}
-  for name in PACKAGES:
-    # Another distribution may provide it, or it runs from a checkout that is not installed.
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      versions[name] = importlib.metadata.version(name)
-  return versions
 
 
 def tables(content: Mapping[str, Any]) -> Iterator[str]:

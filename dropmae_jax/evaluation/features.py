@@ -7,7 +7,6 @@ bfloat16 would change the order.
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 
 import jax
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float
 
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Architecture
+from dropmae_jax.evaluation import results_folder
 from dropmae_jax.model import mae, patches, position_embedding
 from dropmae_jax.model.attention import dense_attention
 from dropmae_jax.model.chunks import Loop
@@ -92,9 +92,6 @@ def load(
   token = _class_token(unused.get(layouts.CLASS_TOKEN), class_token, architecture.width, path)
   if token is not None and class_token == 'file':
     del unused[layouts.CLASS_TOKEN]
-  digest = hashlib.sha256()
-  for leaf in [*jax.tree.leaves(params), token]:
-    digest.update(np.ascontiguousarray(leaf) if leaf is not None else b'')
   return Encoder(
     params,
     architecture,
@@ -103,7 +100,7 @@ def load(
     has_decoder=not any(map(layouts.is_of_decoder, fresh)),
     tensors=[name for name in layouts.tensor_names(architecture) if name not in fresh],
     unused=list(unused),
-    source=source | {'sha256': digest.hexdigest()},
+    source=source | {'sha256': results_folder.digest([params, token])},
   )
 
 

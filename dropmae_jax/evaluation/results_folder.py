@@ -4,23 +4,30 @@
 those of a clip belong. `results/NAME/` gets that name when it is complete.
 """
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
 from dropmae_jax.evaluation.datasets.benchmark import Benchmark, Clip
 from dropmae_jax.evaluation.protocols import Geometry, Protocol
-from dropmae_jax.runtime import atomic_file, workdir_lock
+from dropmae_jax.runtime import atomic_file, cli, workdir_lock
 from dropmae_jax.runtime.errors import UserError, first_line, os_errors_as_user_errors
+from tfds_kinetics.messages import one_line
 
 SETTINGS = 'settings.json'
+# Distributions that results may depend on.
+PACKAGES = 'dropmae_jax', 'jax', 'jaxlib', 'numpy', 'scipy', 'opencv-python-headless', 'pillow'
 
 
 def make(output: pathlib.Path) -> None:
@@ -53,7 +60,7 @@ def claim(output: pathlib.Path, settings: Mapping[str, Any]) -> None:
       earlier = traverse_util.flatten_dict(json.loads(path.read_text()), sep='.')
     except (ValueError, AttributeError, AssertionError) as error:
       raise UserError(f'{path} is damaged; give a new --output.') from error
-  given = traverse_util.flatten_dict(settings, sep='.')
+  given = traverse_util.flatten_dict(json.loads(json.dumps(settings)), sep='.')
   for name in {**given, **earlier}:
     if given.get(name) != earlier.get(name):
       raise UserError(
@@ -126,3 +133,31 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
   with atomic_file.staged(path, num_bytes=0, has_card=False) as partial:
     partial.write_text(json.dumps(content, indent=2) + '\n')
+
+
+def digest(weights: Any) -> str:
+  """Returns the sha256 of a tree of arrays, which may have None in it."""
+  total = hashlib.sha256()
+  for leaf in jax.tree.leaves(weights):
+    total.update(np.ascontiguousarray(leaf))
+  return total.hexdigest()
+
+
+def tell(output: pathlib.Path, line: str) -> None:
+  """Prints a line, and writes it to the log file."""
+  cli.print_line(line)
+  with (
+    os_errors_as_user_errors(f'{output}/log.txt cannot be written', 'give another --output.'),
+    (output / 'log.txt').open('a') as file,
+  ):
+    file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {one_line(line)}\n')
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of what results may depend on."""
+  installed = {}
+  for name in PACKAGES:
+    # Another distribution may provide it, or it runs from a checkout that is not installed.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      installed[name] = importlib.metadata.version(name)
+  return installed

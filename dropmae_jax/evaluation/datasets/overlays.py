@@ -57,10 +57,8 @@ def write(benchmark: Benchmark, clip: Clip, results: list[Any], path: pathlib.Pa
   picture, film = (path.with_name(f'{path.name}.{ending}') for ending in ('png', 'mp4'))
   with atomic_file.staged(picture, num_bytes=0, has_card=False) as partial:
     strip(drawn).save(partial, format='PNG')
-  # h264 needs even sides.
-  height, width = (side // 2 * 2 for side in drawn[0].shape[:2])
   with atomic_file.staged(film, num_bytes=0, has_card=False) as partial:
-    synthetic_clips.write_mp4(partial, np.stack(drawn)[:, :height, :width])
+    synthetic_clips.write_mp4(partial, drawn)
 
 
 def strip(images: list[UInt8[np.ndarray, 'h w c']]) -> Image.Image:
