@@ -33,6 +33,7 @@ def test_a_checkpoint_is_compared_with_what_needs_no_training(run_here, trained,
 
 
 @needs_torch
+@pytest.mark.slow
 def test_both_compute_the_same_labels_and_nothing_is_compiled_later(tmp_path):
   path = tmp_path / 'numbers.json'
   command = '--model=XXS', '--input_size=32x48', '--frames=10', f'--json={path}'

@@ -145,6 +145,7 @@ HIDDEN = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_starts_where_little_more_than_jax_is_installed(tmp_path):
   flags = f'--batch_size={BATCH} --drop_rate=0.2 --rounds=1 --steps_only'
   command = ['-c', BARE, ','.join(HIDDEN), dataclasses.asdict(SMALLEST), *flags.split()]
@@ -415,6 +416,7 @@ def test_fused_kernels_are_compared_where_there_are_any(device, image_size, dtyp
   assert list(left) == ['dense', 'asad']
 
 
+@pytest.mark.slow
 def test_kernels_are_checked_before_they_are_timed(monkeypatch):
   size = architecture_of_size('XXS', image_size=32, decoder_width=64, decoder_num_heads=4)
   objective = Objective(attention_dropout=0.2)

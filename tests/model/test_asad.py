@@ -115,7 +115,7 @@ def test_every_subset_has_its_exact_probability(implementation):
   assert scipy.stats.chisquare(observed, expected * drawn / expected.sum()).pvalue > 1e-4
 
 
-@pytest.mark.parametrize('level', [0.0, 20.0, 60.0])
+@pytest.mark.parametrize('level', [0.0, pytest.param(20.0, marks=pytest.mark.slow), 60.0])
 def test_no_position_is_favoured_and_no_two_draws_are_correlated(level):
   """At full size: how often positions are dropped, and what draws have in common."""
   n, heads, samples, count = 196, 4, 6, 7448

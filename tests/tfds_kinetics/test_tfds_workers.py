@@ -107,10 +107,11 @@ def test_a_video_that_crashes_or_blocks_its_reader_is_listed_like_any_other(
       '',
       'was ended twice (SIGKILL), as where memory is sh',
     ),
-    (
+    pytest.param(
       'time.sleep(1e6)',
       '--time_limit=1',
       'was not read within 1.5 s, as its process got too littl',
+      marks=pytest.mark.slow,
     ),
     (
       "raise OSError(24, 'not now')",
@@ -195,7 +196,7 @@ def test_a_process_that_is_killed_once_costs_nothing(data_dir, clips, tmp_path):
 @pytest.mark.parametrize(
   'deed',
   [
-    "raise TypeError('planted')",
+    pytest.param("raise TypeError('planted')", marks=pytest.mark.slow),
     "raise type('OfNoModule', (Exception,), {})('planted')",
   ],
   ids=['TypeError', 'an error that cannot be pickled'],
@@ -238,6 +239,7 @@ def other_containers(folder):
   return files
 
 
+@pytest.mark.slow
 def test_a_thousand_damaged_videos(clips, tmp_path):
   good = sorted(clips.glob('*/*/*_*.mp4'))
   root = tmp_path / 'videos'
