@@ -21,6 +21,7 @@ setup(
       'dropmae-evaluate = dropmae_jax.evaluation.evaluate:command',
       'dropmae-figures = dropmae_jax.evaluation.reconstruction:command',
       'dropmae-inspect = dropmae_jax.evaluation.pair_sheet:command',
+      'dropmae-tracker = dropmae_jax.tracking.main:command',
       'dropmae-train = dropmae_jax.main:command',
     ]
   },

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 COMMANDS = {
   'dropmae-build', 'dropmae-clips', 'dropmae-convert', 'dropmae-evaluate', 'dropmae-figures',
-  'dropmae-inspect', 'dropmae-train',
+  'dropmae-inspect', 'dropmae-tracker', 'dropmae-train',
 }  # fmt: skip
 
 

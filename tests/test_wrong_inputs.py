@@ -19,6 +19,15 @@ COMPLETE = {
   'dropmae-figures': ['--checkpoint={run}', '--video={video}', '--output={tmp}/new.png'],
   'dropmae-inspect': ['--data_dir={data}', '--output={tmp}/new.png'],
   'dropmae-clips': ['--output={tmp}/new'],
+  'dropmae-tracker': [
+    'video',
+    '--checkpoint={run}',
+    '--video={video}',
+    '--box=40,40,20,20',
+    '--output={tmp}/new.mp4',
+    '--search_size=64',
+    '--search_factor=3',
+  ],
 }
 # Command, arguments, and a part of the answer; `-NAME` takes an argument of COMPLETE away.
 WRONG = """
@@ -154,6 +163,33 @@ clips | --output={tmp}/file/clips           | --output={tmp}/file/clips cannot b
 clips | --frames=0                          | --frames=0 is too small; give at least
 clips | --height=17                         | --height=17 must be even, as h264 needs, and >= 16
 clips | --frames=many                       | argument --frames: invalid int value: 'many'; --help lists
+tracker | flollow                           | argument job: invalid choice: 'flollow' (choose from
+tracker | -box                              | are required: --box; --help lists
+tracker | --box=1,2,3                       | argument --box: '1,2,3' is not X,Y,W,H in pixels, such as
+tracker | --box=9000,10,5,5                 | --box=9000,10,5,5 is not in the
+tracker | --box=10,10,0,5                   | --box=10,10,0,5 is not in the
+tracker | --video={tmp}/none.mp4            | --video={tmp}/none.mp4 cannot be used: it cannot be opened: No such file
+tracker | --video={tmp}/junk/a.mp4          | --video={tmp}/junk/a.mp4 cannot be used: it cannot be opened: Invalid
+tracker | --video={tmp}/folder              | --video={tmp}/folder cannot be used: it is not a file; give another
+tracker | --output={tmp}/none/o.mp4         | the folder of --output={tmp}/none/o.mp4 does not exist; make it first
+tracker | --output={tmp}/folder             | {tmp}/folder is a folder
+tracker | --checkpoint={tmp}/folder         | {tmp}/folder holds no checkpoint; give the --workdir
+tracker | --checkpoint={tmp}/none.pth       | {tmp}/none.pth is not a file; give a .pth or .safetensors
+tracker | --checkpoint={tmp}/junk.pth       | {tmp}/junk.pth
+tracker | --search_size=65                  | search_size=65 is not a multiple of patch_size=8
+tracker | --search_size=0                   | argument --search_size: '0' is not a number from 1 to 9999
+tracker | -search_factor                    | goes into 64 pixels; give --search_factor, such as 4
+tracker | --search_factor=nan               | --search_factor=nan is out of range; use at least 1
+tracker | --keep_rate=0                     | --keep_rate=0 is out of range; use above 0, at most 1
+tracker | --model=B                         | --model=B goes with a file, and {run} is a workdir; leave it out
+tracker | --bxo=1,2,3,4                     | there is no option --bxo; did you mean --box=1,2,3,4?
+tracker | run -box                          | there is no option --video
+tracker | run -video -box --dataset=folder --root={tmp}/none | --root={tmp}/none is no folder; give the folder of the data set
+tracker | run -video -box --dataset=otc --root={tmp} | argument --dataset: invalid choice: 'otc'
+tracker | run -video -box --dataset=lasot --root={tmp}/folder | {tmp}/folder
+tracker | run -video -box --dataset=lasot --root={tmp}/folder --batch=0 | argument --batch: '0' is not a number from 1
+tracker | score -video -box -output -checkpoint -search_size -search_factor --dataset=otb --root={tmp}/folder | are required: --results
+tracker | convert -video -box -search_factor --output={tmp}/folder | {tmp}/folder is a folder
 """.strip().splitlines()  # noqa: E501
 ROWS = [[part.strip() for part in row.split('|', 2)] for row in WRONG]
 
@@ -199,7 +235,9 @@ def test_a_wrong_input_is_one_sentence_and_costs_nothing(
   if command == 'train':
     given += ['--config.data_dir={data}', '--config.batch_size=8']
   for argument in arguments.split():
-    if argument.startswith('-') and not argument.startswith('--'):
+    if command == 'tracker' and not argument.startswith('-'):
+      given[0] = argument
+    elif argument.startswith('-') and not argument.startswith('--'):
       given = [each for each in given if each.lstrip('-').partition('=')[0] != argument[1:]]
     else:
       given.append(argument.replace('%n', '\n'))
