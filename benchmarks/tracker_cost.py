@@ -111,7 +111,7 @@ def count(architecture: TrackerArchitecture, keep_rate: float) -> dict[str, floa
   return row
 
 
-def compile_step(
+def lower_step(
   architecture: TrackerArchitecture,
   device: jax.Device,
   *,
@@ -120,9 +120,8 @@ def compile_step(
   remat: str,
   form: str,
   keep_rate: float,
-  options: Mapping[str, Any],
-) -> jax.stages.Compiled:
-  """Compiles a training step for one device.
+) -> jax.stages.Lowered:
+  """Traces a training step for one device.
 
   Args:
     architecture: of the tracker.
@@ -132,7 +131,6 @@ def compile_step(
     remat: a name in `mae.REMATERIALISATIONS`.
     form: of elimination, one of FORMS.
     keep_rate: of the gathered form; the masked one takes it as an argument.
-    options: of the compiler.
   """
   graphdef, params = model.abstract_tracker(architecture, dtype=jnp.dtype(dtype), remat=remat)
   # What the numbers are changes neither memory nor time.
@@ -154,7 +152,7 @@ def compile_step(
   placed = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
   )
-  return jax.jit(step, donate_argnums=0).lower(*placed).compile(dict(options))
+  return jax.jit(step, donate_argnums=0).lower(*placed)
 
 
 def memories(
@@ -166,10 +164,10 @@ def memories(
   for dtype, remat, form in itertools.product(given.dtypes, given.remats, given.forms):
     row = {'search_size': architecture.search_size, 'dtype': dtype, 'remat': remat, 'form': form}
     try:
-      step = compile_step(
+      step = lower_step(
         architecture, device, batch_size=given.batch_size, dtype=dtype, remat=remat, form=form,
-        keep_rate=given.keep_rate, options=options,
-      )  # fmt: skip
+        keep_rate=given.keep_rate,
+      ).compile(options)  # fmt: skip
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise

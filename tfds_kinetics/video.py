@@ -179,10 +179,7 @@ def _read_frames(path: str, options: FrameOptions) -> Iterator[np.ndarray]:
   with open_video(path) as container:
     if container.format.name in ('concat', 'hls'):
       raise UnusableVideo('it is a playlist')
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams:
-      raise UnusableVideo('it has no video stream')
-    stream = streams[0]
+    stream = first_stream(container)
     if stream.codec_context is None:
       raise UnusableVideo('its codec is unknown')
     stream.codec_context.thread_count = 1
@@ -238,6 +235,18 @@ def open_video(path: str, **options: str) -> av.container.InputContainer:
   # playlist that is named like a video downloads nothing.
   with _demuxing():
     return av.open(f'file:{path}', options=options, **_LENIENT_METADATA)
+
+
+def first_stream(container: av.container.InputContainer) -> av.VideoStream:
+  """Returns the first video stream that is no cover picture.
+
+  Raises:
+    UnusableVideo: there is none.
+  """
+  streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+  if not streams:
+    raise UnusableVideo('it has no video stream')
+  return streams[0]
 
 
 def _count_packets(path: str, stream: int) -> int:

@@ -257,7 +257,12 @@ def _told(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(
-  key: Key[Array, ''], path: pathlib.Path, *, size: str | None = None, **other: int | float | str
+  key: Key[Array, ''],
+  path: pathlib.Path,
+  *,
+  size: str | None = None,
+  search_size: int = 256,
+  **other: int | float | str,
 ) -> TrackerWeights:
   """Starts a tracker from pre-trained weights; its head is newly initialised.
 
@@ -265,7 +270,8 @@ def start(
     key: of what is initialised.
     path: a workdir, or any file that `import_model` reads, also that of another method.
     size: a row of `vit.SIZES`; needed only if the file does not tell it.
-    **other: fields of `TrackerArchitecture`, such as `search_size`, that the encoder does not tell.
+    search_size: side of the search image in pixels; that of the template is half of it.
+    **other: further fields of `TrackerArchitecture`, such as `identity_order`.
 
   Raises:
     UserError: it cannot be read, holds no encoder, or does not fit `other`.
@@ -287,7 +293,16 @@ def start(
       report.append(
         f'initialised (seed 0), because the file does not have them: {import_model.grouped(fresh)}'
       )
+  patches = 2 * source.patch_size
+  if search_size % patches:
+    fitting = max(1, round(search_size / patches)) * patches
+    raise UserError(
+      f'--search_size={search_size} is not a multiple of {patches}, two patches; give for example'
+      f' {fitting}.'
+    )
   shape = {
+    'template_size': search_size // 2,
+    'search_size': search_size,
     'patch_size': source.patch_size,
     'width': source.width,
     'depth': source.depth,
@@ -319,7 +334,7 @@ def start(
     f'position tables: resampled from {source.image_size} to {architecture.template_size} and'
     f' {architecture.search_size} pixels'
   )
-  report.append('initialised: the head')
+  report.append('initialised: the head, at random, so that it does not track before it is trained')
   return TrackerWeights(params, statistics, architecture, report)
 
 
@@ -400,7 +415,7 @@ def _verified(
     exact = tuple(image.astype(np.float64) for image in images)
     return of_encoder.relative(of_file, reference.maps(double, exact, num_heads=a.num_heads))
 
-  yield of_encoder.judge(difference, rounding, what='maps')
+  yield of_encoder.check_difference(difference, rounding, what='maps')
   return difference
 
 

@@ -10,8 +10,11 @@ Each has a --help of its own.
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -26,6 +29,7 @@ from dropmae_jax.tracking.exchange import TrackerWeights
 from dropmae_jax.tracking.follow import run, track, video
 from dropmae_jax.tracking.scoring import conventions, score
 from dropmae_jax.tracking.sequences import benchmarks
+from dropmae_jax.tracking.sequences.sequence import Sequence as TrackedSequence
 
 TEMPLATE_FACTOR = 2.0
 KEEP_RATE = 0.7
@@ -48,6 +52,12 @@ def _positive(text: str) -> int:
   return int(text)
 
 
+def _seed(text: str) -> int:
+  if not re.fullmatch(r'\d{1,9}', text):
+    raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 to 999999999')
+  return int(text)
+
+
 def _add_weights(parser: cli.Parser) -> None:
   """Adds the options that say which tracker it is."""
   add = parser.add_argument
@@ -62,7 +72,7 @@ def _add_weights(parser: cli.Parser) -> None:
     help='of a tracker that starts from pre-trained weights, with a template of half the size;'
     ' default: 256',
   )  # fmt: skip
-  add('--seed', type=int, metavar='N', help='of the random head; default: 0')
+  add('--seed', type=_seed, metavar='N', help='of the random head; default: 0')
 
 
 def _add_crops(parser: cli.Parser) -> None:
@@ -83,13 +93,11 @@ def _load(given: argparse.Namespace) -> TrackerWeights:
   """Reads a tracker, or starts one from pre-trained weights; says which."""
   path = given.checkpoint
   if path.is_dir() or not exchange.is_tracker(path):
-    size = given.search_size or 256
     weights = exchange.start(
       jax.random.key(given.seed or 0),
       path,
       size=given.model,
-      template_size=size // 2,
-      search_size=size,
+      search_size=given.search_size or 256,
     )
   else:
     for name in ('model', 'search_size', 'seed'):
@@ -116,7 +124,7 @@ def _network(
   if factor is None:
     if a.search_size not in crops.CROP_OPTIONS:
       raise UserError(
-        f'nobody has published how much of the image goes into {a.search_size} pixels; give'
+        f'there is no published search factor for search_size={a.search_size}; give'
         ' --search_factor, such as 4.'
       )
     factor = crops.CROP_OPTIONS[a.search_size].search_factor
@@ -124,6 +132,12 @@ def _network(
     raise UserError(f'--search_factor={factor:g} is out of range; use at least 1, at most 100.')
   locate = track.make_locate(a, weights.params, weights.statistics, keep_rate=given.keep_rate)
   return locate, CropOptions(a.template_size, a.search_size, TEMPLATE_FACTOR, factor)
+
+
+def _digest(sequences: Sequence[TrackedSequence]) -> str:
+  """Returns the sha256 of what boxes depend on: names, numbers of frames and first boxes."""
+  rows = [(each.name, each.num_frames, each.first_box.tolist()) for each in sequences]
+  return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -147,6 +161,7 @@ def _run(arguments: Sequence[str]) -> None:
     'dataset': given.dataset,
     'root': str(given.root.absolute()),
     'split': given.split,
+    'sequences': _digest(sequences),
     'checkpoint': str(given.checkpoint.absolute()),
     'weights': results_folder.digest((weights.params, weights.statistics)),
     'tracker': dataclasses.asdict(weights.architecture),
@@ -160,11 +175,10 @@ def _run(arguments: Sequence[str]) -> None:
     settings=settings, batch_size=given.batch,
   )  # fmt: skip
   cli.print_line(f'{folder}: boxes of {len(sequences)} sequences; score them with')
-  split = f' --split={given.split}' if given.split else ''
-  cli.print_line(
-    f'  dropmae-tracker score --results={folder} --dataset={given.dataset} --root={given.root}'
-    f'{split}'
-  )
+  command = ['dropmae-tracker', 'score', f'--results={folder}']
+  command += [f'--dataset={given.dataset}', f'--root={given.root}']
+  command += [f'--split={given.split}'] if given.split else []
+  cli.print_line(f'  {shlex.join(command)}')
 
 
 def _video(arguments: Sequence[str]) -> None:

@@ -7,7 +7,6 @@ import jax
 import pytest
 
 from benchmarks import rounds, tracker_cost
-from benchmarks.compiler.compiled import memory_of
 from dropmae_jax.tracking import model
 
 # Two blocks and 16 + 64 tokens: it compiles in seconds.
@@ -49,44 +48,39 @@ def test_the_formula_is_what_xla_counts(run_here, monkeypatch, tmp_path):
   assert f'| 256 | {row["trained"]:,} | {row["stored"]:,} | {row["tensors"]} |' in printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-  ('changed', 'over'),
-  [
-    ({'form': 'gathered'}, {'form': 'masked'}),
-    ({'remat': 'full'}, {'remat': 'none'}),
-    ({'dtype': 'bfloat16'}, {'dtype': 'float32'}),
-  ],
+  ('changed', 'sign'),
+  [({'dtype': 'bfloat16'}, 'bf16'), ({'remat': 'full'}, 'optimization_barrier')],
 )
-def test_memory_is_of_the_form_that_is_named(changed, over):
+def test_a_step_is_of_the_form_that_is_named(changed, sign):
   architecture = model.tracker_of_size('XXS', template_size=32, search_size=64)
   base = {'dtype': 'float32', 'remat': 'none', 'form': 'masked'}
-  less, more = (
-    memory_of(
-      tracker_cost.compile_step(
-        architecture, jax.devices()[0], batch_size=4, keep_rate=0.5, options={}, **(base | each)
-      )
+
+  def lowered(**change):
+    return tracker_cost.lower_step(
+      architecture, jax.devices()[0], batch_size=2, keep_rate=0.5, **(base | change)
     )
-    for each in (changed, over)
-  )
-  assert less['temp'] < more['temp']
-  assert less['argument'] == pytest.approx(more['argument'], rel=1e-3)
+
+  masked, gathered = lowered(**changed), lowered(form='gathered')
+  assert sign in masked.as_text()
+  assert sign not in gathered.as_text()
+  # The masked form takes the counts as an argument, and computes with all tokens.
+  assert len(jax.tree.leaves(masked.in_avals)) == len(jax.tree.leaves(gathered.in_avals)) + 1
+  assert masked.cost_analysis()['flops'] > gathered.cost_analysis()['flops']
 
 
 def test_every_form_is_compiled_once(costs, monkeypatch):
   asked = []
 
-  def compile_step(*_, **settings):
+  def lower_step(*_, **settings):
     asked.append(tuple(settings[name] for name in ('dtype', 'remat', 'form')))
     sizes = dict.fromkeys(('argument', 'output', 'alias', 'temp', 'generated_code'), 0)
     sizes['temp'] = 25e9 * (1 + 3 * (settings['remat'] == 'none'))
-    return SimpleNamespace(
-      memory_analysis=lambda: SimpleNamespace(
-        **{f'{name}_size_in_bytes': each for name, each in sizes.items()}
-      )
-    )
+    analysis = SimpleNamespace(**{f'{name}_size_in_bytes': each for name, each in sizes.items()})
+    step = SimpleNamespace(memory_analysis=lambda: analysis)
+    return SimpleNamespace(compile=lambda options: step)
 
-  monkeypatch.setattr(tracker_cost, 'compile_step', compile_step)
+  monkeypatch.setattr(tracker_cost, 'lower_step', lower_step)
   content, printed = costs('--parts', 'memory')
   assert len(set(asked)) == len(content['memory']) == 8
   assert printed.count('| full | masked | 25.0 | 0.0 | 25.0 | no | yes |') == 2
@@ -97,7 +91,7 @@ def test_a_step_that_is_too_large(costs, monkeypatch):
   def refuse(*_, **__):
     raise tracker_cost.jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 99 GB\nand more')
 
-  monkeypatch.setattr(tracker_cost, 'compile_step', refuse)
+  monkeypatch.setattr(tracker_cost, 'lower_step', refuse)
   content, printed = costs('--parts', 'memory', '--forms', 'masked', '--remats', 'none')
   assert [row['refused'] for row in content['memory']] == ['RESOURCE_EXHAUSTED: 99 GB'] * 2
   assert printed.count('does not fit') == 2

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import places_of
+from recorded_tracker import places_of
 
 from dropmae_jax.tracking import elimination
 

@@ -287,7 +287,7 @@ def test_half_precision_is_converted_and_said(small, tmp_path):
 
 
 def test_a_tracker_starts_from_a_run(pretrained):
-  sizes = {'template_size': 32, 'search_size': 64}
+  sizes = {'search_size': 64}
   started = exchange.start(jax.random.key(0), pretrained, **sizes)
   assert started.architecture == SMALL
   encoder = saved_weights.load_weights(pretrained).params
@@ -314,7 +314,7 @@ def test_a_tracker_starts_from_a_file_with_a_class_token_and_another_decoder(pre
   decoder = {'decoder_embed.weight': np.zeros((7, 64), np.float32)}
   entries = {'args': {'architecture': dataclasses.asdict(PRETRAINED)}}
   path = written(of_run | {'cls_token': token} | decoder, tmp_path / 'mae.safetensors', entries)
-  sizes = {'template_size': 32, 'search_size': 64}
+  sizes = {'search_size': 64}
   started = exchange.start(jax.random.key(0), path, **sizes)
   np.testing.assert_array_equal(started.params['backbone']['cls_token'], token)
   expected = exchange.start(jax.random.key(0), pretrained, **sizes)
@@ -323,5 +323,7 @@ def test_a_tracker_starts_from_a_file_with_a_class_token_and_another_decoder(pre
 
 
 def test_a_start_that_cannot_be(pretrained):
-  with pytest.raises(UserError, match='search_size=65 is not a multiple'):
-    exchange.start(jax.random.key(0), pretrained, search_size=65)
+  with pytest.raises(
+    UserError, match='search_size=72 is not a multiple of 16, two patches; give for example 64'
+  ):
+    exchange.start(jax.random.key(0), pretrained, search_size=72)

@@ -59,9 +59,7 @@ def test_a_data_set_is_tracked_goes_on_and_is_scored(run, run_here, tmp_path):
   root = tmp_path / 'got10k'
   alone = boxes('got10k', output, root)
   assert {len(each) for each in alone.values()} == {tracking_trees.FRAMES}
-  with zipfile.ZipFile(output / 'got10k.zip') as archive:
-    names = set(archive.namelist())
-  assert names == {f'{name}/{name}_{kind}.txt' for name in alone for kind in ('001', 'time')}
+  assert not (output / 'got10k.zip').exists()  # Of a test set only.
   assert 'frames/s' in (output / 'log.txt').read_text()
 
   # Side by side the boxes are the same.
@@ -86,14 +84,33 @@ def test_a_data_set_is_tracked_goes_on_and_is_scored(run, run_here, tmp_path):
   results = f'--results={together / "results"}'
   arguments = results, '--dataset=got10k', f'--root={root}', '--split=val'
   others = '--others', str(output / 'results')
-  done = run_here(main.main, 'score', *arguments, *others)
-  assert_one_sentence(done, 'both called')
-  done = run_here(main.main, 'score', *arguments, f'--output={tmp_path / "scores"}')
+  done = run_here(main.main, 'score', *arguments, f'--output={tmp_path / "scores"}', *others)
   assert done.returncode == 0, done.stderr
   content = json.loads((tmp_path / 'scores' / 'scores.json').read_text())
+  assert (content['tracker'], list(content['others'])) == ('together', ['out'])
   assert content['toolkit'] in done.stdout
   assert f'{content["summary"]["AO"]:.2f}' in done.stdout
   assert (tmp_path / 'scores' / 'success.png').is_file()
+
+
+def test_a_frame_that_cannot_be_read_keeps_what_is_finished(run, tmp_path):
+  names = tracking_trees.got10k(tmp_path / 'got10k', split='test')
+  frame = tmp_path / 'got10k' / 'test' / names[1] / '00000003.jpg'
+  whole = frame.read_bytes()
+  frame.write_bytes(b'junk')
+  done, output = run('got10k', '--split=test')
+  assert_one_sentence(done, f'{frame}')
+  boxes, _ = (result_files.paths('got10k', output / 'results', name)[0] for name in names)
+  content, written = boxes.read_text(), boxes.stat().st_mtime_ns
+  assert [path.name for path in (output / 'results').iterdir()] == names[:1]
+  frame.write_bytes(whole)
+  done, _ = run('got10k', '--split=test')
+  assert done.returncode == 0, done.stderr
+  assert '1 of 2 sequences were finished before' in done.stdout
+  assert (boxes.read_text(), boxes.stat().st_mtime_ns) == (content, written)
+  with zipfile.ZipFile(output / 'got10k.zip') as archive:
+    files = set(archive.namelist())
+  assert files == {f'{name}/{name}_{kind}.txt' for name in names for kind in ('001', 'time')}
 
 
 @pytest.mark.parametrize('dataset', ['lasot', 'trackingnet', 'otb', 'folder'])
@@ -103,7 +120,6 @@ def test_results_are_in_the_layout_of_each_data_set(run, tmp_path, dataset):
   found = boxes(dataset, output, tmp_path / dataset)
   files = {path.stem for path in (output / 'results').glob('*.txt')}
   assert files == set(found)
-  assert (output / 'trackingnet.zip').is_file() == (dataset == 'trackingnet')
 
 
 def test_a_video_is_drawn_upon(run_here, tracker, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import recorded_tracker as recorded
 from flax import nnx, traverse_util
-from recorded import ARCHITECTURE, GRAPHDEF, channels_last
+from recorded_tracker import ARCHITECTURE, GRAPHDEF, channels_last
 
 from dropmae_jax.model import mae, position_embedding
 from dropmae_jax.tracking import elimination, head, model

@@ -9,7 +9,7 @@ import optax
 import pytest
 import recorded_tracker as recorded
 from flax import nnx
-from recorded import ARCHITECTURE, GRAPHDEF, channels_last
+from recorded_tracker import ARCHITECTURE, GRAPHDEF, channels_last
 
 from dropmae_jax import sharding
 from dropmae_jax.model import pixels

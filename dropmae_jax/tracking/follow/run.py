@@ -13,7 +13,7 @@ from dropmae_jax.tracking.crops import CropOptions
 from dropmae_jax.tracking.follow import track
 from dropmae_jax.tracking.follow.track import Locate, Source
 from dropmae_jax.tracking.sequences import result_files
-from dropmae_jax.tracking.sequences.sequence import Sequence, check
+from dropmae_jax.tracking.sequences.sequence import Sequence
 
 
 def run(
@@ -26,7 +26,7 @@ def run(
   settings: Mapping[str, Any],
   batch_size: int = 1,
 ) -> pathlib.Path:
-  """Tracks the sequences that have no results yet, and archives all where a server takes that.
+  """Tracks the sequences that have no results yet, and archives those of a test set for its server.
 
   Args:
     benchmark: a name in `benchmarks.BENCHMARKS`.
@@ -44,8 +44,6 @@ def run(
     UserError: the data, or the output folder, cannot be used.
     WorkdirInUse: another run writes to the folder.
   """
-  for sequence in sequences:
-    check(sequence)
   results_folder.make(output)
   with workdir_lock.held(output, '--output'):
     results_folder.claim(output, settings)
@@ -58,29 +56,33 @@ def run(
     }
     if len(waiting) < len(sequences):
       done = len(sequences) - len(waiting)
-      results_folder.tell(output, f'{done} of {len(sequences)} sequences were finished before')
+      results_folder.log_line(output, f'{done} of {len(sequences)} sequences were finished before')
     total = sum(sequence.num_frames for sequence in waiting.values())
     began, num_frames = time.perf_counter(), 0
     with tqdm.tqdm(total=total, unit='frame', leave=False, disable=None) as progress:
+
+      def count_frame() -> None:
+        nonlocal num_frames
+        num_frames += 1
+        progress.update()
+
       sources = (
         Source(each.name, each.first_box, map(each.frame, range(each.num_frames)))
         for each in waiting.values()
       )
-      followed = track.follow(
-        sources, locate, options, batch_size=batch_size, on_frame=progress.update
-      )
+      followed = track.follow(sources, locate, options, batch_size=batch_size, on_frame=count_frame)
       for number, (source, result) in enumerate(followed, 1):
         sequence = waiting[source.name]
         result_files.write(benchmark, folder, sequence, result.boxes, result.seconds)
-        num_frames += sequence.num_frames
         rate = num_frames / (time.perf_counter() - began)
-        results_folder.tell(
+        results_folder.log_line(
           output,
           f'{number}/{len(waiting)} {source.name}: {sequence.num_frames} frames; in all'
           f' {rate:.1f} frames/s, left {(total - num_frames) / rate:.0f} s',
         )
-    if benchmark in result_files.ARCHIVES:
+    # Servers have the truth of what is withheld, and take no other results.
+    if benchmark in result_files.ARCHIVES and all(each.is_withheld for each in sequences):
       archive = output / f'{benchmark}.zip'
       result_files.make_archive(benchmark, folder, sequences, archive)
-      results_folder.tell(output, f'{archive}: for the server of {benchmark}')
+      results_folder.log_line(output, f'{archive}: for the server of {benchmark}')
   return folder

@@ -99,8 +99,10 @@ def make_locate(
     scores = jnp.take_along_axis(maps.score.reshape(len(cells), -1), cells[:, None], axis=1)
     return Located(head.decode(maps, cells), scores[:, 0])
 
+  on_device = jax.device_put((params, statistics))
+
   def locate(templates: np.ndarray, searches: np.ndarray) -> Located:
-    return jax.device_get(step(params, statistics, templates, searches))
+    return jax.device_get(step(*on_device, templates, searches))
 
   return locate
 

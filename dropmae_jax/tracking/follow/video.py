@@ -43,7 +43,7 @@ def follow(
   Raises:
     UserError: the video cannot be decoded, the box is not inside, or the file cannot be written.
   """
-  atomic_file.check_file(output)
+  _check_output(output, path)
   frames = _frames(path)
   _check_box(box, next(_frames(path), None))
   with tqdm.tqdm(unit='frame', leave=False, disable=None) as progress:
@@ -63,8 +63,18 @@ def _frames(path: pathlib.Path) -> Iterator[UInt8[np.ndarray, 'h w c']]:
     raise RunFailed(f'{error}.') from error
 
 
+def _check_output(output: pathlib.Path, video: pathlib.Path) -> None:
+  if output.suffix.lower() != '.mp4':
+    raise UserError(f'--output={output} does not end in .mp4; give a name that does.')
+  atomic_file.check_file(output, has_card=False)
+  if output.exists() and video.exists() and output.samefile(video):
+    raise UserError(f'--output={output} is the video itself; give another name.')
+
+
 def _check_box(box: tuple[float, ...], frame: np.ndarray) -> None:
   height, width = frame.shape[:2]
+  if min(height, width) < 2:
+    raise UserError(f'the video has {width} x {height} pixels, too few for an MP4; give another.')
   x, y, w, h = box
   if not (0 < w <= width and 0 < h <= height and -w < x < width and -h < y < height):
     raise UserError(
@@ -74,9 +84,10 @@ def _check_box(box: tuple[float, ...], frame: np.ndarray) -> None:
 
 
 def _rate(path: pathlib.Path) -> Fraction:
-  """Returns the frames a second of a video, where it tells."""
+  """Returns the frames a second of a video, if the container states them."""
   with video_files.open_video(str(path)) as container:
-    return container.streams.video[0].average_rate or Fraction(synthetic_clips.FRAMES_PER_SECOND)
+    stated = video_files.first_stream(container).average_rate
+  return stated or Fraction(synthetic_clips.FRAMES_PER_SECOND)
 
 
 def _drawn(path: pathlib.Path, result: Track) -> Iterator[UInt8[np.ndarray, 'h w c']]:

@@ -1,6 +1,6 @@
 """Scores the files of results of a data set by the rules of a toolkit.
 
-content = score(results, 'got10k', root, split='val', plots=folder)
+content = score(results, 'got10k', root, split='val', plot_folder=folder)
 for line in table(content): ...
 """
 
@@ -16,6 +16,9 @@ from dropmae_jax.tracking.scoring import conventions, plots
 from dropmae_jax.tracking.scoring.conventions import Convention, Measured
 from dropmae_jax.tracking.sequences import benchmarks, result_files
 from dropmae_jax.tracking.sequences.sequence import Sequence
+
+# Of dropmae-tracker run, below its --output, which is the tracker's name.
+RESULTS = 'results'
 
 
 def score(
@@ -103,6 +106,8 @@ def _by_name(folders: list[pathlib.Path]) -> dict[str, pathlib.Path]:
   named: dict[str, pathlib.Path] = {}
   for folder in folders:
     name = os.path.basename(os.path.abspath(folder))
+    if name == RESULTS:
+      name = os.path.basename(os.path.dirname(os.path.abspath(folder)))
     if name in named:
       raise UserError(
         f'{named[name]} and {folder} are both called {name!r}; rename one of the folders, as the'

@@ -75,8 +75,15 @@ def _lines(boxes: Float[np.ndarray, 'n 4'], whole_pixels: bool) -> str:
 
 
 def is_written(benchmark: str, folder: pathlib.Path, sequence: Sequence) -> bool:
-  """Whether the results of a sequence are there."""
-  return paths(benchmark, folder, sequence.name)[0].is_file()
+  """Whether the results of a sequence are there, whole and of so many frames."""
+  boxes, times = paths(benchmark, folder, sequence.name)
+  if not (boxes.is_file() and times.is_file()):
+    return False
+  try:
+    _read_file(benchmark, boxes, sequence)
+  except UserError:
+    return False
+  return True
 
 
 def read(
@@ -119,7 +126,7 @@ def _read_file(benchmark: str, path: pathlib.Path, sequence: Sequence) -> Float[
   if is_bad.any():
     row = int(is_bad.argmax())
     raise UserError(
-      f'{path} has the box {common.in_words(boxes[row])} for frame {row + 1}, which is none;'
+      f'{path} has {common.in_words(boxes[row])} for frame {row + 1}, which is not a valid box;'
       f' {remedy}.'
     )
   if benchmark in MAY_BE_LONGER:

@@ -175,7 +175,6 @@ def toolkit(monkeypatch, tmp_path):
   """The GOT-10k toolkit, without its plots."""
   monkeypatch.setenv('MPLBACKEND', 'agg')
   monkeypatch.setenv('MPLCONFIGDIR', str(tmp_path))
-  pytest.importorskip('got10k', reason='the GOT-10k toolkit is not installed')
   from got10k import datasets, experiments
 
   for each in (experiments.ExperimentGOT10k, experiments.ExperimentOTB):
