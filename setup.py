@@ -63,7 +63,7 @@ setup(
       'pytest>=8,<10',
       'pytest-xdist>=3.6,<4',
       'ruff>=0.9,<0.18',
-      'six>=1.16,<2',  # Which got10k does not ask for.
+      'six>=1.16,<2',  # got10k imports it, but does not declare it.
     ],
   },
 )

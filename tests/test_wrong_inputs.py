@@ -69,6 +69,7 @@ train | --config.init_from={tmp}/junk.pth   | config.init_from={tmp}/junk.pth: {
 train | --config.init_from={tmp}/folder     | config.init_from={tmp}/folder: {tmp}/folder holds no checkpoint
 train | --local_processes=0                 | --local_processes=0 is not a number of processes; give 1 or more
 train | --local_processes=2 --process_id=1  | --local_processes=2 starts all processes of a run itself; give it alone
+train | --local_processes=2 --process_id=0  | --local_processes=2 starts all processes of a run itself; give it alone
 train | --num_processes=2                   | --num_processes
 build | -videos                             | are required: --videos; --help lists
 build | --videos=                           | argument --videos: it is empty; --help lists
@@ -172,13 +173,15 @@ tracker | --video={tmp}/none.mp4            | --video={tmp}/none.mp4 cannot be u
 tracker | --video={tmp}/junk/a.mp4          | --video={tmp}/junk/a.mp4 cannot be used: it cannot be opened: Invalid
 tracker | --video={tmp}/folder              | --video={tmp}/folder cannot be used: it is not a file; give another
 tracker | --output={tmp}/none/o.mp4         | the folder of --output={tmp}/none/o.mp4 does not exist; make it first
-tracker | --output={tmp}/folder             | {tmp}/folder is a folder
+tracker | --output={tmp}/folder             | --output={tmp}/folder does not end in .mp4; give a name that does
 tracker | --checkpoint={tmp}/folder         | {tmp}/folder holds no checkpoint; give the --workdir
 tracker | --checkpoint={tmp}/none.pth       | {tmp}/none.pth is not a file; give a .pth or .safetensors
 tracker | --checkpoint={tmp}/junk.pth       | {tmp}/junk.pth
-tracker | --search_size=65                  | search_size=65 is not a multiple of patch_size=8
+tracker | --search_size=72                  | --search_size=72 is not a multiple of 16, two patches; give for example 64
+tracker | --seed=-1                         | argument --seed: '-1' is not a number from 0
 tracker | --search_size=0                   | argument --search_size: '0' is not a number from 1 to 9999
-tracker | -search_factor                    | goes into 64 pixels; give --search_factor, such as 4
+tracker | -search_factor                    | no published search factor for search_size=64; give --search_factor, such as 4
+tracker | --output={video}                  | --output={video} is the video itself; give another name
 tracker | --search_factor=nan               | --search_factor=nan is out of range; use at least 1
 tracker | --keep_rate=0                     | --keep_rate=0 is out of range; use above 0, at most 1
 tracker | --model=B                         | --model=B goes with a file, and {run} is a workdir; leave it out

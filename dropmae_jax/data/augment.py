@@ -88,8 +88,8 @@ def resize_fast(crop: UInt8[np.ndarray, 'h w c'], out: UInt8[np.ndarray, 'size s
 def resize_exact(crop: UInt8[np.ndarray, 'h w c'], out: UInt8[np.ndarray, 'size size c']) -> None:
   """Resizes with PIL's bicubic (a = -0.5, antialiased), as the published code does.
 
-  PIL stores four bytes for a pixel. OpenCV adds and drops the fourth, since PIL would hold Python's
-  lock meanwhile.
+  PIL stores four bytes for a pixel. OpenCV adds and drops the fourth, because PIL holds the GIL
+  while it converts. `out` is contiguous.
   """
   pixels = cv2.cvtColor(crop, cv2.COLOR_RGB2RGBA)
   image = Image.frombytes('RGB', pixels.shape[1::-1], pixels, 'raw', 'RGBX')
@@ -116,7 +116,13 @@ def crop_and_resize(
     size: pixels along a side of the result.
     resize: one of RESIZES.
     out: contiguous array for the result, which saves a copy; by default a new one.
+
+  Raises:
+    ValueError: an array is not uint8 with three channels.
   """
   out = np.empty((size, size, frame.shape[2]), np.uint8) if out is None else out
+  for each in (frame, out):
+    if each.dtype != np.uint8 or each.shape[2:] != (3,):
+      raise ValueError(f'{each.dtype} {list(each.shape)} is not uint8 [height, width, 3]')
   RESIZES[resize](frame[box.top : box.top + box.height, box.left : box.left + box.width], out)
   return out

@@ -48,8 +48,8 @@ def _epoch_order(num_videos: int, seed: int, epoch: int) -> np.ndarray:
 class _Uniforms(threading.local):
   """The random numbers of the pairs of a dataset, by position; a generator for each thread.
 
-  They are those that grain's `MapDataset.range(...).seed(seed).random_map(...)` hands out (a test
-  compares them), at a sixth of its time: threads that load pairs wait for Python's lock meanwhile.
+  They are those that `random_map` of grain 0.2 hands out (a test compares them), by which runs of
+  earlier versions drew them. Grain takes several times as long, and holds the GIL meanwhile.
   """
 
   def __init__(self, seed: int) -> None:

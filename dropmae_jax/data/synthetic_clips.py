@@ -162,7 +162,9 @@ def write_mp4(
     rate: frames a second.
   """
   frames = iter(frames)
-  first = next(frames)
+  first = next(frames, None)
+  if first is None:
+    raise ValueError(f'there are no frames for {path}')
   height, width = (side // 2 * 2 for side in first.shape[:2])
   with av.open(str(path), 'w') as container:
     stream = container.add_stream('libx264', rate=rate)

@@ -184,7 +184,7 @@ def run(
       if folder.is_dir():
         records[name] = results_folder.read_record(path, record, folder)
         results = benchmark.read(clip, folder)
-        results_folder.tell(output, f'{which}: finished before')
+        results_folder.log_line(output, f'{which}: finished before')
       else:
         began = time.perf_counter()
         statistics: list[AttentionStatistics] = []
@@ -204,7 +204,7 @@ def run(
         now = time.perf_counter()
         left = (now - started) / computed * (len(benchmark.names) - number)
         rate = (now - began) / clip.num_frames
-        results_folder.tell(
+        results_folder.log_line(
           output, f'{which}: {clip.num_frames} frames, {rate:.2f} s each, left {left:.0f} s'
         )
       scores[name] = benchmark.score(clip, results)

@@ -1,5 +1,7 @@
 """The protocols of published zero-shot evaluations: a row of PROTOCOLS holds all that differs.
 
+(JHMDB's input size is the same in all of them.)
+
 To add a protocol, add a row; numbers of different protocols cannot be compared.
 
 Nearest is not one thing: OpenCV takes floor(i * old / new), Pillow floor((i + .5) * old / new). The

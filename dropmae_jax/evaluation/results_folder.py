@@ -143,7 +143,7 @@ def digest(weights: Any) -> str:
   return total.hexdigest()
 
 
-def tell(output: pathlib.Path, line: str) -> None:
+def log_line(output: pathlib.Path, line: str) -> None:
   """Prints a line, and writes it to the log file."""
   cli.print_line(line)
   with (

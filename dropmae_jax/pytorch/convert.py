@@ -287,5 +287,5 @@ def _verified(
   from dropmae_jax.pytorch import reference
 
   difference = reference.largest_difference(tensors, params, architecture)
-  yield reference.judge(difference, lambda: reference.rounding(tensors, architecture))
+  yield reference.check_difference(difference, lambda: reference.rounding(tensors, architecture))
   return difference

@@ -212,7 +212,9 @@ def tolerance_of(rounding: float) -> float:
   return min(max(TOLERANCE, ROUNDINGS * rounding), LARGEST_TOLERANCE)
 
 
-def judge(difference: float, rounding: Callable[[], float], *, what: str = 'features') -> str:
+def check_difference(
+  difference: float, rounding: Callable[[], float], *, what: str = 'features'
+) -> str:
   """Returns a line that says by how much the outputs of two networks differ.
 
   Args:

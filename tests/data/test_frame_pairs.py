@@ -328,14 +328,35 @@ def test_a_pair_may_meet_the_same_damaged_record_again():
     batches(DamagedVideos([1], {(0, 0)}), 1)
 
 
+class DrawUniforms(grain.transforms.RandomMap):
+  """Marks what is drawn with the number of the dataset."""
+
+  def __init__(self, dataset):
+    self._dataset = dataset
+
+  def random_map(self, element, rng):
+    return self._dataset, rng.random(pair_stream.PAIR_DRAWS)
+
+
 @pytest.mark.parametrize('seed', [0, 2**40 + 1])
-def test_the_random_numbers_are_those_of_grain(seed):
-  """Of grain 0.2, by which runs of earlier code drew them."""
-  source = grain.MapDataset.range(10**12).seed(seed)
-  recorded = source.random_map(lambda _, rng: rng.random(pair_stream.PAIR_DRAWS))
-  keys = pair_stream.PairKeys(NumberedVideos([9] * 4), seed)
-  for position in (0, 1, 7, 10**6, 3 * 10**9):
-    np.testing.assert_array_equal(keys[position].uniforms, recorded[position])
+def test_pairs_are_those_that_grain_draws(seed):
+  """Runs of earlier versions drew them with grain 0.2."""
+  second = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
+  streams = [
+    grain.MapDataset.range(10**12).seed(own).random_map(DrawUniforms(number))
+    for number, own in enumerate((seed, second))
+  ]
+  videos = NumberedVideos([9] * 4)
+  weights = Fraction(1, 3), Fraction(2)
+  mixed = grain.MapDataset.mix(streams, weights)
+  for keys, recorded in (
+    (pair_stream.PairKeys(videos, seed), streams[0]),
+    (pair_stream.PairKeys(Mixture((videos, videos), weights), seed), mixed),
+  ):
+    for position in (0, 1, 7, 10**6, 3 * 10**9):
+      dataset, uniforms = recorded[position]
+      assert keys[position].dataset == dataset
+      np.testing.assert_array_equal(keys[position].uniforms, uniforms)
 
 
 def test_the_stream_is_longer_than_any_run():

@@ -1,5 +1,6 @@
 """A build goes on whatever the videos do to it, and many machines may share it."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -40,7 +41,7 @@ def started(clips, folder, *, deed, name='', options=()):
   """A builder in a process group of its own; something happens at each video with `name` in it."""
   script = folder / 'build.py'
   script.write_text(SCRIPT.format(name=name, deed=deed, grace=(1.0, 0.5)))
-  return subprocess.Popen(
+  process = subprocess.Popen(
     [sys.executable, script, *command(clips, folder, '--workers=2', *options)[2:]],
     cwd=ROOT,
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
@@ -48,6 +49,19 @@ def started(clips, folder, *, deed, name='', options=()):
     text=True,
     start_new_session=True,
   )
+  STARTED.append(process)
+  return process
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_build_outlives_its_test():
+  yield
+  while STARTED:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(STARTED.pop().pid, signal.SIGKILL)
 
 
 def until_there_is(pattern, process, folder):

@@ -36,7 +36,7 @@ class MaskBenchmark:
 
   Attributes:
     names: of the clips, in the order of the list.
-    benchmark: its name in `Protocol.input_size`.
+    benchmark: its key in `Protocol.input_size` and `Protocol.resize_mask`.
     list_file: the text file that names the clips, one a line.
     frame_folder: holds a folder of JPEGs for each clip.
     mask_folder: holds a folder of PNGs for each clip, with the names of the JPEGs.
