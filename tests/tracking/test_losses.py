@@ -33,6 +33,9 @@ def test_overlaps(recorded):
   iou, giou = jax.jit(losses.overlaps)(recorded['pair_pred'], recorded['pair_true'])
   np.testing.assert_allclose(iou, recorded['pair_iou'], rtol=0, atol=1e-6)
   np.testing.assert_allclose(giou, recorded['pair_giou'], rtol=0, atol=1e-6)
+  assert float((1 - giou).mean()) == pytest.approx(float(recorded['pair_giou_loss']), abs=8e-7)
+  l1 = jnp.abs(recorded['pair_pred'] - recorded['pair_true']).mean()
+  assert float(l1) == pytest.approx(float(recorded['pair_l1_loss']), abs=8e-7)
 
 
 @pytest.mark.parametrize('place', [(0.2, 0.3), (0.5, 0.5)])

@@ -1,6 +1,7 @@
 """Losses, gradients and updates against the recorded ones; the same in every form and anywhere."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +95,14 @@ def test_norms_of_gradients_in_every_epoch(differentiated, golden):
   arrays = golden('tracker/tracker_loss')
   for row, (_, _, grads) in enumerate(differentiated.values()):
     norms = {n: np.linalg.norm(each) for n, each in recorded.tensors_of(grads).items()}
-    for name, theirs in zip(arrays['grad_names'], arrays['grad_norm'][row], strict=True):
-      assert is_zero(name) or norms[name] == pytest.approx(theirs, rel=4.8e-5), name
+    sums = {n: each.astype(np.float64).sum() for n, each in recorded.tensors_of(grads).items()}
+    for name, norm, total in zip(
+      arrays['grad_names'], arrays['grad_norm'][row], arrays['grad_sum'][row], strict=True
+    ):
+      assert is_zero(name) or norms[name] == pytest.approx(norm, rel=4.8e-5), name
+      # Entries may cancel.
+      scale = norm * math.sqrt(recorded.tensors_of(grads)[name].size)
+      assert sums[name] == pytest.approx(total, abs=3.2e-5 * scale + 1e-4), name
     total = float(optax.tree.norm(grads))
     assert total == pytest.approx(arrays['grad_global_norm'][row], rel=8e-7)
 
@@ -191,8 +198,12 @@ def test_ten_updates_end_at_the_recorded_state(run, state):
       ours, theirs = (without_key_bias(name, each) for each in (ours, mine[f'final/{name}']))
       np.testing.assert_allclose(ours, theirs, rtol=0, atol=2.4e-6, err_msg=name)
     elif name in row_of and not name.endswith('qkv.bias'):
-      norm, moved = (mine[each][row_of[name]] for each in ('final_norm', 'moved'))
+      norm, total, moved = (
+        mine[each][row_of[name]] for each in ('final_norm', 'final_sum', 'moved')
+      )
       assert np.linalg.norm(ours) == pytest.approx(norm, rel=1e-6, abs=2e-7), name
+      scale = norm * math.sqrt(ours.size)
+      assert ours.astype(np.float64).sum() == pytest.approx(total, abs=1e-6 * scale + 1e-6), name
       assert np.linalg.norm(ours - before[name]) == pytest.approx(moved, rel=8e-4), name
 
 

@@ -1,12 +1,16 @@
 """Whole sequences are followed as recorded, one at a time and side by side."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import recorded_tracker as recorded
 from conftest import GOLDEN
+from flax import nnx
 
+from dropmae_jax.model import pixels
 from dropmae_jax.runtime.errors import UserError
-from dropmae_jax.tracking import crops, model
+from dropmae_jax.tracking import crops
 from dropmae_jax.tracking.follow import track
 from dropmae_jax.tracking.follow.track import Source
 
@@ -17,11 +21,14 @@ def golden():
 
 
 @pytest.fixture(scope='module')
-def locate():
-  state = recorded.with_prefix(np.load(GOLDEN / 'tracker' / 'tracker_state.npz'), 'state/')
-  params = recorded.of_name(state, recorded.SHAPES)
-  statistics = recorded.of_name(state, model.init_statistics(recorded.ARCHITECTURE))
-  return track.make_locate(recorded.ARCHITECTURE, params, statistics)
+def weights():
+  """Parameters and running statistics."""
+  return recorded.initial_state(lambda name: dict(np.load(GOLDEN / f'{name}.npz')))
+
+
+@pytest.fixture(scope='module')
+def locate(weights):
+  return track.make_locate(recorded.ARCHITECTURE, *weights)
 
 
 def options(golden, name):
@@ -68,6 +75,22 @@ def test_a_sequence_is_followed_as_recorded(golden, locate, name):
     np.testing.assert_array_equal(searches, golden['seq0/search_crop'])
   assert found.seconds[0] == 0
   assert (found.seconds[1:] > 0).all()
+
+
+def test_the_recorded_tokens_are_removed(golden, weights):
+  searches = pixels.normalise(jnp.asarray(golden['seq0/search_crop']))
+  template = pixels.normalise(jnp.asarray(golden['seq0/template_crop']))
+  templates = jnp.broadcast_to(template, (len(searches), *template.shape))
+
+  @jax.jit
+  def encode(params):
+    tracker = nnx.merge(recorded.GRAPHDEF, params)
+    return tracker.encode(templates, searches, kept=recorded.ARCHITECTURE.kept(0.7))
+
+  is_removed = ~np.asarray(encode(weights[0]))[:, 64:].any(axis=-1)
+  blocks = [golden[f'seq0/removed_block{block}'] for block in (1, 2, 3)]
+  expected = np.sort(np.concatenate(blocks, axis=1), axis=1)
+  np.testing.assert_array_equal([np.flatnonzero(row) for row in is_removed], expected)
 
 
 def test_sequences_side_by_side_are_followed_like_each_alone(golden, locate):
