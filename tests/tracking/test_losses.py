@@ -33,9 +33,20 @@ def test_overlaps(recorded):
   iou, giou = jax.jit(losses.overlaps)(recorded['pair_pred'], recorded['pair_true'])
   np.testing.assert_allclose(iou, recorded['pair_iou'], rtol=0, atol=1e-6)
   np.testing.assert_allclose(giou, recorded['pair_giou'], rtol=0, atol=1e-6)
-  assert float((1 - giou).mean()) == pytest.approx(float(recorded['pair_giou_loss']), abs=8e-7)
-  l1 = jnp.abs(recorded['pair_pred'] - recorded['pair_true']).mean()
-  assert float(l1) == pytest.approx(float(recorded['pair_l1_loss']), abs=8e-7)
+
+
+def test_the_losses_of_pairs_of_boxes(recorded):
+  (start, end), (true_start, true_end) = (
+    jnp.split(recorded[name], 2, axis=-1) for name in ('pair_pred', 'pair_true')
+  )
+  of_pairs = losses.tracker_losses(
+    jnp.full((len(start), 16, 16), 0.5),
+    jnp.concatenate([(start + end) / 2, end - start], axis=-1),
+    jnp.concatenate([true_start, true_end - true_start], axis=-1),
+    group_size=len(start),
+  )
+  assert float(of_pairs.giou) == pytest.approx(float(recorded['pair_giou_loss']), abs=8e-7)
+  assert float(of_pairs.l1) == pytest.approx(float(recorded['pair_l1_loss']), abs=8e-7)
 
 
 @pytest.mark.parametrize('place', [(0.2, 0.3), (0.5, 0.5)])
