@@ -60,6 +60,8 @@ class Shards:
     """
     self._names = [each.filename for each in shards]
     self._ends = list(itertools.accumulate(each.take for each in shards))
+    # Before the digests, whose threads have files open too.
+    most_open = allow_open_shards(num_datasets)
     with concurrent.futures.ThreadPoolExecutor(DIGEST_THREADS) as threads:
       current = list(threads.map(index_digest, self._names))
     self._digests = current if digests is None else list(digests)
@@ -69,7 +71,7 @@ class Shards:
           f'{os.path.basename(name)} is another file than the one that was built'
         )
     # One that leaves the cache is closed when the last thread that reads from it is done.
-    self._opened = functools.lru_cache(allow_open_shards(num_datasets))(self._open)
+    self._opened = functools.lru_cache(most_open)(self._open)
 
   def __len__(self) -> int:
     return self._ends[-1]
