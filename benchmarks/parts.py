@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import flops
-from benchmarks.compiler.compiled import memory_of
 from benchmarks.rounds import Way
 from dropmae_jax import optimizer, sharding, train_step
 from dropmae_jax.config import Config
 from dropmae_jax.kernels import implementations
-from dropmae_jax.model import attention, fast_asad, mae, masking, patches, weighted_sampling
+from dropmae_jax.memory import memory_of
+from dropmae_jax.model import attention, fast_asad, flops, mae, masking, patches, weighted_sampling
 from dropmae_jax.model.asad import Logits, num_dropped
 from dropmae_jax.model.attention import Attention
 from dropmae_jax.model.chunks import ChunkCounts, chunk_counts, split_heads

@@ -19,13 +19,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import flops, kernel_check, rounds, torch_step, variants
+from benchmarks import kernel_check, rounds, torch_step, variants
 from benchmarks.parts import Part, Workbench
+from benchmarks.rounds import Way
 from dropmae_jax.config import Config
 from dropmae_jax.data import loader
-from dropmae_jax.runtime import cli
+from dropmae_jax.runtime import cli, targets
 from dropmae_jax.runtime.errors import UserError
 
 # Of one measurement: long enough to be accurate, short enough for many rounds.
@@ -47,7 +49,7 @@ def make_parts(config: Config, arguments: argparse.Namespace) -> dict[str, Part]
   if not arguments.steps_only:
     made |= dict(_announced(bench.parts()))
   size = PRODUCT_SIZE[device.platform]
-  product = flops.matrix_product(size, config.dtype)
+  product = matrix_product(size, config.dtype)
   return made | {'matrix_product': Part(product, times=0, flops=2 * size**3)}
 
 
@@ -56,6 +58,13 @@ def _announced(compiled: Iterable[tuple[str, Part]]) -> Iterator[tuple[str, Part
   for name, part in compiled:
     print(f'compiled {name} in {part.compile_seconds:.1f} s', file=sys.stderr, flush=True)
     yield name, part
+
+
+def matrix_product(size: int, dtype: str) -> Way:
+  """Returns a product of two square matrices to time: the highest rate a device reaches."""
+  matrix = jnp.ones((size, size), dtype)
+  product = jax.jit(lambda a, b: a @ b).lower(matrix, matrix).compile()
+  return Way(lambda: product(matrix, matrix), in_turn=jax.default_backend() == 'cpu')
 
 
 def choose_peak(stated: float | None, dtype: str, reached: float) -> tuple[float, str]:
@@ -68,7 +77,7 @@ def choose_peak(stated: float | None, dtype: str, reached: float) -> tuple[float
   """
   if stated:
     return stated * 1e12, 'as stated by --peak_tflops'
-  known = flops.known_peak(jax.devices()[0].device_kind)
+  known = targets.known_peak(jax.devices()[0].device_kind)
   if known and dtype == 'bfloat16':
     return known
   return reached, f'the fastest matrix product of this run, {dtype}'

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import flops
 from benchmarks.parts import Part
 from benchmarks.rounds import Way, import_torch
 from dropmae_jax.config import Architecture, Config
-from dropmae_jax.model import masking, pixels
+from dropmae_jax.model import flops, masking, pixels
 from dropmae_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:

@@ -23,15 +23,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
-from benchmarks import flops, rounds
-from benchmarks.compiler import compiled, targets
-from benchmarks.compiler.targets import TARGETS
+from benchmarks import rounds
 from benchmarks.rounds import Way
 from dropmae_jax.data import synthetic_clips
 from dropmae_jax.data.synthetic_clips import ClipOptions
-from dropmae_jax.model import vit
-from dropmae_jax.runtime import cli
+from dropmae_jax.memory import memory_of
+from dropmae_jax.model import flops, vit
+from dropmae_jax.runtime import cli, targets
 from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.targets import TARGETS
 from dropmae_jax.tracking import head, model, train_step
 from dropmae_jax.tracking.crops import CROP_OPTIONS
 from dropmae_jax.tracking.elimination import Kept
@@ -159,8 +159,8 @@ def memories(
   architecture: TrackerArchitecture, given: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
   """Yields the memory of a step in every form."""
-  (device,) = targets.devices(given.target, 1)
-  options = COMPILER_OPTIONS | (compiled.GPU_OPTIONS if TARGETS[given.target].gpu else {})
+  (device,) = targets.devices(given.target)
+  options = COMPILER_OPTIONS | (targets.GPU_OPTIONS if TARGETS[given.target].gpu else {})
   for dtype, remat, form in itertools.product(given.dtypes, given.remats, given.forms):
     row = {'search_size': architecture.search_size, 'dtype': dtype, 'remat': remat, 'form': form}
     try:
@@ -173,7 +173,7 @@ def memories(
         raise
       yield row | {'refused': str(error).splitlines()[0]}
       continue
-    memory = compiled.memory_of(step)
+    memory = memory_of(step)
     fits = {f'fits_{size}_gb': memory['total'] <= size * 1e9 for size in CARDS}
     yield row | {'bytes': memory} | fits
 

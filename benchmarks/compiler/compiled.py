@@ -6,37 +6,16 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks.compiler import hlo
-from benchmarks.compiler.targets import Target
-from dropmae_jax import sharding
 from dropmae_jax.config import Config
+from dropmae_jax.memory import lower_step, memory_of
+from dropmae_jax.runtime import targets
 from dropmae_jax.runtime.errors import UserError
-from dropmae_jax.train_step import build
+from dropmae_jax.runtime.targets import Target
 
-# There is no GPU at hand to try out kernels on.
-GPU_OPTIONS = {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_autotune_level': 0}
 # Leaves out searches for speed: see --quick.
 QUICK_OPTIONS = {'exec_time_optimization_effort': -1.0}
-
-
-def lower_step(config: Config, devices: list[jax.Device]) -> jax.stages.Lowered:
-  """Traces the step of a config for its mesh of these devices.
-
-  Raises:
-    UserError: batch or attention do not fit the devices.
-    ValueError: the mesh does not.
-  """
-  mesh = sharding.make_mesh(devices, config.mesh)
-  model = build(config, mesh)
-  size = config.model.image_size
-  frames = jax.ShapeDtypeStruct(
-    (config.batch_size, 2, size, size, 3), jnp.uint8, sharding=sharding.batch_sharding(mesh)
-  )
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  key = jax.ShapeDtypeStruct((), key.dtype, sharding=sharding.replicated(mesh))
-  return model.step.lower(model.abstract_state, frames, key)
 
 
 def compile_step(
@@ -49,7 +28,7 @@ def compile_step(
   Raises:
     UserError: flash attention is asked for, and cuDNN is not installed.
   """
-  compiler_options = (GPU_OPTIONS if target.gpu else {}) | (QUICK_OPTIONS if quick else {})
+  compiler_options = (targets.GPU_OPTIONS if target.gpu else {}) | (QUICK_OPTIONS if quick else {})
   began = time.monotonic()
   try:
     lowered = lower_step(config, [device])
@@ -93,17 +72,6 @@ def compile_step(
       'most': compute + memory,
     },
   }
-
-
-def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-  """Returns the bytes that a compiled program needs on a device; `total` adds them up."""
-  sizes = compiled.memory_analysis()
-  memory = {
-    name: getattr(sizes, f'{name}_size_in_bytes')
-    for name in ('argument', 'output', 'alias', 'temp', 'generated_code')
-  }
-  memory['total'] = sum(memory.values()) - 2 * memory['alias']
-  return memory
 
 
 def flops_before_compilation(config: Config) -> float:

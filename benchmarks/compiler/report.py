@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 
-from benchmarks import flops, rounds, variants
-from benchmarks.compiler import compiled, targets
-from benchmarks.compiler.targets import TARGETS
-from dropmae_jax.runtime import cli
+from benchmarks import rounds, variants
+from benchmarks.compiler import compiled
+from dropmae_jax.model import flops
+from dropmae_jax.runtime import cli, targets
 from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.targets import TARGETS
 
 
 def compare(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -105,7 +106,7 @@ def main() -> None:
   arguments = parse()
   # Devices of this machine are neither used nor waited for.
   jax.config.update('jax_platforms', 'cpu')
-  (device,) = targets.devices(arguments.target, 1)
+  (device,) = targets.devices(arguments.target)
   target = TARGETS[arguments.target]
   print(
     f'{device.device_kind}, ViT-{arguments.model}, {arguments.batch_size} pairs,'

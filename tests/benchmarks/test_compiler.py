@@ -1,15 +1,17 @@
 """What is read from compiled programs is what is in them; real steps send what can be counted."""
 
 import collections
+import types
 
 import jax
 import pytest
 
-from benchmarks.compiler import compiled, hlo, hlo_text, targets
-from dropmae_jax import optimizer
+from benchmarks.compiler import hlo, hlo_text
+from dropmae_jax import memory, optimizer
 from dropmae_jax.config import Config, MeshOptions, Objective
 from dropmae_jax.model import mae
 from dropmae_jax.model.vit import architecture_of_size
+from dropmae_jax.runtime import targets
 from dropmae_jax.runtime.errors import UserError
 
 DEVICES = 8
@@ -206,7 +208,7 @@ def collectives(mesh):
     mesh=mesh,
   )
   quick = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-  step = compiled.lower_step(config, jax.devices()[:DEVICES]).compile(quick)
+  step = memory.lower_step(config, jax.devices()[:DEVICES]).compile(quick)
   computations, _ = hlo_text.read(step.as_text())
   instructions = {each.name: each for listed in computations.values() for each in listed}
   handed_in = collections.Counter()
@@ -214,7 +216,7 @@ def collectives(mesh):
     if each.opcode in ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all'):
       shapes = (instructions[name].shape for name in each.operands)
       handed_in[each.opcode] += sum(map(hlo_text.num_bytes, shapes))
-  return handed_in, compiled.memory_of(step)
+  return handed_in, memory.memory_of(step)
 
 
 def trained_bytes():
@@ -255,11 +257,52 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch, name, remedy):
 
   monkeypatch.setattr(targets.topologies, 'get_topology_desc', refuse)
   with pytest.raises(UserError, match=rf'\(not installed\).*pip install .*{remedy}'):
-    targets.devices(name, 1)
+    targets.devices(name)
+
+
+@pytest.mark.parametrize(
+  ('text', 'name', 'number', 'topology'),
+  [
+    ('tpu_v5e', 'tpu_v5e', 1, 'v5e:2x2'),
+    ('4xtpu_v6e', 'tpu_v6e', 4, 'v6e:2x2'),
+    ('v5e-16', 'tpu_v5e', 16, 'v5e:4x4'),
+    ('v4-8', 'tpu_v4', 4, 'v4:2x2x1'),
+    ('rtx4090', 'rtx4090', 1, '1x1x1'),
+    ('8xh100', 'h100', 8, '1x1x8'),
+  ],
+)
+def test_one_word_names_kind_and_number(monkeypatch, text, name, number, topology):
+  asked = []
+
+  def record(**options):
+    asked.append(options['topology' if 'topology' in options else 'topology_name'])
+    return types.SimpleNamespace(devices=jax.devices() * 2)
+
+  monkeypatch.setattr(targets.topologies, 'get_topology_desc', record)
+  assert targets.parse(text) == (targets.TARGETS[name], number)
+  assert len(targets.devices(text)) == number
+  assert asked == [topology]
+
+
+@pytest.mark.parametrize(
+  ('text', 'remedy'),
+  [
+    ('8xh10', "did you mean '8xh100'"),
+    ('', 'valid are: .*h200'),
+    ('v5e-12', 'slices of 4, 8, 16'),
+    ('v4-7', 'slices of 4, 8, 16'),
+    ('0xh100', 'give 1 or more'),
+    ('9999xcpu', 'name those'),
+  ],
+)
+def test_a_word_that_names_no_devices_is_refused(text, remedy):
+  with pytest.raises(UserError, match=f'--target={text}.*{remedy}'):
+    targets.devices(text)
 
 
 def test_a_gpu_is_described_by_its_numbers():
   config = targets.gpu_config(targets.TARGETS['a100'])
   for line in ('major: 8 minor: 0', 'core_count: 108', 'memory_bandwidth: 2039000000000'):
     assert line in config
+  assert 'major: 8 minor: 9' in targets.gpu_config(targets.TARGETS['rtx4090'])
   assert config.count('{') == config.count('}')

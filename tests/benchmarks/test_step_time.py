@@ -19,22 +19,21 @@ from einops import rearrange
 
 from benchmarks import (
   asad_sampler,
-  flops,
   kernel_check,
   rounds,
   step_time,
   torch_step,
   variants,
 )
-from benchmarks.compiler import report, targets
+from benchmarks.compiler import report
 from dropmae_jax import sharding, train_step
 from dropmae_jax.config import Config, Objective
 from dropmae_jax.kernels.tpu import asad_tpu
-from dropmae_jax.model import attention, fast_asad, mae, patches
+from dropmae_jax.model import attention, fast_asad, flops, mae, patches
 from dropmae_jax.model.asad import Logits
 from dropmae_jax.model.chunks import ChunkCounts
 from dropmae_jax.model.vit import architecture_of_size
-from dropmae_jax.runtime import cli
+from dropmae_jax.runtime import cli, targets
 from dropmae_jax.runtime.errors import UserError
 
 # One block each: it compiles in seconds. 16 tokens per frame, of which P = 0.2 drops 3 per query.
@@ -242,10 +241,10 @@ def test_the_step_of_pytorch_is_of_the_same_model(monkeypatch, small):
 
 
 def test_every_data_sheet_is_found_by_the_name_of_its_device():
-  assert flops.known_peak('NVIDIA H200')[0] == 989e12
-  assert flops.known_peak('TPU v5 lite')[0] == 197e12
-  assert flops.known_peak('cpu') is None
-  known = set(flops.TPU_KINDS.values()) | {
+  assert targets.known_peak('NVIDIA H200')[0] == 989e12
+  assert targets.known_peak('TPU v5 lite')[0] == 197e12
+  assert targets.known_peak('cpu') is None
+  known = set(targets.TPU_KINDS.values()) | {
     name for name, target in targets.TARGETS.items() if target.gpu
   }
   assert known == set(targets.TARGETS) - {'cpu'}

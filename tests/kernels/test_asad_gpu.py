@@ -138,10 +138,10 @@ COMPILE = """
 import sys
 import jax, jax.numpy as jnp
 jax.config.update('jax_platforms', 'cpu')
-from benchmarks.compiler import compiled, targets
 from dropmae_jax import sharding
 from dropmae_jax.kernels import implementations
-mesh = sharding.make_mesh(targets.devices('h100', 2))
+from dropmae_jax.runtime import targets
+mesh = sharding.make_mesh(targets.devices('2xh100'))
 b, n, m, e = 4, int(sys.argv[1]), 4, int(sys.argv[2])
 attend = implementations.choose(
   'fused', mesh, tokens_per_frame=n, num_heads=m, head_width=e, dtype='bfloat16').dropout
@@ -151,7 +151,7 @@ keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))
 keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=place)
 loss = lambda *x: attend(*x[:3], draw_keys=x[3], drop_rate=0.1).astype(jnp.float32).sum()
 gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-made = gradient.lower(tokens, tokens, tokens, keys).compile(compiled.GPU_OPTIONS)
+made = gradient.lower(tokens, tokens, tokens, keys).compile(targets.GPU_OPTIONS)
 text = made.as_text()
 assert text.count('custom_call_target="mosaic_gpu') == 4, text
 # Matrices of heads; the sum over ties has one without heads.

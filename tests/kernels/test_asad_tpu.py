@@ -215,10 +215,10 @@ COMPILE = """
 import sys
 import jax, jax.numpy as jnp
 jax.config.update('jax_platforms', 'cpu')
-from benchmarks.compiler import targets
 from dropmae_jax import sharding
 from dropmae_jax.kernels import implementations
-mesh = sharding.make_mesh(targets.devices(sys.argv[1], 4))
+from dropmae_jax.runtime import targets
+mesh = sharding.make_mesh(targets.devices(f'4x{sys.argv[1]}'))
 b, n, m, e = 4, 196, 4, 32
 attend = implementations.choose(
   'fused', mesh, tokens_per_frame=n, num_heads=m, head_width=e, dtype='bfloat16').dropout

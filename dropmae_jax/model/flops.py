@@ -1,25 +1,11 @@
-"""FLOPs of a training step by formula, and the peak of a device: the two sides of an MFU.
+"""FLOPs of a training step by formula.
 
 Only the matrix products of the algorithm count, as two FLOPs per multiplication and addition. What
 a program rematerialises to save memory counts once. ASAD adds none.
 """
 
-import jax
-import jax.numpy as jnp
-
-from benchmarks.compiler.targets import TARGETS
-from benchmarks.rounds import Way
 from dropmae_jax.config import Architecture
 from dropmae_jax.model import masking
-
-# The names of TPUs in jax, and in `TARGETS`. Those of GPUs are in `TARGETS` already.
-TPU_KINDS = {
-  'TPU v4': 'tpu_v4',
-  'TPU v5 lite': 'tpu_v5e',
-  'TPU v5e': 'tpu_v5e',
-  'TPU v6 lite': 'tpu_v6e',
-  'TPU v6e': 'tpu_v6e',
-}
 
 
 def block(tokens: int, width: int, mlp_ratio: float, wanted: int | None = None) -> int:
@@ -68,18 +54,3 @@ def decoder(architecture: Architecture, mask_ratio: float, *, whole: bool = Fals
 def step(architecture: Architecture, mask_ratio: float, *, whole: bool = False) -> int:
   """FLOPs of a training step per pair."""
   return encoder(architecture, mask_ratio) + decoder(architecture, mask_ratio, whole=whole)
-
-
-def known_peak(device_kind: str) -> tuple[float, str] | None:
-  """Returns the bfloat16 FLOPs per second of a data sheet, and its name; None if unknown."""
-  for name, target in TARGETS.items():
-    if name == TPU_KINDS.get(device_kind) or (target.gpu and target.gpu.name == device_kind):
-      return target.flops, f'data sheet of {name}, bfloat16'
-  return None
-
-
-def matrix_product(size: int, dtype: str) -> Way:
-  """Returns a product of two square matrices to time: the highest rate a device reaches."""
-  matrix = jnp.ones((size, size), dtype)
-  product = jax.jit(lambda a, b: a @ b).lower(matrix, matrix).compile()
-  return Way(lambda: product(matrix, matrix), in_turn=jax.default_backend() == 'cpu')
