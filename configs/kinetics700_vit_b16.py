@@ -12,18 +12,14 @@ Hardware, hours, resulting loss: not yet run. The published logs end at a mean l
 
 from ml_collections import ConfigDict
 
-from dropmae_jax.configs import kinetics400_vit_b16
-
-STEPS_PER_EPOCH = 128
+from dropmae_jax.configs import devices, kinetics400_vit_b16
 
 
-def get_config() -> ConfigDict:
-  """Returns the config of the published 800-epoch run."""
+def get_config(argument: str = '') -> ConfigDict:
+  """Returns the config of the published 800-epoch run, changed by an argument (`devices.py`)."""
   config = kinetics400_vit_b16.get_config()
   config.dataset = 'kinetics_frames/kinetics700'
-  config.num_steps = 800 * STEPS_PER_EPOCH
+  config.num_epochs = 800.0
   config.accumulation_steps = 2
-  config.optimizer.warmup_steps = 40 * STEPS_PER_EPOCH
-  config.checkpoint.every_steps = 5 * STEPS_PER_EPOCH
-  config.checkpoint.keep_every = 100 * STEPS_PER_EPOCH
-  return config
+  config.checkpoint.keep_every = 10_000
+  return devices.change(config, argument)

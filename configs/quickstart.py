@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
   config = kinetics400_vit_b16.get_config()
   config.data_dir = 'runs/quickstart/data'
   config.dataset = 'kinetics_frames/folder'
-  config.num_steps = 2800
+  config.num_steps, config.num_epochs = 2800, 0.0
   config.batch_size = 8
   config.dtype = 'float32'
   config.log_every = 50
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
   config.data.frame_gap = 6
   config.data.shared_augmentation = True
   config.optimizer.base_learning_rate = 0.064
-  config.optimizer.warmup_steps = 150
+  config.optimizer.warmup_steps, config.optimizer.warmup_epochs = 150, 0.0
   config.checkpoint.every_steps = 500
   config.checkpoint.keep_last = 2
   config.checkpoint.keep_every = 0

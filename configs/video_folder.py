@@ -16,9 +16,9 @@ def get_config() -> ConfigDict:
   """Returns a config to start from."""
   config = kinetics400_vit_b16.get_config()
   config.dataset = 'kinetics_frames/folder'
-  config.num_steps = 20_000
+  config.num_steps, config.num_epochs = 20_000, 0.0
   config.batch_size = 64
-  config.optimizer.warmup_steps = 100
+  config.optimizer.warmup_steps, config.optimizer.warmup_epochs = 100, 0.0
   config.checkpoint.every_steps = 500
   config.checkpoint.keep_every = 0
   return config

@@ -179,16 +179,25 @@ class DataOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions(Options):
-  """AdamW; the defaults are the published ones, but for `warmup_steps`, 40 epochs there."""
+  """AdamW; the defaults are the published ones, but for `warmup_epochs`, 40 there."""
 
   base_learning_rate: float = option(1.5e-4, above=0, help='peak, per 256 pairs of a batch')
   min_learning_rate: float = option(0.0, least=0, help='at the last step; at most the peak')
   warmup_steps: int = option(0, least=0, help='updates of linear warm-up; the first one has rate 0')
+  warmup_epochs: float = option(0.0, least=0, help='the same in epochs; give one of the two')
   weight_decay: float = option(
     0.05, least=0, help='of everything that is neither 1-D nor a position table'
   )
   beta1: float = option(0.9, least=0, below=1, help='decay of the first moment')
   beta2: float = option(0.95, least=0, below=1, help='decay of the second moment')
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.warmup_steps and self.warmup_epochs:
+      raise ValueError(
+        f'warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs} are two lengths'
+        ' of the warm-up; set one of them to 0.'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +224,12 @@ class Config(Options):
   """A whole pre-training run."""
 
   data_dir: str = option(help='what was given to tfds_kinetics as --data_dir')
-  num_steps: int = option(least=1, help='optimizer updates in all')
   batch_size: int = option(least=1, help='pairs per update, over all devices and micro-batches')
   model: Architecture = dataclasses.field()
+  num_steps: int = option(0, least=0, help='optimizer updates in all; or give num_epochs')
+  num_epochs: float = option(
+    0.0, least=0, help='passes over the dataset; steps follow from its size and batch_size'
+  )
   dataset: str = option(
     'kinetics_frames/folder',
     help='TFDS name and config, or MODULE:CLASS; several with weights as NAME=3,NAME=1',
@@ -259,6 +271,13 @@ class Config(Options):
     super().__post_init__()
     if self.dtype not in DTYPES:
       raise ValueError(f'dtype={self.dtype!r} is unknown; use one of {", ".join(DTYPES)}.')
+    if bool(self.num_steps) == bool(self.num_epochs):
+      raise ValueError(
+        f'num_steps={self.num_steps} and num_epochs={self.num_epochs:g} are two lengths of the run;'
+        ' set one of them to 0.'
+        if self.num_steps
+        else 'num_steps=0 and num_epochs=0 leave the run without a length; set one of them.'
+      )
     if self.optimizer.min_learning_rate > self.peak_learning_rate:
       raise ValueError(
         f'optimizer.min_learning_rate={self.optimizer.min_learning_rate} is more than the peak,'
@@ -280,6 +299,7 @@ MAY_CHANGE = frozenset(
     'data_dir',
     'init_from',
     'num_steps',
+    'num_epochs',
     'accumulation_steps',
     'dtype',
     'attention',

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
@@ -20,6 +21,13 @@ from dropmae_jax.runtime.errors import UserError, check_name, did_you_mean
 
 PRESETS = pathlib.Path(__file__).parent / 'configs'
 PREFIX = 'config.'
+# A length in steps or in epochs: setting one on the command line takes the place of the other.
+LENGTHS = {
+  'num_steps': 'num_epochs',
+  'num_epochs': 'num_steps',
+  'optimizer.warmup_steps': 'optimizer.warmup_epochs',
+  'optimizer.warmup_epochs': 'optimizer.warmup_steps',
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--config',
     required=True,
     metavar='NAME|FILE',
-    help=f'a Python file with get_config(), or one of: {", ".join(presets())}',
+    help=f'a Python file with get_config(), or one of: {", ".join(presets())};'
+    ' what follows a colon is its argument, as in kinetics400_vit_b16:24gb',
   )
   groups: dict[str, Any] = {}
   for name, kind in field_types().items():
@@ -52,16 +61,21 @@ def from_arguments(arguments: argparse.Namespace) -> Config:
     UserError: it cannot be read, or a field is unknown, missing, or out of its range.
   """
   config = load(arguments.config)
+  fields = {
+    name.removeprefix(PREFIX): value
+    for name, value in vars(arguments).items()
+    if name.startswith(PREFIX)
+  }
+  replaced = {LENGTHS[name]: 0 for name in fields if name in LENGTHS}
   with config.unlocked(), config.ignore_type():
-    for name, value in vars(arguments).items():
-      if name.startswith(PREFIX):
-        _set(config, name.removeprefix(PREFIX), value)
+    for name, value in (replaced | fields).items():
+      _set(config, name, value)
   return from_dict(config.to_dict())
 
 
 def presets() -> list[str]:
   """Lists the names of the configs that come with the package."""
-  return sorted(path.stem for path in PRESETS.glob('*.py') if path.stem != '__init__')
+  return sorted(path.stem for path in PRESETS.glob('*.py') if 'def get_config(' in path.read_text())
 
 
 def load(name: str) -> ConfigDict:
@@ -71,7 +85,7 @@ def load(name: str) -> ConfigDict:
     name: of a file, or of one of `presets`. What follows a colon is given to get_config.
 
   Raises:
-    UserError: there is no such file, or it has no get_config.
+    UserError: there is no such file, it has no get_config, or does not know the argument.
   """
   name, _, argument = name.partition(':')
   try:
@@ -92,7 +106,12 @@ def load(name: str) -> ConfigDict:
     raise UserError(f'--config={name} cannot be read ({error}); configs/ has examples.') from error
   if not hasattr(module, 'get_config'):
     raise UserError(f'--config={name} defines no get_config(); configs/ has examples.')
-  return module.get_config(*([argument] if argument else []))
+  if argument and not inspect.signature(module.get_config).parameters:
+    raise UserError(f'--config={name}:{argument}: {name} has no arguments; leave out :{argument}.')
+  try:
+    return module.get_config(*([argument] if argument else []))
+  except UserError as error:
+    raise UserError(f'--config={name}:{argument}: {error}.') from error
 
 
 def allow_imports_from_here() -> None:

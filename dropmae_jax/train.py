@@ -51,7 +51,7 @@ _log = logging.getLogger('dropmae_jax')
 
 
 def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False) -> bool:
-  """Trains to `config.num_steps`; resumes from the newest checkpoint of `workdir`, if there is one.
+  """Trains to the last step; resumes from the newest checkpoint of `workdir`, if there is one.
 
   A step that hangs ends the process by SIGABRT (`errors.ExitStatus.ABORTED`).
 
@@ -77,6 +77,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
     watchdog.watch('opening the dataset', is_slow=True)
     with multihost.ending_together() as failures, memory_errors_as_failures():
       dataset = open_dataset(config, workdir, allow_changes=allow_changes)
+      config = resolve_schedule(config, len(dataset))
       seeds = derive_seeds(config.seed)
       mesh = make_mesh(config)
       model = build(config, mesh)
@@ -104,7 +105,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
         report = open_report(config, workdir, first_step)
         stack.callback(report.close)
         dataset = stack.enter_context(crashes.left_out(dataset, workdir, watchdog))
-      for line in (description_of(config, dataset, mesh, state), *notes):
+      for line in (*description_of(config, dataset, mesh, state), *notes):
         _log.info(line)
       if first_step >= config.num_steps:
         return True
@@ -267,9 +268,30 @@ def make_mesh(config: Config) -> Mesh:
     raise UserError(f'config: {error}') from error
 
 
-def steps_per_epoch(config: Config, dataset: Mixture) -> int:
+def steps_per_epoch(config: Config, num_videos: int) -> int:
   """Returns how many batches all videos make; at least 1."""
-  return max(len(dataset) // config.batch_size, 1)
+  return max(num_videos // config.batch_size, 1)
+
+
+def resolve_schedule(config: Config, num_videos: int) -> Config:
+  """Returns the config with its epochs turned into steps, in which all that follows counts.
+
+  Raises:
+    UserError: these are more steps than can be counted.
+  """
+  per_epoch = steps_per_epoch(config, num_videos)
+  options = config.optimizer
+  warmup_steps = options.warmup_steps or round(options.warmup_epochs * per_epoch)
+  num_steps = config.num_steps or max(round(config.num_epochs * per_epoch), 1)
+  try:
+    return dataclasses.replace(
+      config,
+      num_steps=num_steps,
+      num_epochs=0.0,
+      optimizer=dataclasses.replace(options, warmup_steps=warmup_steps, warmup_epochs=0.0),
+    )
+  except ValueError as error:
+    raise UserError(f'config: with {per_epoch} steps per epoch, {error}') from error
 
 
 def enable_compilation_cache(workdir: pathlib.Path) -> None:
@@ -290,7 +312,7 @@ def open_checkpoints(config: Config, workdir: pathlib.Path, dataset: Mixture) ->
     config.model,
     config.objective,
     frame_gap=config.data.frame_gap,
-    steps_per_epoch=steps_per_epoch(config, dataset),
+    steps_per_epoch=steps_per_epoch(config, len(dataset)),
     data_fingerprint=dataset.fingerprint,
     seed_version=SEED_VERSION,
     config=dataclasses.asdict(config),
@@ -364,13 +386,22 @@ def open_report(config: Config, workdir: pathlib.Path, first_step: int) -> Repor
   )
 
 
-def description_of(config: Config, dataset: Mixture, mesh: Mesh, state: TrainState) -> str:
-  """Returns the first line of the log: sizes of model, data and machine."""
-  return (
+def description_of(config: Config, dataset: Mixture, mesh: Mesh, state: TrainState) -> list[str]:
+  """Returns the first lines of the log: sizes of model, data and machine, and the schedule."""
+  per_epoch = steps_per_epoch(config, len(dataset))
+  warmup_steps = config.optimizer.warmup_steps
+  lines = [
     f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
-    f' {steps_per_epoch(config, dataset)} steps per epoch,'
-    f' {mesh.size} x {jax.devices()[0].device_kind}'
-  )
+    f' {per_epoch} steps per epoch, {mesh.size} x {jax.devices()[0].device_kind}',
+    f'{config.num_steps} steps ({config.num_steps / per_epoch:.4g} epochs), the first'
+    f' {warmup_steps} ({warmup_steps / per_epoch:.3g} epochs) of them warm-up',
+  ]
+  if len(dataset) < config.batch_size:
+    lines.append(
+      f'a batch of {config.batch_size} pairs takes more than all {len(dataset)} videos, so every'
+      ' step counts as one epoch'
+    )
+  return lines
 
 
 def start_loader(

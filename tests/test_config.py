@@ -13,14 +13,14 @@ import pytest
 from conftest import ROOT
 from flax import traverse_util
 
-from dropmae_jax import config_file, optimizer
+from dropmae_jax import config_file, optimizer, train
 from dropmae_jax.config import Architecture, Objective, OptimizerOptions, may_change
 from dropmae_jax.model import mae, vit
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import UserError
 from dropmae_jax.train_step import init_state
 
-NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != '__init__')
+NAMES = config_file.presets()
 
 
 def config(name='quickstart'):
@@ -31,7 +31,7 @@ def config(name='quickstart'):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_config_builds_its_state(name):
-  made = config_file.from_dict(config(name))
+  made = train.resolve_schedule(config_file.from_dict(config(name)), 241_553)
   schedule = optimizer.learning_rate(
     peak=made.peak_learning_rate,
     floor=made.optimizer.min_learning_rate,
@@ -47,7 +47,7 @@ def test_every_config_builds_its_state(name):
 
 
 def test_the_published_configs():
-  made = config_file.from_dict(config('kinetics400_vit_b16'))
+  made = train.resolve_schedule(config_file.from_dict(config('kinetics400_vit_b16')), 241_553)
   assert made.peak_learning_rate == pytest.approx(2.4e-3)
   assert (made.num_steps, made.optimizer.warmup_steps) == (23_200, 2_320)
   assert (made.batch_size, made.accumulation_steps, made.dtype) == (4096, 1, 'bfloat16')
@@ -61,15 +61,18 @@ def test_the_published_configs():
     base_learning_rate=1.5e-4, min_learning_rate=0.0, warmup_steps=2_320, weight_decay=0.05,
     beta1=0.9, beta2=0.95,
   )  # fmt: skip
-  longer = config_file.from_dict(config('kinetics700_vit_b16'))
-  assert (longer.num_steps, longer.optimizer.warmup_steps) == (102_400, 5_120)
+  for num_videos in (526_336, 528_383):
+    longer = train.resolve_schedule(
+      config_file.from_dict(config('kinetics700_vit_b16')), num_videos
+    )
+    assert (longer.num_steps, longer.optimizer.warmup_steps) == (102_400, 5_120)
   assert (longer.batch_size, longer.accumulation_steps) == (4096, 2)
   assert (longer.model, longer.objective) == (made.model, made.objective)
 
 
 def test_defaults_are_the_published_ones_where_there_are_any():
   values = config('kinetics400_vit_b16')
-  given = {name: values[name] for name in ('data_dir', 'num_steps', 'batch_size', 'model')}
+  given = {name: values[name] for name in ('data_dir', 'num_epochs', 'batch_size', 'model')}
   default = dataclasses.asdict(config_file.from_dict(given))
   published = dataclasses.asdict(config_file.from_dict(values))
   differ = {
@@ -79,7 +82,7 @@ def test_defaults_are_the_published_ones_where_there_are_any():
   }
   assert differ == {
     'dataset': 'kinetics_frames/folder',
-    'optimizer.warmup_steps': 0,
+    'optimizer.warmup_epochs': 0.0,
     'checkpoint.every_steps': 1000,
     'checkpoint.keep_every': 0,
   }
@@ -153,7 +156,8 @@ def test_what_is_wrong_is_said_by_name(name, value, message):
 
 # Of every number in a config, values that it must not have.
 OUT_OF_RANGE = {
-  'num_steps': [0, 2**31],
+  'num_steps': [-1, 2**31],
+  'num_epochs': [-1.0, math.nan, math.inf],
   'batch_size': [0],
   'seed': [-1, 2**32],
   'accumulation_steps': [0],
@@ -178,6 +182,7 @@ OUT_OF_RANGE = {
   'optimizer.base_learning_rate': [0.0, math.nan, math.inf],
   'optimizer.min_learning_rate': [-1e-9, math.nan, math.inf],
   'optimizer.warmup_steps': [-1],
+  'optimizer.warmup_epochs': [-1.0, math.nan, math.inf],
   'optimizer.weight_decay': [-1e-9, math.nan, math.inf],
   'optimizer.beta1': [-1e-9, 1.0, math.nan],
   'optimizer.beta2': [-1e-9, 1.0, math.nan],
@@ -220,9 +225,42 @@ def test_what_a_run_may_go_on_with_changed():
 
 def test_a_missing_field_is_named():
   values = config()
-  del values['num_steps']
-  with pytest.raises(UserError, match="config lacks the field 'num_steps'"):
+  del values['batch_size']
+  with pytest.raises(UserError, match="config lacks the field 'batch_size'"):
     config_file.from_dict(values)
+
+
+def test_a_run_has_one_length():
+  values = config()
+  for both in (
+    {'num_epochs': 2.0},
+    {'num_steps': 0},
+    {'optimizer': {'warmup_epochs': 1.0, 'warmup_steps': 1}},
+  ):
+    with pytest.raises(UserError, match='set one of them'):
+      config_file.from_dict(values | both)
+
+
+def test_a_length_on_the_command_line_replaces_the_other_one():
+  made = config_from_flags('--config=kinetics400_vit_b16', '--config.num_steps=7')
+  assert (made.num_steps, made.num_epochs, made.optimizer.warmup_epochs) == (7, 0.0, 40.0)
+  made = config_from_flags(
+    '--config=quickstart', '--config.num_epochs=1.5', '--config.optimizer.warmup_epochs=0.5'
+  )
+  resolved = train.resolve_schedule(made, 81)
+  assert (resolved.num_steps, resolved.optimizer.warmup_steps) == (15, 5)
+
+
+def test_epochs_follow_the_batch():
+  for batch_size, num_steps in ((4096, 23_200), (1024, 94_000), (512, 188_400)):
+    made = config_from_flags('--config=kinetics400_vit_b16', f'--config.batch_size={batch_size}')
+    assert train.resolve_schedule(made, 241_553).num_steps == num_steps
+
+
+def test_more_steps_than_can_be_counted_are_refused():
+  made = config_from_flags('--config=kinetics400_vit_b16', '--config.num_epochs=1e9')
+  with pytest.raises(UserError, match='with 58 steps per epoch, num_steps=58000000000 is out of'):
+    train.resolve_schedule(made, 241_553)
 
 
 def test_a_size_brings_its_patch_size():

@@ -80,6 +80,7 @@ PROGRAM = {
   'optimizer.base_learning_rate': 1e-3,
   'optimizer.min_learning_rate': 1e-6,
   'optimizer.warmup_steps': 3,
+  'optimizer.warmup_epochs': 3.0,
   'optimizer.weight_decay': 0.1,
   'optimizer.beta1': 0.8,
   'optimizer.beta2': 0.9,
@@ -95,6 +96,7 @@ RUN = {
   'seed': (1, {'fed', 'written', 'initial', 'key'}),
   'init_from': ('{weights}', {'initial'}),
   'num_steps': (STEPS + 1, {'fed', 'written', 'scored', 'kept'}),
+  'num_epochs': (7 / 3, {'fed', 'written', 'scored', 'kept'}),
   'batch_size': (4, {'fed', 'written', 'steps_per_epoch', 'batch_of_report'}),
   'log_every': (3, {'written'}),
   'score_every': (3, {'scored'}),
@@ -125,6 +127,8 @@ def config_with(name, value, **other):
   for group in groups:
     part = part.setdefault(group, {})
   part[leaf] = value
+  if name in config_file.LENGTHS:
+    part.pop(config_file.LENGTHS[name].rpartition('.')[2], None)
   return config
 
 
@@ -146,7 +150,7 @@ def test_every_field_is_among_them():
 
 def traced(config):
   """The program of a step, and where its arrays lie."""
-  made = config_file.from_dict(config)
+  made = train.resolve_schedule(config_file.from_dict(config), num_videos=6)
   built = train.build(made, sharding.make_mesh(DEVICES, made.mesh))
   frames = (made.batch_size, 2, made.model.image_size, made.model.image_size, 3)
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -266,7 +270,7 @@ def observe(config, workdir, monkeypatch, frame=TfdsVideos.frame):
   report = train.Report
 
   def observed_program(options, mesh):
-    assert options == made
+    assert options == train.resolve_schedule(made, num_videos=6)
     state = build_program(options, mesh).abstract_state
 
     def init(key):

@@ -1,6 +1,7 @@
-"""The scripts of docs/launch.md parse, what they name exists, and so do the tests that
-docs/reliability.md names."""
+"""The scripts of docs/launch.md parse, their commands train the published run, and the tests that
+docs/reliability.md names exist."""
 
+import dataclasses
 import re
 import subprocess
 
@@ -8,7 +9,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from dropmae_jax import config_file
+from dropmae_jax import config_file, main, train
+from dropmae_jax.configs import devices
 from dropmae_jax.runtime.errors import ExitStatus
 
 TEXT = (ROOT / 'docs' / 'launch.md').read_text()
@@ -35,13 +37,43 @@ def test_the_job_set_runs_the_command():
   assert container['command'][:2] == ['dropmae-train', '--distributed']
 
 
+def train_commands():
+  """The arguments of every dropmae-train in a script, with numbers for what a user fills in."""
+  (job_set,) = map(yaml.safe_load, YAML)
+  spec = job_set['spec']['replicatedJobs'][0]['template']['spec']
+  (container,) = spec['template']['spec']['containers']
+  found = [container['command'][1:]]
+  for script in SHELL:
+    one_line = script.replace('\\\n', ' ')
+    found += map(str.split, re.findall(r"dropmae-train ([^\n;']*)", one_line))
+  return [[re.sub(r'=[NI]$', '=2', each) for each in arguments] for arguments in found]
+
+
+def test_every_command_trains_the_published_run():
+  published = config_file.from_dict(config_file.load('kinetics400_vit_b16').to_dict())
+  commands = train_commands()
+  assert len(commands) == len(SHELL) + len(YAML)
+  for arguments in commands:
+    config = config_file.from_arguments(main._parser().parse_args(arguments))
+    differ = {
+      field.name
+      for field in dataclasses.fields(config)
+      if getattr(config, field.name) != getattr(published, field.name)
+    }
+    assert differ <= {'data_dir', 'accumulation_steps', 'remat', 'mesh'}, arguments
+    resolved = train.resolve_schedule(config, 241_553)
+    assert (config.num_epochs, resolved.num_steps) == (400, 23_200), arguments
+
+
 def test_fields_and_configs_that_are_named_exist():
   fields = set(re.findall(r'--config\.([a-z_.]+)=', TEXT)) | set(
     re.findall(r'`((?:mesh|data|checkpoint)\.[a-z_]+)`', TEXT)
   )
   assert fields <= set(config_file.field_types())
-  configs = set(re.findall(r'--config=(\w+)', TEXT))
-  assert configs and configs <= set(config_file.presets())
+  named = set(re.findall(r'\bkinetics[47]00_\w+(?::[\w,-]+)?', TEXT))
+  assert {f'kinetics400_vit_b16:{name}' for name in devices.PRESETS} <= named
+  for name in named:
+    config_file.load(name)
 
 
 def test_the_exit_statuses_are_those_of_the_code():

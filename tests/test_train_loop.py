@@ -252,7 +252,11 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
   rows = [(step, np.float32(fakes.losses[step]), step) for step in (3, 6, 9, 11)]
   assert lines_of(workdir) == rows
   log = log_of(workdir)
-  for text in (' 25 videos, 3 steps per epoch, 8 x cpu\n', 'a warning of any module\n'):
+  for text in (
+    ' 25 videos, 3 steps per epoch, 8 x cpu\n',
+    '11 steps (3.667 epochs), ',
+    'a warning of any module\n',
+  ):
     assert text in log
   (options,) = fakes.feeds
   assert (options['first_step'], options['stall_seconds']) == (0, 55)
@@ -545,6 +549,20 @@ def test_warm_up_alone_is_said_at_the_start_and_a_usual_run_says_nothing(fakes, 
     train.train(config, tmp_path / str(warmup_steps))
     log = log_of(tmp_path / str(warmup_steps))
     assert ('learning rate' in log) == (warmup_steps == 11)
+
+
+def test_epochs_become_steps_and_the_log_says_how_many(fakes, tmp_path):
+  for batch_size, line in (
+    (8, '6 steps (2 epochs), the first 3 (1 epochs) of them warm-up\n'),
+    (32, 'a batch of 32 pairs takes more than all 25 videos, so every step counts as one epoch\n'),
+  ):
+    config = Config(**(vars(CONFIG) | {'num_steps': 0, 'num_epochs': 2.0}))
+    workdir = tmp_path / str(batch_size)
+    assert train.train(
+      changed(config, {'optimizer.warmup_epochs': 1.0, 'batch_size': batch_size}), workdir
+    )
+    assert line in log_of(workdir)
+    assert lines_of(workdir)[-1][0] == (6 if batch_size == 8 else 2)
 
 
 def test_epochs_before_a_change_count_as_they_were(fakes, tmp_path):

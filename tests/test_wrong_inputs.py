@@ -56,7 +56,7 @@ train | --config.objective.masking=rows     | config.objective.masking='rows' is
 train | --config.model.size=Q               | config.model.size='Q' is unknown; valid are
 train | --config.data.resize=fats           | config.data.resize='fats' is unknown; did you mean 'fast'?
 train | --config.remat=al                   | config.remat='al' is unknown; valid are
-train | --config.num_steps=0                | config.num_steps=0 is out of range; use at least 1
+train | --config.num_steps=0                | config.num_steps=0 and num_epochs=0 leave the run without a length; set one
 train | --config.batch_size=12              | batch_size=12 is not divisible by 8 devices
 train | --config.mesh.fsdp=3                | fsdp=3
 train | --config.data_dir={tmp}/none        | there is no dataset kinetics_frames/folder in data_dir='{tmp}/none'; build it with
