@@ -20,7 +20,7 @@ from dropmae_jax.data import augment
 from dropmae_jax.model import mae, patches, pixels, position_embedding
 from dropmae_jax.model.masking import Masking
 from dropmae_jax.pytorch import import_model, layouts, weight_files
-from dropmae_jax.runtime import cli
+from dropmae_jax.runtime import paths
 from dropmae_jax.runtime.errors import UserError
 
 
@@ -101,7 +101,7 @@ def load_encoder(path: str | os.PathLike, *, step: int | None = None) -> Encoder
   Raises:
     UserError: there is no such checkpoint or file, or it cannot be read.
   """
-  path = cli.local_path(os.fspath(path))
+  path = paths.local_path(os.fspath(path))
   if path.is_dir():
     weights = saved_weights.load_weights(path, step=step)
     return Encoder(weights.params, weights.architecture)

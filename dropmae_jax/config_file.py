@@ -16,7 +16,7 @@ from dropmae_jax.config import Architecture, Config, range_of
 from dropmae_jax.data import augment
 from dropmae_jax.kernels import implementations
 from dropmae_jax.model import asad, mae, masking, vit
-from dropmae_jax.runtime import cli
+from dropmae_jax.runtime import paths
 from dropmae_jax.runtime.errors import UserError, check_name, did_you_mean
 
 PRESETS = pathlib.Path(__file__).parent / 'configs'
@@ -89,7 +89,7 @@ def load(name: str) -> ConfigDict:
   """
   name, _, argument = name.partition(':')
   try:
-    path = cli.local_path(name)
+    path = paths.local_path(name)
   except UserError as error:
     raise UserError(f'--config={name}: {error}.') from error
   if '/' not in name and path.suffix != '.py':
@@ -201,7 +201,7 @@ def _local(config: Config, name: str) -> str:
   """Returns a path of the config, with `~` expanded; an empty one names nothing."""
   text = getattr(config, name)
   try:
-    return text and str(cli.local_path(text))
+    return text and str(paths.local_path(text))
   except UserError as error:
     raise UserError(f'config.{name}: {error}.') from error
 

@@ -5,15 +5,17 @@ import contextlib
 import logging
 import os
 import pathlib
-import re
 import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from etils import epath
 
 from dropmae_jax.runtime.errors import RunFailed, UserError, did_you_mean
+from dropmae_jax.runtime.paths import local_path, user_path
 from tfds_kinetics.messages import one_line, print_stack
 
 
@@ -33,41 +35,27 @@ class Terminated(KeyboardInterrupt):
   """SIGTERM as an exception, so that temporary folders are removed, as after Ctrl-C."""
 
 
-def local_path(text: str) -> pathlib.Path:
-  """Returns a path that a user gives, with `~` expanded.
+def _argument(read: Callable[[str], Any]) -> Callable[[str], Any]:
+  def argument(text: str) -> Any:
+    try:
+      return read(text)
+    except UserError as error:
+      raise argparse.ArgumentTypeError(str(error)) from error
 
-  Raises:
-    UserError: it is empty, or the address of a bucket or a server.
-  """
-  if not text:
-    raise UserError('it is empty')
-  if re.match(r'[A-Za-z][\w.+-]*:/', text):
-    raise UserError(
-      f'{text} is an address, not a path of this machine; mount that storage as a folder (buckets:'
-      ' gcsfuse, mountpoint-s3), and give the path of the folder'
-    )
-  try:
-    return pathlib.Path(text).expanduser()
-  except RuntimeError as error:  # There is no such user.
-    raise UserError(f'{text} has no home folder; give the whole path') from error
-
-
-def _path_argument(text: str) -> pathlib.Path:
-  try:
-    return local_path(text)
-  except UserError as error:
-    raise argparse.ArgumentTypeError(str(error)) from error
+  return argument
 
 
 class Parser(argparse.ArgumentParser):
   """An argument parser that raises `UserError` on bad input and accepts no abbreviations.
 
-  An option of the type `pathlib.Path` is a `local_path`.
+  An option of the type `pathlib.Path` is a `paths.local_path`, one of `epath.Path` a
+  `paths.user_path`.
   """
 
   def __init__(self, **options: object) -> None:
     super().__init__(allow_abbrev=False, **options)
-    self.register('type', pathlib.Path, _path_argument)
+    self.register('type', pathlib.Path, _argument(local_path))
+    self.register('type', epath.Path, _argument(user_path))
 
   def error(self, message: str) -> NoReturn:
     """Raises the error of a bad command line."""

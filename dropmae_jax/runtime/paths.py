@@ -1,0 +1,71 @@
+"""Paths that users give: of this machine, or of a bucket (gs://, s3://).
+
+A path of this machine is a `pathlib.Path`; one of a bucket is an `epath.Path`, which has the same
+methods. Where files are opened by libraries that read this machine only, `local_path` refuses the
+latter.
+"""
+
+import importlib.util
+import pathlib
+import re
+import urllib.parse
+
+from etils import epath
+
+from dropmae_jax.runtime.errors import UserError
+
+# What reads and writes a kind of bucket; both are extras of this project.
+CLIENTS = {'gs': 'gcsfs', 's3': 's3fs'}
+EXTRAS = {'gs': 'gcs', 's3': 's3'}
+
+Path = pathlib.Path | epath.Path
+
+
+def is_remote(path: Path) -> bool:
+  """Whether a path is of a bucket."""
+  return not isinstance(path, pathlib.Path)
+
+
+def user_path(text: str) -> Path:
+  """Returns a path that a user gives: gs:// or s3://, file://, or of this machine, with `~`.
+
+  Raises:
+    UserError: it is empty, of another kind, or the client of its bucket is not installed.
+  """
+  if not text:
+    raise UserError('it is empty')
+  scheme, is_address, rest = text.partition(':/')
+  if not (is_address and re.fullmatch(r'[A-Za-z][\w.+-]*', scheme)):
+    try:
+      return pathlib.Path(text).expanduser()
+    except RuntimeError as error:  # There is no such user.
+      raise UserError(f'{text} has no home folder; give the whole path') from error
+  if re.match('file://(localhost)?/', text):
+    return pathlib.Path(urllib.parse.unquote(urllib.parse.urlsplit(text).path))
+  if scheme not in CLIENTS:
+    raise UserError(
+      f'{text} is an address of a kind that is not read; give a path of this machine, or of a'
+      ' bucket as gs://BUCKET/FOLDER or s3://BUCKET/FOLDER'
+    )
+  if not re.match('/[^/]', rest):
+    raise UserError(f'{text} names no bucket; give {scheme}://BUCKET/FOLDER')
+  if not importlib.util.find_spec(CLIENTS[scheme]):
+    raise UserError(
+      f"{text} needs {CLIENTS[scheme]}; install it with pip install 'dropmae_jax[{EXTRAS[scheme]}]'"
+    )
+  return epath.Path(text)
+
+
+def local_path(text: str) -> pathlib.Path:
+  """Returns a path of this machine that a user gives, as `user_path`.
+
+  Raises:
+    UserError: it is empty, or the address of a bucket or a server.
+  """
+  scheme, is_address, _ = text.partition(':/')
+  if is_address and re.fullmatch(r'[A-Za-z][\w.+-]*', scheme) and scheme != 'file':
+    raise UserError(
+      f'{text} is an address, not a path of this machine; mount that storage as a folder (buckets:'
+      ' gcsfuse, mountpoint-s3), and give the path of the folder'
+    )
+  return user_path(text)
