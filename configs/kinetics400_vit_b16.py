@@ -46,9 +46,6 @@ def get_config(argument: str = '') -> ConfigDict:
   config.model = ConfigDict()
   config.model.size = 'B'
   config.model.image_size = 224
-  config.model.decoder_width = 512
-  config.model.decoder_depth = 8
-  config.model.decoder_num_heads = 16
   config.model.mlp_ratio = 4.0
 
   config.objective = ConfigDict()

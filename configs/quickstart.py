@@ -24,9 +24,6 @@ def get_config() -> ConfigDict:
   config.log_every = 50
   config.model.size = 'XS'
   config.model.image_size = 64
-  config.model.decoder_width = 96
-  config.model.decoder_depth = 3
-  config.model.decoder_num_heads = 3
   # In so few steps the model learns to look at the other frame only where that is easy.
   config.data.frame_gap = 6
   config.data.shared_augmentation = True

@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
+import json
 import os
 import pathlib
+import re
 import sys
 import typing
 from typing import Any
@@ -17,7 +19,7 @@ from dropmae_jax.data import augment
 from dropmae_jax.kernels import implementations
 from dropmae_jax.model import asad, mae, masking, vit
 from dropmae_jax.runtime import paths
-from dropmae_jax.runtime.errors import UserError, check_name, did_you_mean
+from dropmae_jax.runtime.errors import UserError, check_name, did_you_mean, first_line
 
 PRESETS = pathlib.Path(__file__).parent / 'configs'
 PREFIX = 'config.'
@@ -36,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--config',
     required=True,
     metavar='NAME|FILE',
-    help=f'a Python file with get_config(), or one of: {", ".join(presets())};'
-    ' what follows a colon is its argument, as in kinetics400_vit_b16:24gb',
+    help='a Python file with get_config(), config.json of a workdir, or one of:'
+    f' {", ".join(presets())}; what follows a colon is its argument, as in'
+    ' kinetics400_vit_b16:24gb',
   )
   groups: dict[str, Any] = {}
   for name, kind in field_types().items():
@@ -67,6 +70,9 @@ def from_arguments(arguments: argparse.Namespace) -> Config:
     if name.startswith(PREFIX)
   }
   replaced = {LENGTHS[name]: 0 for name in fields if name in LENGTHS}
+  if 'model.size' in fields and arguments.config.endswith('.json'):
+    # It has the numbers of another size.
+    replaced |= {f'model.{name}': x for name, x in _row(fields['model.size']).items()}
   with config.unlocked(), config.ignore_type():
     for name, value in (replaced | fields).items():
       _set(config, name, value)
@@ -82,21 +88,24 @@ def load(name: str) -> ConfigDict:
   """Returns what get_config() of a config file returns.
 
   Args:
-    name: of a file, or of one of `presets`. What follows a colon is given to get_config.
+    name: of a file, or of one of `presets`. What follows a colon is given to get_config. A file
+      whose name ends with .json holds the fields themselves, as config.json of a workdir does.
 
   Raises:
     UserError: there is no such file, it has no get_config, or does not know the argument.
   """
-  name, _, argument = name.partition(':')
+  name, argument = re.fullmatch(r'((?:\w+:/+)?[^:]*):?(.*)', name, re.DOTALL).groups()
   try:
-    path = paths.local_path(name)
+    path = (paths.user_path if name.endswith('.json') else paths.local_path)(name)
   except UserError as error:
     raise UserError(f'--config={name}: {error}.') from error
-  if '/' not in name and path.suffix != '.py':
+  if '/' not in name and path.suffix not in ('.py', '.json'):
     path = PRESETS / f'{name}.py'
   if not path.is_file():
     known = did_you_mean(name, presets())
     raise UserError(f'--config={name} is neither a file nor the name of a config; {known}')
+  if path.suffix == '.json':
+    return _load_json(path)
   allow_imports_from_here()
   spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
@@ -112,6 +121,16 @@ def load(name: str) -> ConfigDict:
     return module.get_config(*([argument] if argument else []))
   except UserError as error:
     raise UserError(f'--config={name}:{argument}: {error}.') from error
+
+
+def _load_json(path: paths.Path) -> ConfigDict:
+  try:
+    return ConfigDict(json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError, RecursionError) as error:
+    raise UserError(
+      f'--config={path} is not the config of a run ({first_line(error)}); give config.json of a'
+      ' workdir.'
+    ) from error
 
 
 def allow_imports_from_here() -> None:
@@ -145,7 +164,7 @@ def field_types() -> dict[str, type]:
 def _help(name: str) -> str:
   """Returns the meaning, the range and the default of a field."""
   if name == 'model.size':
-    return f'sets the numbers of the encoder: {", ".join(vit.SIZES)} (B)'
+    return f'sets the numbers of encoder and decoder: {", ".join(vit.SIZES)} (B)'
   cls = Config
   *groups, leaf = name.split('.')
   for group in groups:
@@ -213,11 +232,9 @@ def _options(cls: type, values: dict[str, Any], prefix: str) -> Any:
     required = field.default is field.default_factory is dataclasses.MISSING
     if required and field.name not in values:
       raise UserError(f'config lacks the field {prefix + field.name!r}, which has no default.')
-  size = values.get('size', 'B')
   if cls is Architecture:
-    check_name('config.model.size', size, vit.SIZES)
     kinds['size'] = str
-    values = vit.SIZES[size]._asdict() | values
+    values = _row(values.get('size', 'B')) | values
   arguments = {}
   for name, value in values.items():
     if name not in kinds:
@@ -234,6 +251,11 @@ def _options(cls: type, values: dict[str, Any], prefix: str) -> Any:
     return cls(**arguments)
   except ValueError as error:
     raise UserError(f'config.{prefix}{error}') from error
+
+
+def _row(size: Any) -> dict[str, int]:
+  check_name('config.model.size', size, vit.SIZES)
+  return vit.SIZES[size]._asdict()
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:

@@ -17,7 +17,7 @@ from absl import logging
 from dropmae_jax import config_file
 from dropmae_jax.config import Config
 from dropmae_jax.data.loader import MOST_THREADS
-from dropmae_jax.runtime import cli, local_processes, multihost
+from dropmae_jax.runtime import cli, local_processes, multihost, profile
 from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError, first_line
 from dropmae_jax.runtime.watchdog import Watchdog
 
@@ -35,6 +35,9 @@ def _parser() -> cli.Parser:
   add = parser.add_argument
   add('--workdir', required=True, type=pathlib.Path, help='where checkpoints and reports go')
   add('--allow_changes', action='store_true', help='resume with other data or another objective')
+  add(
+    '--profile_steps', metavar='FIRST:LAST', help='trace these steps for TensorBoard, as in 10:13'
+  )
   processes = parser.add_argument_group('several processes')
   add = processes.add_argument
   add(
@@ -53,6 +56,7 @@ def main() -> int:
   """Reads the config, trains, and returns the exit status."""
   arguments = _parser().parse_args()
   config = config_file.from_arguments(arguments)
+  profile_steps = arguments.profile_steps and profile.parse_steps(arguments.profile_steps)
   if arguments.local_processes != 1:
     return _run_local_processes(arguments, config)
   if os.getpid() == 1:
@@ -79,7 +83,12 @@ def main() -> int:
       ' project, or correct JAX_PLATFORMS.'
     ) from error
   try:
-    finished = train.train(config, arguments.workdir, allow_changes=arguments.allow_changes)
+    finished = train.train(
+      config,
+      arguments.workdir,
+      allow_changes=arguments.allow_changes,
+      profile_steps=profile_steps,
+    )
     status = ExitStatus.DONE if finished else ExitStatus.STOPPED
   except RunFailed as error:
     cli.print_error(str(error))

@@ -7,6 +7,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import pathlib
 import time
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from dropmae_jax import optimizer, sharding
 from dropmae_jax.checkpoints.manager import Checkpoints
 from dropmae_jax.checkpoints.saved_weights import FOLDER, Weights, describe
-from dropmae_jax.config import Config, may_change
+from dropmae_jax.config import Config, Objective, may_change
 from dropmae_jax.data import crashes, frame_pairs, non_finite_batch
 from dropmae_jax.data.loader import Interrupted, Loader, LoaderStalled
 from dropmae_jax.data.mixture import Mixture, open_mixture
@@ -32,7 +33,8 @@ from dropmae_jax.runtime.errors import (
   memory_errors_as_failures,
   os_errors_as_user_errors,
 )
-from dropmae_jax.runtime.report import NonFiniteLoss, Report
+from dropmae_jax.runtime.profile import Profile
+from dropmae_jax.runtime.report import TENSORBOARD, NonFiniteLoss, Report
 from dropmae_jax.runtime.watchdog import Watchdog
 from dropmae_jax.train_step import (
   SEED_VERSION,
@@ -46,11 +48,19 @@ from dropmae_jax.train_step import (
 
 # How long the loader may take to end by its own limit.
 LOADER_SECONDS = 60.0
+# In which the mean loss of the published runs stayed for hundreds of steps.
+PLATEAU = 0.57, 0.66
 
 _log = logging.getLogger('dropmae_jax')
 
 
-def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False) -> bool:
+def train(
+  config: Config,
+  workdir: pathlib.Path,
+  *,
+  allow_changes: bool = False,
+  profile_steps: tuple[int, int] | None = None,
+) -> bool:
   """Trains to the last step; resumes from the newest checkpoint of `workdir`, if there is one.
 
   A step that hangs ends the process by SIGABRT (`errors.ExitStatus.ABORTED`).
@@ -59,6 +69,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
     config: of the run.
     workdir: where checkpoints and reports are written; made if it is not there.
     allow_changes: resume even if the config or the data make it another run.
+    profile_steps: the first and the last step of a trace by jax.profiler; None: there is none.
 
   Returns:
     Whether the last step was reached; if not, a signal stopped the run after a checkpoint.
@@ -77,7 +88,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
     watchdog.watch('opening the dataset', is_slow=True)
     with multihost.ending_together() as failures, memory_errors_as_failures():
       dataset = open_dataset(config, workdir, allow_changes=allow_changes)
-      config = resolve_schedule(config, len(dataset))
+      given, config = config, resolve_schedule(config, len(dataset))
       seeds = derive_seeds(config.seed)
       mesh = make_mesh(config)
       model = build(config, mesh)
@@ -102,12 +113,14 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
         )
         del initial  # Frees its arrays.
         first_step = checkpoints.latest_step or 0
-        report = open_report(config, workdir, first_step)
+        report = open_report(config, workdir, first_step, checkpoints)
         stack.callback(report.close)
+        write_config(given, workdir)
         dataset = stack.enter_context(crashes.left_out(dataset, workdir, watchdog))
       for line in (*description_of(config, dataset, mesh, state), *notes):
         _log.info(line)
       if first_step >= config.num_steps:
+        tell_end(config, workdir)
         return True
       is_interrupted = interruption.is_requested
       batches = start_loader(
@@ -115,12 +128,17 @@ def train(config: Config, workdir: pathlib.Path, *, allow_changes: bool = False)
       )
       stack.push(functools.partial(_close_loader, batches, interruption))
       step_key = sharding.put_everywhere(seeds.steps, mesh)
-      run = Run(model.step, step_key, batches, checkpoints, report, watchdog, interruption)
+      profile = Profile(workdir / TENSORBOARD, profile_steps)
+      stack.callback(profile.close)
+      run = Run(model.step, step_key, batches, checkpoints, report, profile, watchdog, interruption)
       with (
         _listing_non_finite_batch(config, workdir, dataset, seeds, watchdog),
         jax.transfer_guard('disallow'),
       ):
-        return loop(config, run, state, first_step)
+        finished = loop(config, run, state, first_step)
+      if finished:
+        tell_end(config, workdir)
+      return finished
 
 
 def _workdir_errors_as_user_errors(
@@ -157,6 +175,7 @@ class Run(NamedTuple):
   batches: Loader
   checkpoints: Checkpoints
   report: Report
+  profile: Profile
   watchdog: Watchdog
   interruption: multihost.Interruption
 
@@ -174,9 +193,11 @@ def loop(config: Config, run: Run, state: TrainState, first_step: int) -> bool:
       return _stop(config, run, step - 1, state, first_step)
     run.watchdog.watch(f'step {step}', is_slow=previous is None)
     run.report.batch_arrived(asked)
+    run.profile.before(step, previous)
     state, metrics = run.step(state, frames, run.step_key)
     # At most two steps are queued, so that memory and signals are not held up.
     jax.block_until_ready(previous or metrics)
+    run.profile.after(step, metrics)
     run.report.after_step(step, metrics)
     if previous is None:
       run.report.compiled(step)
@@ -191,7 +212,7 @@ def loop(config: Config, run: Run, state: TrainState, first_step: int) -> bool:
     elif run.checkpoints.is_due(step):
       run.report.check_finite()
       run.watchdog.watch(f'the checkpoint of step {step}', is_slow=True)
-      run.checkpoints.save(step, state)
+      run.checkpoints.save(step, state, run.report.losses)
   return True
 
 
@@ -222,7 +243,7 @@ def _score(config: Config, run: Run, step: int, state: TrainState) -> None:
 def _save_last(run: Run, step: int, state: TrainState) -> None:
   run.report.check_finite()
   run.watchdog.watch(f'the checkpoint of step {step}', is_slow=True)
-  run.checkpoints.finish(step, state)
+  run.checkpoints.finish(step, state, run.report.losses)
 
 
 def open_dataset(config: Config, workdir: pathlib.Path, *, allow_changes: bool) -> Mixture:
@@ -375,7 +396,32 @@ def first_state(
   return state, notes
 
 
-def open_report(config: Config, workdir: pathlib.Path, first_step: int) -> Report:
+def write_config(config: Config, workdir: pathlib.Path) -> None:
+  """Writes config.json, which may be given as --config, as the user gave this one."""
+  if jax.process_index() == 0:
+    path = workdir / 'config.json'
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+    partial.replace(path)
+
+
+def tell_end(config: Config, workdir: pathlib.Path) -> None:
+  """Logs where the results of a finished run are, and what may be done with them."""
+  for line in (
+    f'done: {config.num_steps} steps',
+    f'  {workdir}/{FOLDER}/{config.num_steps}: weights and optimizer state',
+    f'  {workdir}/metrics.jsonl, {TENSORBOARD}/, log.txt: losses, rates and scores',
+    'next:',
+    f'  dropmae-figures --checkpoint={workdir} --video=CLIP.mp4 --output=figure.png',
+    f'  dropmae-convert --checkpoint={workdir} --output=dropmae.pth',
+    f'  dropmae-evaluate davis --checkpoint={workdir} --root=DAVIS --output=scores',
+  ):
+    _log.info(line)
+
+
+def open_report(
+  config: Config, workdir: pathlib.Path, first_step: int, checkpoints: Checkpoints
+) -> Report:
   """Opens log.txt, metrics.jsonl and the like."""
   return Report(
     workdir,
@@ -383,6 +429,8 @@ def open_report(config: Config, workdir: pathlib.Path, first_step: int) -> Repor
     num_steps=config.num_steps,
     batch_size=config.batch_size,
     log_every=config.log_every,
+    losses=checkpoints.stored_description().get('losses', ()) if first_step else (),
+    plateau=PLATEAU if config.objective == Objective() else None,
   )
 
 

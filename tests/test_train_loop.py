@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from sources import NumberedVideos
 
-from dropmae_jax import main, sharding, train
+from dropmae_jax import config_file, main, sharding, train
 from dropmae_jax.checkpoints import manager as run_checkpoints
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.checkpoints.manager import Checkpoints, NotSaved
@@ -256,8 +256,11 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
     ' 25 videos, 3 steps per epoch, 8 x cpu\n',
     '11 steps (3.667 epochs), ',
     'a warning of any module\n',
+    f' dropmae-convert --checkpoint={workdir} --output=dropmae.pth\n',
   ):
     assert text in log
+  written = config_file.load(str(workdir / 'config.json'))
+  assert config_file.from_dict(written.to_dict()) == CONFIG
   (options,) = fakes.feeds
   assert (options['first_step'], options['stall_seconds']) == (0, 55)
   events = [('watch', 'opening the dataset', True), 'ending together']
@@ -308,6 +311,9 @@ def test_a_signal_between_two_checkpoints_costs_nothing(fakes, tmp_path, number)
   assert_saved(tmp_path, [5, 7, 8, 10, 11])
   rows = [(step, np.float32(fakes.losses[step]), step) for step in (3, 6, 9, 11)]
   assert lines_of(tmp_path) == rows
+  losses = np.float32([fakes.losses[step] for step in range(1, 12)]).astype(float)
+  lines = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
+  assert [row['loss_mean'] for row in lines] == [losses[i : i + 3].mean() for i in (0, 3, 6, 9)]
 
 
 @pytest.mark.parametrize('steps', [0, 3])
@@ -696,14 +702,19 @@ def test_a_process_reads_its_share_of_every_batch(monkeypatch, caplog):
 def test_the_exit_status_says_how_a_run_ended(tmp_path, monkeypatch, capsys, outcome, status):
   given = []
 
-  def fake(config, workdir, *, allow_changes):
-    given.append((config.num_steps, workdir, allow_changes))
+  def fake(config, workdir, *, allow_changes, profile_steps):
+    given.append((config.num_steps, workdir, allow_changes, profile_steps))
     if isinstance(outcome, Exception):
       raise outcome
     return outcome
 
   command = ['--config=quickstart', f'--workdir={tmp_path}', '--allow_changes', '--distributed']
-  command += ['--coordinator_address=a:1', '--num_processes=4', '--process_id=3']
+  command += [
+    '--profile_steps=10:13',
+    '--coordinator_address=a:1',
+    '--num_processes=4',
+    '--process_id=3',
+  ]
   monkeypatch.setattr('sys.argv', ['dropmae-train', *command])
   logger = main.logging.get_absl_logger()
   monkeypatch.setattr(logger, 'filters', list(logger.filters))
@@ -718,7 +729,7 @@ def test_the_exit_status_says_how_a_run_ended(tmp_path, monkeypatch, capsys, out
     'distributed': True, 'coordinator_address': 'a:1', 'num_processes': 4,
     'process_id': 3, 'local_device_ids': None,
   }  # fmt: skip
-  assert given == [joined, (2800, tmp_path, True)]
+  assert given == [joined, (2800, tmp_path, True, (10, 13))]
 
 
 @pytest.mark.parametrize('status', [0, 75])

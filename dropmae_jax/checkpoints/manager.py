@@ -9,7 +9,7 @@ import contextlib
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,8 +71,14 @@ class Checkpoints:
     """Returns whether a checkpoint is to be saved at this step."""
     return step % self._options.every_steps == 0
 
-  def save(self, step: int, state: TrainState) -> None:
-    """Copies the state off the devices and writes it in the background; once per step."""
+  def save(self, step: int, state: TrainState, losses: Sequence[float] = ()) -> None:
+    """Copies the state off the devices and writes it in the background; once per step.
+
+    Args:
+      step: of the state.
+      state: of the run.
+      losses: since the last line of metrics.jsonl, for the mean of the next one.
+    """
     self._settle()
     self._remove_given_up()
     if self._given_up:
@@ -85,7 +91,7 @@ class Checkpoints:
       arrays = {'params': state.params, 'opt_state': state.opt_state}
       sums = {name: saved_weights.checksums(tree) for name, tree in arrays.items()}
       items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-      description = {**self.description, 'checksums': sums}
+      description = {**self.description, 'checksums': sums, 'losses': list(losses)}
       items['description'] = ocp.args.JsonSave(saved_weights.add_digest(description))
       self._pending = step
       try:
@@ -158,13 +164,13 @@ class Checkpoints:
         for remains in (self._folder / str(step), *self._folder.glob(f'{step}.*-tmp*')):
           shutil.rmtree(remains, ignore_errors=True)
 
-  def finish(self, step: int, state: TrainState) -> None:
+  def finish(self, step: int, state: TrainState, losses: Sequence[float] = ()) -> None:
     """Saves the last state, and waits until it is on the disk.
 
     Raises:
       NotSaved: it could not be written; says from where the next start resumes.
     """
-    self.save(step, state)
+    self.save(step, state, losses)
     self._settle()
     if self.latest_step != step:
       before = self.latest_step or 0

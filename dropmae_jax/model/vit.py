@@ -24,17 +24,21 @@ LAYER_NORM_EPSILON = 1e-6
 
 
 class Size(NamedTuple):
-  """A backbone; `patch_size` is the one that it is published with."""
+  """A backbone with its decoder, by default the published one, and its published `patch_size`."""
 
   width: int
   depth: int
   num_heads: int
   patch_size: int
+  decoder_width: int = 512
+  decoder_depth: int = 8
+  decoder_num_heads: int = 16
 
 
 SIZES = {
-  'XXS': Size(width=64, depth=2, num_heads=2, patch_size=8),
-  'XS': Size(width=96, depth=3, num_heads=3, patch_size=8),
+  # Toys, whose decoders are as small.
+  'XXS': Size(64, 2, 2, patch_size=8, decoder_width=64, decoder_depth=2, decoder_num_heads=2),
+  'XS': Size(96, 3, 3, patch_size=8, decoder_width=96, decoder_depth=3, decoder_num_heads=3),
   'S': Size(width=384, depth=12, num_heads=6, patch_size=16),
   'B': Size(width=768, depth=12, num_heads=12, patch_size=16),
   'L': Size(width=1024, depth=24, num_heads=16, patch_size=16),

@@ -27,6 +27,7 @@ _WRAPPED = re.compile(r'((?:(?:backbone|module|_orig_mod|model)\.)+)patch_embed\
 # Numbers that are drawn for tensors that a file does not have: 4 GiB. The published decoder has 26
 # million; a file may say of itself that it has any other.
 MOST_FRESH = 1 << 30
+PUBLISHED_DECODER_HEADS = 16
 # Tensors with these names change the features of another kind of vision transformer. A file with
 # one that our model does not have is refused; without it the features would be wrong.
 ENCODER_PREFIXES = ('blocks.', 'decoder_blocks.', 'norm_pre.', 'reg_token', 'patch_embed.')
@@ -184,7 +185,7 @@ def _architecture(tensors: Mapping[str, np.ndarray], size: str | None) -> Archit
   """Derives the architecture from the shapes of the tensors.
 
   Shapes do not tell the numbers of heads: the encoder's is that of its row in the size table, and
-  the decoder's is 16, as published.
+  so is the decoder's if it has the row's width; else it is 16, as published.
   """
   if size is not None and size not in vit.SIZES:
     known = ', '.join(vit.SIZES)
@@ -214,9 +215,11 @@ def _architecture(tensors: Mapping[str, np.ndarray], size: str | None) -> Archit
     row |= {'width': width, 'patch_size': patch_size, 'mlp_ratio': hidden / width}
   else:
     row = vit.SIZES[size]._asdict()
+  if decoder and decoder['decoder_width'] != row['decoder_width']:
+    decoder['decoder_num_heads'] = PUBLISHED_DECODER_HEADS
   grid = round(tokens**0.5)
   try:
-    return Architecture(**row, image_size=grid * row['patch_size'], **decoder)
+    return Architecture(**(row | decoder), image_size=grid * row['patch_size'])
   except ValueError as error:
     raise UserError(f'the tensors of the file fit no model: {error}') from error
 

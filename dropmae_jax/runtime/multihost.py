@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -237,6 +238,9 @@ def ending_together() -> Iterator['Failures']:
     failures.close()
 
 
+_log = logging.getLogger('dropmae_jax')
+
+
 class Failures:
   """How a process tells the others why it ends: by a file, which outlives it."""
 
@@ -320,8 +324,14 @@ class Interruption:
     self._came.set()
 
   def _let_the_next_end(self) -> None:
-    """Restores the default of all signals, GRACE_SECONDS after the first one came."""
+    """Says that the first signal came; GRACE_SECONDS later restores the default of all."""
     self._came.wait()
+    if self._is_asked and jax.process_index() == 0:
+      # Not by the handler, in the midst of whose thread a line may be half written.
+      _log.warning(
+        f'{self.signal_name or "a signal"}: stopping after this step; another one ends the run at'
+        ' once, without a checkpoint'
+      )
     if self._is_over.wait(GRACE_SECONDS):
       return
     # Python sets handlers in the main thread only, and runs them there, where native code may hang.

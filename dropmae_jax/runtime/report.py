@@ -13,7 +13,7 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -31,6 +31,11 @@ _log = logging.getLogger('dropmae_jax')
 # Called with the step and the numbers of every line of metrics.jsonl, on the first process. Append
 # your own, for example for wandb.
 METRICS_WRITERS: list[Callable[[int, Mapping[str, float]], None]] = []
+ON_PLATEAU = (
+  'the loss may stay near 0.6 for some hundred steps: that of the published runs did until step 700'
+  ' to 900, and was below 0.5 by step 1,400'
+)
+TENSORBOARD = 'tensorboard'  # In a workdir.
 
 
 class NonFiniteLoss(RunFailed):
@@ -126,10 +131,10 @@ class Report:
   What is logged goes to log.txt and to the terminal on the first process. Other processes write
   warnings to their terminal, with their number in front.
 
-  Lines of metrics.jsonl: `step`, `loss`, `learning_rate`, `gradient_norm` of that step;
-  `pairs_per_second` and `data_wait` since the last line. `data_wait` is the share of the time in
-  which the loop waited for a batch while the devices were idle. The scores of a step are another
-  line, of `step` and SCORE/NAME.
+  Lines of metrics.jsonl: `step`, `loss`, `learning_rate`, `gradient_norm` of that step; `loss_mean`
+  over the steps since the last line; `pairs_per_second` and `data_wait` since then. `data_wait` is
+  the share of the time in which the loop waited for a batch while the devices were idle. The scores
+  of a step are another line, of `step` and SCORE/NAME.
   """
 
   def __init__(
@@ -140,12 +145,26 @@ class Report:
     num_steps: int,
     batch_size: int,
     log_every: int,
+    losses: Sequence[float] = (),
+    plateau: tuple[float, float] | None = None,
   ) -> None:
+    """Opens the files.
+
+    Args:
+      workdir: of the run.
+      first_step: the one that the run starts from; lines of later ones are removed.
+      num_steps: of the whole run.
+      batch_size: pairs per step.
+      log_every: steps between two lines.
+      losses: of the steps before `first_step` since the line before it.
+      plateau: a range of losses; that they are in it, as they are for long, is said once.
+    """
     self._workdir, self._told_lost = workdir, set()
     self._num_steps = num_steps
     self._batch_size = batch_size
     self._log_every = log_every
     self._window: list[tuple[int, Any]] = []
+    self._losses, self._plateau = list(losses), plateau
     self._writes = jax.process_index() == 0
     self._bar = tqdm.tqdm(
       total=num_steps,
@@ -156,7 +175,7 @@ class Report:
     if self._writes:
       self._metrics = _open_metrics(workdir / 'metrics.jsonl', first_step)
       # After a restart TensorBoard may show repeated steps twice; their values are equal.
-      self._scalars: _EventFile | None = _EventFile(workdir / 'tensorboard')
+      self._scalars: _EventFile | None = _EventFile(workdir / TENSORBOARD)
     self._open_log(workdir)
     self._started = time.perf_counter()
     self._watcher = concurrent.futures.ThreadPoolExecutor(1)
@@ -227,28 +246,40 @@ class Report:
             ' config.optimizer.base_learning_rate or look at the data.',
             step,
           )
+      self._losses.append(float(metrics.loss))
     self._window.clear()
+
+  @property
+  def losses(self) -> Sequence[float]:
+    """Those of the steps since the last line, up to the last `check_finite`."""
+    return tuple(self._losses)
 
   def _write_line(self, step: int) -> None:
     latest = jax.device_get(self._window[-1][1])
     self.check_finite()
+    mean = float(np.mean(self._losses))
+    self._losses.clear()
     if not self._writes:
       return
     seconds = max(time.perf_counter() - self._clock, 1e-9)
-    row = {name: float(value) for name, value in latest._asdict().items()}
+    row = {name: float(value) for name, value in latest._asdict().items()} | {'loss_mean': mean}
     row['pairs_per_second'] = self._batch_size * (step - self._clock_step) / seconds
     row['data_wait'] = self._waited / seconds
     left = (self._num_steps - step) * seconds / max(step - self._clock_step, 1)
     self._restart_clock(step)
     self._write_row(step, row)
     text = (
-      f'loss {row["loss"]:.4f}  lr {row["learning_rate"]:.2e}  grad {row["gradient_norm"]:.3f}'
-      f'  {row["pairs_per_second"]:.1f} pairs/s  data wait {row["data_wait"]:.0%}'
+      f'loss {row["loss"]:.4f} (mean {mean:.4f})  lr {row["learning_rate"]:.2e}'
+      f'  grad {row["gradient_norm"]:.3f}  {row["pairs_per_second"]:.1f} pairs/s'
+      f'  data wait {row["data_wait"]:.0%}'
     )
     with contextlib.suppress(OSError):
       self._bar.set_postfix_str(text)
     line = f'step {step}/{self._num_steps}  {text}  left {left:.0f} s'
     _log.info(line, extra={'is_in_bar': True})
+    if self._plateau and self._plateau[0] < mean < self._plateau[1]:
+      self._plateau = None
+      _log.info(ON_PLATEAU)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -272,7 +303,7 @@ class Report:
       self._tell_lost('metrics.jsonl', error)
     try:
       # After an error the rest of a file would not be read, so there is another one.
-      scalars, self._scalars = self._scalars or _EventFile(self._workdir / 'tensorboard'), None
+      scalars, self._scalars = self._scalars or _EventFile(self._workdir / TENSORBOARD), None
       scalars.add(step, row)
       self._scalars = scalars
     except OSError as error:

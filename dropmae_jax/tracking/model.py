@@ -101,8 +101,11 @@ def tracker_of_size(size: str, **other: int | float | str | tuple) -> TrackerArc
   """
   check_name('size', size, vit.SIZES)
   row = vit.SIZES[size]
-  blocks = elimination_blocks(row.depth)
-  return TrackerArchitecture(**({'elimination_blocks': blocks} | row._asdict() | other))
+  fields = {
+    'elimination_blocks': elimination_blocks(row.depth),
+    **{name: getattr(row, name) for name in ('width', 'depth', 'num_heads', 'patch_size')},
+  }
+  return TrackerArchitecture(**(fields | other))
 
 
 def elimination_blocks(depth: int) -> tuple[int, ...]:

@@ -84,7 +84,8 @@ def take_steps(reporter, clock, times):
 
 
 def test_each_line_covers_the_steps_since_the_last_line(tmp_path, clock, opened):
-  reporter = opened(first_step=7)
+  # The step before the first one, of which the last start has written no line, had 1.0.
+  reporter = opened(first_step=7, losses=(1.0,), plateau=(3.0, 4.5))
   take_steps(reporter, clock, {8: 129.0})
   clock.now = 130.0
   reporter.compiled(8)
@@ -103,13 +104,18 @@ def test_each_line_covers_the_steps_since_the_last_line(tmp_path, clock, opened)
     step = row['step']
     assert (row['loss'], row['learning_rate']) == (step / 4, step / 1024)
     assert (row['gradient_norm'], row['data_wait']) == (step * 2, 0)
+  assert [row['loss_mean'] for row in rows] == [1.9375, 3.25, 4.25]
   lines = [line.split(' ', 2)[2] for line in (tmp_path / 'log.txt').read_text().splitlines()]
   assert lines == [
     'first step, compilation included: 30.0 s',
     # Time left: eight steps of 2 s, three of 2.5 s, none.
-    'step 10/18  loss 2.5000  lr 9.77e-03  grad 20.000  1.5 pairs/s  data wait 0%  left 16 s',
-    'step 15/18  loss 3.7500  lr 1.46e-02  grad 30.000  1.2 pairs/s  data wait 0%  left 8 s',
-    'step 18/18  loss 4.5000  lr 1.76e-02  grad 36.000  4.5 pairs/s  data wait 0%  left 0 s',
+    'step 10/18  loss 2.5000 (mean 1.9375)  lr 9.77e-03  grad 20.000  1.5 pairs/s'
+    '  data wait 0%  left 16 s',
+    'step 15/18  loss 3.7500 (mean 3.2500)  lr 1.46e-02  grad 30.000  1.2 pairs/s'
+    '  data wait 0%  left 8 s',
+    report.ON_PLATEAU,
+    'step 18/18  loss 4.5000 (mean 4.2500)  lr 1.76e-02  grad 36.000  4.5 pairs/s'
+    '  data wait 0%  left 0 s',
   ]
   assert_same_in_tensorboard(tmp_path, rows)
 

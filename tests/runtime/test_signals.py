@@ -52,7 +52,7 @@ def processes(monkeypatch):
 
 
 @pytest.mark.parametrize('number', STOP)
-def test_the_first_signal_is_recorded_and_the_handlers_are_restored(interruption, number):
+def test_the_first_signal_is_recorded_and_the_handlers_are_restored(interruption, number, caplog):
   before = handlers(STOP)
   with pytest.raises(ZeroDivisionError), interruption.watched():
     assert (interruption.is_requested(), interruption.is_due(3)) == (False, False)
@@ -65,6 +65,8 @@ def test_the_first_signal_is_recorded_and_the_handlers_are_restored(interruption
     assert interruption.signal_name == number.name
     raise ZeroDivisionError
   assert handlers(STOP) == before
+  (line,) = caplog.messages
+  assert line.startswith(f'{number.name}: stopping after this step; another one ends the run at')
 
 
 def test_ctrl_c_stays_ignored(interruption):
