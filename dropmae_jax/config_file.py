@@ -125,12 +125,15 @@ def load(name: str) -> ConfigDict:
 
 def _load_json(path: paths.Path) -> ConfigDict:
   try:
-    return ConfigDict(json.loads(path.read_text()))
-  except (OSError, ValueError, TypeError, RecursionError) as error:
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict):
+      raise ValueError('it holds no fields')
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(
       f'--config={path} is not the config of a run ({first_line(error)}); give config.json of a'
       ' workdir.'
     ) from error
+  return ConfigDict(values)
 
 
 def allow_imports_from_here() -> None:

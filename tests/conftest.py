@@ -219,5 +219,5 @@ def data_dir(clips, once) -> pathlib.Path:
 @pytest.fixture(scope='session')
 def trained(data_dir, once) -> pathlib.Path:
   """The workdir of eight steps without a stop, with a checkpoint after the fourth too."""
-  more = ('--config.num_steps=8', '--config.checkpoint.every_steps=4')
+  more = ('--config.num_steps=8', '--config.checkpoint.every_steps=4', '--profile_steps=3:4')
   return once('trained', lambda folder: succeed(*train_arguments(data_dir, folder, *more)))

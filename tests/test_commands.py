@@ -48,7 +48,7 @@ def test_a_run_reports_every_step(trained):
   rows = metrics_of(trained)
   assert [row['step'] for row in rows] == list(range(1, 9))
   assert set(rows[0]) == {
-    'step', 'loss', 'learning_rate', 'gradient_norm', 'pairs_per_second', 'data_wait',
+    'step', 'loss', 'loss_mean', 'learning_rate', 'gradient_norm', 'pairs_per_second', 'data_wait',
   }  # fmt: skip
   assert rows[0]['learning_rate'] == 0
   assert rows[2]['learning_rate'] == max(row['learning_rate'] for row in rows)
@@ -57,7 +57,9 @@ def test_a_run_reports_every_step(trained):
   log = (trained / 'log.txt').read_text()
   assert 'step 8/8' in log
   assert 'left 0 s' in log
-  assert list((trained / 'tensorboard').glob('events.out.tfevents.*'))
+  assert 'steps 3 to 4 are traced in ' in log
+  for name in ('events.out.tfevents.*', 'plugins/profile/*/*.xplane.pb'):
+    assert list((trained / 'tensorboard').glob(name)), name
 
 
 @pytest.fixture

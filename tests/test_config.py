@@ -282,6 +282,26 @@ def config_from_flags(*arguments):
   return config_file.from_arguments(parser.parse_args(arguments))
 
 
+def test_a_size_brings_a_decoder_of_its_own():
+  for size, decoder in {'XXS': (64, 2, 2), 'XS': (96, 3, 3), 'S': (512, 8, 16)}.items():
+    model = config_from_flags('--config=video_folder', f'--config.model.size={size}').model
+    assert (model.decoder_width, model.decoder_depth, model.decoder_num_heads) == decoder
+
+
+def test_the_config_of_a_run_can_be_given_back(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  given = config_from_flags('--config=kinetics400_vit_b16:80gb', '--config.data.frame_gap=9')
+  train.write_config(given, tmp_path)
+  for name in ('config.json', f'{tmp_path}/config.json', f'file://{tmp_path}/config.json'):
+    assert config_from_flags(f'--config={name}') == given
+  changed = config_from_flags(
+    '--config=config.json', '--config.num_steps=7', '--config.model.size=XS',
+    '--config.model.depth=1', '--config.model.image_size=64',
+  )  # fmt: skip
+  model = vit.architecture_of_size('XS', depth=1, image_size=64)
+  assert changed == dataclasses.replace(given, num_steps=7, num_epochs=0.0, model=model)
+
+
 def test_the_command_line_sets_single_fields():
   made = config_from_flags(
     '--config=quickstart', '--config.data.frame_gap=9',

@@ -48,6 +48,11 @@ train | --config={tmp}/none.py              | --config={tmp}/none.py is neither 
 train | --config=~nobody-here/x.py           | --config=~nobody-here/x.py: ~nobody-here/x.py has no home
 train | --config={tmp}/broken.py            | --config={tmp}/broken.py cannot be read (invalid syntax
 train | --config={tmp}/empty.py             | --config={tmp}/empty.py defines no get_config(); configs/ has
+train | --config={tmp}/broken.json          | --config={tmp}/broken.json is not the config of a run (Extra data
+train | --config={tmp}/list.json            | --config={tmp}/list.json is not the config of a run (
+train | --config={tmp}/none.json            | --config={tmp}/none.json is neither a file nor
+train | --profile_steps=13                  | --profile_steps=13 is not FIRST:LAST, two steps from 1; give
+train | --profile_steps=13:10               | --profile_steps=13:10 is not FIRST:LAST
 train | --config.seed=abc                   | argument --config.seed: invalid int value: 'abc'; --help lists
 train | --config.data.shared_augmentation=1 | '1' is neither true nor false; --help lists
 train | --config.optimizer.beta2=nan        | config.optimizer.beta2=nan is out of range; use at least 0
@@ -212,6 +217,8 @@ def places(trained, data_dir, clips, tmp_path):
     (tmp / name).write_bytes(b'junk of some length')
   (tmp / 'broken.py').write_text('def get_config(:')
   (tmp / 'empty.py').write_text('')
+  (tmp / 'broken.json').write_text('1 2')
+  (tmp / 'list.json').write_text('[1]')
   video = next(clips.glob('val/*/*.mp4'))
   davis = clips / 'davis'
   return {'tmp': tmp, 'run': trained, 'data': data_dir, 'video': video, 'davis': davis}
