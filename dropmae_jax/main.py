@@ -33,11 +33,23 @@ def _parser() -> cli.Parser:
     description='Pre-trains a model; the same command resumes it from the last checkpoint.',
   )
   add = parser.add_argument
-  add('--workdir', required=True, type=pathlib.Path, help='where checkpoints and reports go')
+  add('--workdir', type=pathlib.Path, help='where checkpoints and reports go')
   add('--allow_changes', action='store_true', help='resume with other data or another objective')
   add(
     '--profile_steps', metavar='FIRST:LAST', help='trace these steps for TensorBoard, as in 10:13'
   )
+  dry = parser.add_argument_group('what a run would need')
+  add = dry.add_argument
+  add(
+    '--dry_run',
+    nargs='?',
+    const='estimate',
+    choices=('estimate', 'compile'),
+    help='print it and do not train; with "compile", memory is by the compiler, not estimated',
+  )
+  add('--target', metavar='DEVICES', help='of devices that are not here: 8xh100, v5e-16, rtx4090')
+  add('--num_videos', type=int, metavar='N', help='of the dataset, if it is not here')
+  add('--pairs_per_second', type=float, metavar='N', help='of all devices, for the hours it takes')
   processes = parser.add_argument_group('several processes')
   add = processes.add_argument
   add(
@@ -56,6 +68,9 @@ def main() -> int:
   """Reads the config, trains, and returns the exit status."""
   arguments = _parser().parse_args()
   config = config_file.from_arguments(arguments)
+  if arguments.dry_run:
+    return _dry_run(arguments, config)
+  _check_no_dry_run(arguments)
   profile_steps = arguments.profile_steps and profile.parse_steps(arguments.profile_steps)
   if arguments.local_processes != 1:
     return _run_local_processes(arguments, config)
@@ -75,13 +90,7 @@ def main() -> int:
     process_id=arguments.process_id,
     local_device_ids=arguments.local_device_ids,
   )
-  try:
-    jax.devices()
-  except Exception as error:  # RuntimeError, or one of its assertions.
-    raise UserError(
-      f'JAX finds no device ({first_line(error)}); install the extra cuda or tpu of this'
-      ' project, or correct JAX_PLATFORMS.'
-    ) from error
+  _find_devices()
   try:
     finished = train.train(
       config,
@@ -94,6 +103,44 @@ def main() -> int:
     cli.print_error(str(error))
     status = error.exit_status
   return status
+
+
+def _dry_run(arguments: argparse.Namespace, config: Config) -> int:
+  from dropmae_jax import dry_run
+
+  for name in ('num_videos', 'pairs_per_second'):
+    value = getattr(arguments, name)
+    if value is not None and not 0 < value < 1e12:
+      raise UserError(f'--{name}={value} is out of range; give a number above 0.')
+  _find_devices()
+  for line in dry_run.lines(
+    config,
+    workdir=arguments.workdir,
+    target=arguments.target or '',
+    compiles=arguments.dry_run == 'compile',
+    num_videos=arguments.num_videos,
+    pairs_per_second=arguments.pairs_per_second,
+  ):
+    print(line, flush=True)
+  return ExitStatus.DONE
+
+
+def _check_no_dry_run(arguments: argparse.Namespace) -> None:
+  for name in ('target', 'num_videos', 'pairs_per_second'):
+    if (value := getattr(arguments, name)) is not None:
+      raise UserError(f'--{name}={value} is for --dry_run; add that, or leave this out.')
+  if arguments.workdir is None:
+    raise UserError('the following arguments are required: --workdir; --help lists what there is.')
+
+
+def _find_devices() -> None:
+  try:
+    jax.devices()
+  except Exception as error:  # RuntimeError, or one of its assertions.
+    raise UserError(
+      f'JAX finds no device ({first_line(error)}); install the extra cuda or tpu of this'
+      ' project, or correct JAX_PLATFORMS.'
+    ) from error
 
 
 def _run_local_processes(arguments: argparse.Namespace, config: Config) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dropmae_jax.config import MeshOptions
 
@@ -25,17 +25,25 @@ def make_mesh(
   Raises:
     ValueError: the options ask for another number of devices than there are.
   """
-  options = options or MeshOptions()
   devices = sorted(devices or jax.devices(), key=_by_neighbourhood)
-  shape = (options.data or len(devices) // options.fsdp, options.fsdp)
-  if shape[0] * shape[1] != len(devices):
-    raise ValueError(
-      f'mesh.data={options.data} and mesh.fsdp={options.fsdp} do not share out the'
-      f' {len(devices)} devices that there are; mesh.fsdp must divide them, and mesh.data=0 takes'
-      ' what is left.'
-    )
+  shape = mesh_shape(len(devices), options or MeshOptions())
   # Explicit axes would need every reshape of the model to name its sharding.
   return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_shape(number: int, options: MeshOptions) -> tuple[int, int]:
+  """Returns the lengths of the axes of a mesh of so many devices.
+
+  Raises:
+    ValueError: the options ask for another number of them.
+  """
+  shape = (options.data or number // options.fsdp, options.fsdp)
+  if shape[0] * shape[1] != number:
+    raise ValueError(
+      f'mesh.data={options.data} and mesh.fsdp={options.fsdp} do not share out the {number} devices'
+      ' that there are; mesh.fsdp must divide them, and mesh.data=0 takes what is left.'
+    )
+  return shape
 
 
 def _by_neighbourhood(device: jax.Device) -> tuple[int, int, int]:
@@ -76,7 +84,7 @@ def _spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
   return PartitionSpec(*('fsdp' if axis == longest else None for axis in range(2)))
 
 
-def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh | AbstractMesh) -> None:
   """Refuses a batch that micro-batches or devices do not divide.
 
   Raises:

@@ -436,13 +436,11 @@ def open_report(
 
 def description_of(config: Config, dataset: Mixture, mesh: Mesh, state: TrainState) -> list[str]:
   """Returns the first lines of the log: sizes of model, data and machine, and the schedule."""
-  per_epoch = steps_per_epoch(config, len(dataset))
-  warmup_steps = config.optimizer.warmup_steps
   lines = [
     f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
-    f' {per_epoch} steps per epoch, {mesh.size} x {jax.devices()[0].device_kind}',
-    f'{config.num_steps} steps ({config.num_steps / per_epoch:.4g} epochs), the first'
-    f' {warmup_steps} ({warmup_steps / per_epoch:.3g} epochs) of them warm-up',
+    f' {steps_per_epoch(config, len(dataset))} steps per epoch,'
+    f' {mesh.size} x {jax.devices()[0].device_kind}',
+    schedule_of(config, len(dataset)),
   ]
   if len(dataset) < config.batch_size:
     lines.append(
@@ -450,6 +448,16 @@ def description_of(config: Config, dataset: Mixture, mesh: Mesh, state: TrainSta
       ' step counts as one epoch'
     )
   return lines
+
+
+def schedule_of(config: Config, num_videos: int) -> str:
+  """Describes the length of a run whose schedule is resolved."""
+  per_epoch = steps_per_epoch(config, num_videos)
+  warmup_steps = config.optimizer.warmup_steps
+  return (
+    f'{config.num_steps} steps ({config.num_steps / per_epoch:.4g} epochs), the first'
+    f' {warmup_steps} ({warmup_steps / per_epoch:.3g} epochs) of them warm-up'
+  )
 
 
 def start_loader(

@@ -87,6 +87,16 @@ class Target(NamedTuple):
   gpu: Gpu | None = None
   slices: dict[int, str] | None = None
 
+  @property
+  def platform(self) -> str:
+    """As JAX calls it."""
+    return 'gpu' if self.gpu else 'tpu' if self.slices else 'cpu'
+
+  @property
+  def usable_memory(self) -> float:
+    """Bytes that programs get: of a GPU the three quarters that JAX takes."""
+    return self.memory * (0.75 if self.gpu else 1)
+
 
 # Of one chip, the compiler knows no slice: `devices` takes one of four.
 FLAT_SLICES = {4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'}
