@@ -110,8 +110,9 @@ def devices_of(target: str) -> Devices:
   """Returns the devices that a word names, or for an empty one those of this machine."""
   if target:
     kind, number = targets.parse(target)
-    name = f'{target} (--target)' if number == 1 else f'of {target} (--target)'
-    return Devices(name, number, kind.usable_memory, kind.platform, target)
+    return Devices(
+      f'device of --target={target}', number, kind.usable_memory, kind.platform, target
+    )
   first = jax.devices()[0]
   limit = (first.memory_stats() or {}).get('bytes_limit')
   return Devices(first.device_kind, len(jax.devices()), limit, first.platform, '')

@@ -36,6 +36,8 @@ from dropmae_jax.runtime.errors import (
 )
 
 FOLDER = 'checkpoints'
+# In the description of a checkpoint, but not of its weights.
+OF_STATE = 'checksums', 'losses'
 # Arrays of zeros are stored in a thousandth of their bytes, trained weights in nine tenths.
 MOST_COMPRESSED, SMALL_MODEL = 100, 1 << 30
 
@@ -291,7 +293,7 @@ def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bo
     step=step,
     architecture=architecture,
     objective=Objective(**{k: v for k, v in objective.items() if v is not None}),
-    description={key: value for key, value in description.items() if key != 'checksums'},
+    description={key: value for key, value in description.items() if key not in OF_STATE},
     moments=optimizer.moments_of(arrays['opt_state']) if with_moments else None,
   )
 

@@ -253,7 +253,7 @@ def test_every_data_sheet_is_found_by_the_name_of_its_device():
 def test_the_peak_is_stated_known_or_measured(monkeypatch):
   assert step_time.choose_peak(2.5, 'float32', 1e9) == (2.5e12, 'as stated by --peak_tflops')
   assert step_time.choose_peak(None, 'bfloat16', 1e9)[0] == 1e9
-  monkeypatch.setattr(step_time.flops, 'known_peak', lambda kind: (9e14, 'a sheet'))
+  monkeypatch.setattr(step_time.targets, 'known_peak', lambda kind: (9e14, 'a sheet'))
   assert step_time.choose_peak(None, 'float32', 1e9)[0] == 1e9  # Data sheets are for bfloat16.
   assert step_time.choose_peak(None, 'bfloat16', 1e9) == (9e14, 'a sheet')
 

@@ -1,6 +1,7 @@
 """What the tracker costs is counted as it says. No speed is tested."""
 
 import json
+import unittest.mock
 from types import SimpleNamespace
 
 import jax
@@ -77,7 +78,8 @@ def test_every_form_is_compiled_once(costs, monkeypatch):
     sizes = dict.fromkeys(('argument', 'output', 'alias', 'temp', 'generated_code'), 0)
     sizes['temp'] = 25e9 * (1 + 3 * (settings['remat'] == 'none'))
     analysis = SimpleNamespace(**{f'{name}_size_in_bytes': each for name, each in sizes.items()})
-    step = SimpleNamespace(memory_analysis=lambda: analysis)
+    step = unittest.mock.Mock(spec=tracker_cost.jax.stages.Compiled)
+    step.memory_analysis = lambda: analysis
     return SimpleNamespace(compile=lambda options: step)
 
   monkeypatch.setattr(tracker_cost, 'lower_step', lower_step)

@@ -586,7 +586,7 @@ def watch():
   while not list(folder.glob('6.*tmp*/params*')):
     time.sleep(0.0005)
   os.kill(os.getpid(), signal.SIGKILL)
-def save(self, step, state, **other):
+def save(self, step, state, *losses):
   if step == 6:
     threading.Thread(target=watch).start()
   real(self, step, state, **other)

@@ -59,7 +59,8 @@ def test_losses(differentiated, golden):
   for row, (parts, maps, _) in enumerate(differentiated.values()):
     for name, ours in parts._asdict().items():
       theirs = float(arrays[f'loss_{name}'][row])
-      tolerance = {'abs': 8e-7} if name == 'iou' else {'rel': 8e-7}
+      # PyTorch and JAX differ by 2e-7 on one kind of CPU, and by 1e-6 on another.
+      tolerance = {'abs': 2e-6} if name == 'iou' else {'rel': 2e-6}
       assert float(ours) == pytest.approx(theirs, **tolerance), name
     np.testing.assert_array_equal(head.best_cell(maps.score), arrays['argmax'][row])
     np.testing.assert_allclose(head.decode(maps), arrays['pred_boxes'][row], rtol=0, atol=3.6e-6)
