@@ -23,6 +23,8 @@ from dropmae_jax.runtime.errors import UserError, check_name, did_you_mean, firs
 
 PRESETS = pathlib.Path(__file__).parent / 'configs'
 PREFIX = 'config.'
+# Whose 0 may be written as 'auto'.
+AUTO = ('accumulation_steps',)
 # A length in steps or in epochs: setting one on the command line takes the place of the other.
 LENGTHS = {
   'num_steps': 'num_epochs',
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       groups[group] = parser.add_argument_group(title)
     groups[group].add_argument(
       f'--{PREFIX}{name}',
-      type=_boolean if kind is bool else kind,
+      type=_boolean if kind is bool else _number_or_auto if name in AUTO else kind,
       metavar=kind.__name__.upper(),
       default=argparse.SUPPRESS,
       help=_help(name).replace('%', '%%'),
@@ -182,6 +184,10 @@ def _help(name: str) -> str:
   return field.metadata['help'] + (f' ({notes})' if notes else '')
 
 
+def _number_or_auto(text: str) -> int:
+  return 0 if text == 'auto' else int(text)
+
+
 def _boolean(text: str) -> bool:
   if text.lower() not in ('true', 'false'):
     raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
@@ -262,6 +268,8 @@ def _row(size: Any) -> dict[str, int]:
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:
+  if name in AUTO and value == 'auto':
+    return 0
   fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
   if not fits or (isinstance(value, bool) and kind is not bool):
     raise UserError(f'config.{name}={value!r} is not of type {kind.__name__}.')

@@ -114,7 +114,7 @@ def devices_of(target: str) -> Devices:
       f'device of --target={target}', number, kind.usable_memory, kind.platform, target
     )
   first = jax.devices()[0]
-  limit = (first.memory_stats() or {}).get('bytes_limit')
+  limit = memory.device_limit(first)
   return Devices(first.device_kind, len(jax.devices()), limit, first.platform, '')
 
 
@@ -138,7 +138,7 @@ def _memory(config: Config, devices: Devices, compiles: bool) -> str:
     return 'not estimated for CPUs; name devices by --target, or give --dry_run=compile'
   else:
     needed, how = memory_estimate.estimate(config, devices.number, devices.platform), 'estimated'
-  needed += memory_estimate.prefetched(config, devices.number)
+  needed += memory.prefetched(config, devices.number)
   text = f'{needed / 1e9:.2f} GB on each device, {how}'
   if devices.memory is None:
     return text

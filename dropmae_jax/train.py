@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dropmae_jax import optimizer, sharding
+from dropmae_jax import memory, optimizer, sharding
 from dropmae_jax.checkpoints.manager import Checkpoints
 from dropmae_jax.checkpoints.saved_weights import FOLDER, Weights, describe
 from dropmae_jax.config import Config, Objective, may_change
@@ -48,6 +48,8 @@ from dropmae_jax.train_step import (
 
 # How long the loader may take to end by its own limit.
 LOADER_SECONDS = 60.0
+# In the description of a checkpoint: what accumulation_steps=auto was, and on which devices.
+MICRO_BATCHES = 'micro_batches'
 # In which the mean loss of the published runs stayed for hundreds of steps.
 PLATEAU = 0.57, 0.66
 
@@ -91,7 +93,9 @@ def train(
       given, config = config, resolve_schedule(config, len(dataset))
       seeds = derive_seeds(config.seed)
       mesh = make_mesh(config)
-      model = build(config, mesh)
+      # With automatic micro-batches, all else is checked with one.
+      number = config.accumulation_steps or 1
+      model = build(dataclasses.replace(config, accumulation_steps=number), mesh)
       watchdog.watch('reading config.init_from', is_slow=True)
       initial = read_initial_params(config, workdir)
       with _workdir_errors_as_user_errors(workdir):
@@ -122,6 +126,8 @@ def train(
       if first_step >= config.num_steps:
         tell_end(config, workdir)
         return True
+      watchdog.watch('compiling the training step', is_slow=True)
+      fit = compiled_step(config, mesh, checkpoints)
       is_interrupted = interruption.is_requested
       batches = start_loader(
         config, dataset, mesh, seed=seeds.data, first_step=first_step, is_interrupted=is_interrupted
@@ -130,8 +136,9 @@ def train(
       step_key = sharding.put_everywhere(seeds.steps, mesh)
       profile = Profile(workdir / TENSORBOARD, profile_steps)
       stack.callback(profile.close)
-      run = Run(model.step, step_key, batches, checkpoints, report, profile, watchdog, interruption)
+      run = Run(fit.step, step_key, batches, checkpoints, report, profile, watchdog, interruption)
       with (
+        memory.exhaustion_as_failure(fit, mesh.size),
         _listing_non_finite_batch(config, workdir, dataset, seeds, watchdog),
         jax.transfer_guard('disallow'),
       ):
@@ -394,6 +401,31 @@ def first_state(
     stored = checkpoints.stored_description().get('config', {})
     notes += optimizer.warnings_of_schedule(config, stored, step)
   return state, notes
+
+
+def compiled_step(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> memory.Fit:
+  """Compiles the step, and holds what it needs against the memory of the devices.
+
+  Raises:
+    UserError: it does not fit; names what does.
+  """
+  _log.info('compiling the training step')
+  limit = memory.device_limit(jax.local_devices()[0])
+  limit = json.loads(multihost.text_of_first(json.dumps(limit)))
+  devices = list(mesh.devices.flat)
+  here = f'{mesh.size} x {devices[0].device_kind}'
+  stored = checkpoints.stored_description().get(MICRO_BATCHES) if checkpoints.latest_step else None
+  same = stored if stored and stored['devices'] == here else None
+  fit = memory.fitting_step(config, devices, limit, stored=same and same['number'])
+  if limit is not None:
+    _log.info(f'it needs {fit.needed / 1e9:.2f} GB of each device; {limit / 1e9:.2f} GB are there')
+  if not config.accumulation_steps:
+    chosen = {'number': fit.config.accumulation_steps, 'devices': here}
+    checkpoints.description = {**checkpoints.description, MICRO_BATCHES: chosen}
+    why = ', as they do not tell how much memory they have' if limit is None else ''
+    before = f' (before: {stored["number"]} on {stored["devices"]})' if stored and not same else ''
+    _log.info(f'accumulation_steps=auto is {chosen["number"]} on {here}{why}{before}')
+  return fit
 
 
 def write_config(config: Config, workdir: pathlib.Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from sources import NumberedVideos
 
-from dropmae_jax import config_file, main, sharding, train
+from dropmae_jax import config_file, main, memory, sharding, train
 from dropmae_jax.checkpoints import manager as run_checkpoints
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.checkpoints.manager import Checkpoints, NotSaved
@@ -116,7 +116,11 @@ class Fakes:
         Number(self.losses[number], done), Number(number, lambda: None), Number(1, lambda: None)
       )
 
+    self.step = step
     return train.Model(jax.jit(lambda key: state, out_shardings=places), step, abstract)
+
+  def compiled_step(self, config, mesh, checkpoints):
+    return memory.Fit(config, self.step, 0.0)
 
 
 @pytest.fixture
@@ -184,6 +188,7 @@ def fakes(monkeypatch):
   monkeypatch.setattr(frame_pairs, 'Loader', SpiedLoader)
   monkeypatch.setattr(train, 'open_mixture', fakes.open_mixture)
   monkeypatch.setattr(train, 'build', fakes.build_program)
+  monkeypatch.setattr(train, 'compiled_step', fakes.compiled_step)
   return fakes
 
 
@@ -266,6 +271,7 @@ def test_every_step_gets_its_batch_its_limit_and_its_checkpoint(fakes, tmp_path)
   events = [('watch', 'opening the dataset', True), 'ending together']
   events += [('watch', 'reading config.init_from', True), 'failures are shared']
   events.append(('watch', 'restoring the state', True))
+  events.append(('watch', 'compiling the training step', True))
   for step in range(1, 12):
     # At most two steps are under way: the one before the last is waited for.
     events += [('watch', 'loading a batch', 55 + 60), ('watch', f'step {step}', step == 1 or 0)]

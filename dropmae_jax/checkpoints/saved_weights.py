@@ -37,7 +37,7 @@ from dropmae_jax.runtime.errors import (
 
 FOLDER = 'checkpoints'
 # In the description of a checkpoint, but not of its weights.
-OF_STATE = 'checksums', 'losses'
+OF_STATE = 'checksums', 'losses', 'micro_batches'
 # Arrays of zeros are stored in a thousandth of their bytes, trained weights in nine tenths.
 MOST_COMPRESSED, SMALL_MODEL = 100, 1 << 30
 
