@@ -1,7 +1,7 @@
 """How the published batch of 4096 pairs fits the devices that there are, and longer runs.
 
     dropmae-train --config=kinetics400_vit_b16:24gb --workdir=runs/k400
-    dropmae-train --config=kinetics400_vit_l16:v5e-16,1600epochs --workdir=runs/k400_l
+    dropmae-train --config=kinetics400_vit_b16:v5e-16,1600epochs --workdir=runs/k400_long
 
 None of these changes what a run learns: batch and epochs stay those of the config. A run may go on
 with another preset. Hours and results: not yet run.

@@ -96,7 +96,9 @@ def load(name: str) -> ConfigDict:
   Raises:
     UserError: there is no such file, it has no get_config, or does not know the argument.
   """
-  name, argument = re.fullmatch(r'((?:\w+:/+)?[^:]*):?(.*)', name, re.DOTALL).groups()
+  argument = ''
+  if not os.path.isfile(name):
+    name, argument = re.fullmatch(r'((?:\w+:/+)?[^:]*):?(.*)', name, re.DOTALL).groups()
   try:
     path = (paths.user_path if name.endswith('.json') else paths.local_path)(name)
   except UserError as error:
@@ -106,7 +108,13 @@ def load(name: str) -> ConfigDict:
   if not path.is_file():
     known = did_you_mean(name, presets())
     raise UserError(f'--config={name} is neither a file nor the name of a config; {known}')
+  if path.suffix not in ('.py', '.json'):
+    raise UserError(f'--config={name} is not a Python file; give one, or a config.json of a run.')
   if path.suffix == '.json':
+    if argument:
+      raise UserError(
+        f'--config={name}:{argument}: a .json has no arguments; leave out :{argument}.'
+      )
     return _load_json(path)
   allow_imports_from_here()
   spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
@@ -117,12 +125,22 @@ def load(name: str) -> ConfigDict:
     raise UserError(f'--config={name} cannot be read ({error}); configs/ has examples.') from error
   if not hasattr(module, 'get_config'):
     raise UserError(f'--config={name} defines no get_config(); configs/ has examples.')
-  if argument and not inspect.signature(module.get_config).parameters:
-    raise UserError(f'--config={name}:{argument}: {name} has no arguments; leave out :{argument}.')
+  given = [argument] if argument else []
+  full_name = ':'.join([name, *given])
   try:
-    return module.get_config(*([argument] if argument else []))
+    inspect.signature(module.get_config).bind(*given)
+  except TypeError as error:
+    reason = (
+      f'has no arguments; leave out :{argument}'
+      if given
+      else f'needs an argument; give one, as in --config={name}:ARGUMENT'
+    )
+    raise UserError(f'--config={full_name}: {name} {reason}.') from error
+  try:
+    return module.get_config(*given)
   except UserError as error:
-    raise UserError(f'--config={name}:{argument}: {error}.') from error
+    text = str(error)
+    raise UserError(f'--config={full_name}: {text}{"" if text.endswith("?") else "."}') from error
 
 
 def _load_json(path: paths.Path) -> ConfigDict:
@@ -130,12 +148,12 @@ def _load_json(path: paths.Path) -> ConfigDict:
     values = json.loads(path.read_text())
     if not isinstance(values, dict):
       raise ValueError('it holds no fields')
+    return ConfigDict(values)
   except (OSError, ValueError, RecursionError) as error:
     raise UserError(
       f'--config={path} is not the config of a run ({first_line(error)}); give config.json of a'
       ' workdir.'
     ) from error
-  return ConfigDict(values)
 
 
 def allow_imports_from_here() -> None:
@@ -151,6 +169,8 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
     if group not in config:
       config[group] = ConfigDict()
     config = config[group]
+    if not isinstance(config, ConfigDict):
+      raise UserError(f'config.{group}={config!r} should be a group of fields.')
   config[leaf] = value
 
 

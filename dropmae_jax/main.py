@@ -71,7 +71,8 @@ def main() -> int:
   if arguments.dry_run:
     return _dry_run(arguments, config)
   _check_no_dry_run(arguments)
-  profile_steps = arguments.profile_steps and profile.parse_steps(arguments.profile_steps)
+  steps = arguments.profile_steps
+  profile_steps = None if steps is None else profile.parse_steps(steps)
   if arguments.local_processes != 1:
     return _run_local_processes(arguments, config)
   if os.getpid() == 1:

@@ -92,10 +92,15 @@ def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh | AbstractM
   """
   parts = mesh.size * accumulation_steps
   if batch_size < 1 or batch_size % parts:
-    fitting = max(1, round(batch_size / parts)) * parts
+    fitting = f'batch_size={max(1, round(batch_size / parts)) * parts}'
+    if batch_size > 0 and batch_size % mesh.size == 0:
+      per_device = batch_size // mesh.size
+      most = min(accumulation_steps, per_device)
+      fewer = next(n for n in range(most, 0, -1) if per_device % n == 0)
+      fitting = f'accumulation_steps={fewer}'
     raise ValueError(
       f'batch_size={batch_size} is not divisible by {mesh.size} devices x'
-      f' accumulation_steps={accumulation_steps}; use for example batch_size={fitting}.'
+      f' accumulation_steps={accumulation_steps}; use for example {fitting}.'
     )
 
 

@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import pathlib
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -119,12 +120,13 @@ def train(
         first_step = checkpoints.latest_step or 0
         report = open_report(config, workdir, first_step, checkpoints)
         stack.callback(report.close)
-        write_config(given, workdir)
+        if first_step < config.num_steps:
+          write_config(given, workdir)
         dataset = stack.enter_context(crashes.left_out(dataset, workdir, watchdog))
       for line in (*description_of(config, dataset, mesh, state), *notes):
         _log.info(line)
       if first_step >= config.num_steps:
-        tell_end(config, workdir)
+        tell_end(first_step, workdir)
         return True
       watchdog.watch('compiling the training step', is_slow=True)
       fit = compiled_step(config, mesh, checkpoints)
@@ -144,7 +146,7 @@ def train(
       ):
         finished = loop(config, run, state, first_step)
       if finished:
-        tell_end(config, workdir)
+        tell_end(config.num_steps, workdir)
       return finished
 
 
@@ -437,16 +439,17 @@ def write_config(config: Config, workdir: pathlib.Path) -> None:
     partial.replace(path)
 
 
-def tell_end(config: Config, workdir: pathlib.Path) -> None:
+def tell_end(step: int, workdir: pathlib.Path) -> None:
   """Logs where the results of a finished run are, and what may be done with them."""
+  run = shlex.quote(str(workdir))
   for line in (
-    f'done: {config.num_steps} steps',
-    f'  {workdir}/{FOLDER}/{config.num_steps}: weights and optimizer state',
+    f'done: {step} steps',
+    f'  {workdir}/{FOLDER}/{step}: weights and optimizer state',
     f'  {workdir}/metrics.jsonl, {TENSORBOARD}/, log.txt: losses, rates and scores',
     'next:',
-    f'  dropmae-figures --checkpoint={workdir} --video=CLIP.mp4 --output=figure.png',
-    f'  dropmae-convert --checkpoint={workdir} --output=dropmae.pth',
-    f'  dropmae-evaluate davis --checkpoint={workdir} --root=DAVIS --output=scores',
+    f'  dropmae-figures --checkpoint={run} --video=CLIP.mp4 --output=figure.png',
+    f'  dropmae-convert --checkpoint={run} --output=dropmae.pth',
+    f'  dropmae-evaluate davis --checkpoint={run} --root=DAVIS --output=scores',
   ):
     _log.info(line)
 

@@ -138,10 +138,7 @@ def test_a_signal_saves_what_there_is(data_dir, tmp_path, number, when):
   assert process.returncode == 75, errors
   assert 'Traceback' not in errors
   name = signal.Signals(number).name
-  asked, told = sorted(
-    (line for line in output.splitlines() if name in line), key=lambda line: 'saved' in line
-  )
-  assert f'{name}: stopping after this step' in asked
+  told = [line for line in output.splitlines() if name in line][-1]
   if when == 'steps per epoch' and 'no step was made; the same command starts again' in told:
     step = 0  # The first batch had not come.
   else:

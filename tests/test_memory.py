@@ -87,8 +87,9 @@ def test_a_planted_limit_gives_flags_that_train(monkeypatch, capsys, data_dir, t
   """And automatic micro-batches have the losses of fixed ones."""
 
   def run(name, *flags):
-    command = ['--config=quickstart', f'--config.data_dir={data_dir}', *TINY, *flags]
+    command = ['--config=quickstart', f'--config.data_dir={data_dir}', *TINY]
     command += ['--config.num_steps=3', '--config.batch_size=64', f'--workdir={tmp_path / name}']
+    command += flags
     monkeypatch.setattr('sys.argv', ['dropmae-train', *command])
     return main.main()
 

@@ -193,7 +193,11 @@ def test_the_first_update_has_no_learning_rate(plain):
   ('batch', 'accumulation', 'message'),
   [
     (6, 1, 'batch_size=6 is not divisible by 4 devices x accumulation_steps=1; .*batch_size=8'),
-    (4, 2, 'batch_size=4 is not divisible by 4 devices x accumulation_steps=2; .*batch_size=8'),
+    (
+      4,
+      2,
+      'batch_size=4 is not divisible by 4 devices x accumulation_steps=2; .*accumulation_steps=1',
+    ),
   ],
 )
 def test_a_batch_that_does_not_divide_is_refused(batch, accumulation, message):

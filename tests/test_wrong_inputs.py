@@ -51,6 +51,17 @@ train | --config={tmp}/empty.py             | --config={tmp}/empty.py defines no
 train | --config={tmp}/broken.json          | --config={tmp}/broken.json is not the config of a run (Extra data
 train | --config={tmp}/list.json            | --config={tmp}/list.json is not the config of a run (
 train | --config={tmp}/none.json            | --config={tmp}/none.json is neither a file nor
+train | --config={tmp}/list.json:24gb       | --config={tmp}/list.json:24gb: a .json has no arguments; leave out :24gb
+train | --config={tmp}/dotted.json          | --config={tmp}/dotted.json is not the config of a run (
+train | --config={tmp}/flat.json --config.model.size=B | config.model=5 should be a group of fields
+train | --config={tmp}/argument.py          | needs an argument; give one, as in --config={tmp}/argument.py:ARGUMENT
+train | --config={tmp}/junk.yaml            | --config={tmp}/junk.yaml is not a Python file; give one, or a config.json
+train | --profile_steps=                    | --profile_steps= is not FIRST:LAST
+train | -workdir --dry_run=compile --target=h10 | --target=h10 names no device; did you mean 'h100'?
+train | --target=h100                       | --target=h100 is for --dry_run; add that, or leave this out
+train | --dry_run --num_videos=0            | --num_videos=0 is out of range; give a number above 0
+train | --dry_run --target=3xh100           | batch_size=4 is not divisible by 3 devices
+train | --config.accumulation_steps=atuo    | argument --config.accumulation_steps: invalid
 train | --profile_steps=13                  | --profile_steps=13 is not FIRST:LAST, two steps from 1; give
 train | --profile_steps=13:10               | --profile_steps=13:10 is not FIRST:LAST
 train | --config.seed=abc                   | argument --config.seed: invalid int value: 'abc'; --help lists
@@ -218,6 +229,10 @@ def places(trained, data_dir, clips, tmp_path):
   (tmp / 'broken.py').write_text('def get_config(:')
   (tmp / 'empty.py').write_text('')
   (tmp / 'broken.json').write_text('1 2')
+  (tmp / 'dotted.json').write_text('{"a.b": 1}')
+  (tmp / 'flat.json').write_text('{"model": 5}')
+  (tmp / 'argument.py').write_text('def get_config(argument): pass')
+  (tmp / 'junk.yaml').write_text('')
   (tmp / 'list.json').write_text('[1]')
   video = next(clips.glob('val/*/*.mp4'))
   davis = clips / 'davis'

@@ -324,14 +324,8 @@ class Interruption:
     self._came.set()
 
   def _let_the_next_end(self) -> None:
-    """Says that the first signal came; GRACE_SECONDS later restores the default of all."""
+    """Restores the default of all signals, GRACE_SECONDS after the first one came."""
     self._came.wait()
-    if self._is_asked and jax.process_index() == 0:
-      # Not by the handler, in the midst of whose thread a line may be half written.
-      _log.warning(
-        f'{self.signal_name or "a signal"}: stopping after this step; another one ends the run at'
-        ' once, without a checkpoint'
-      )
     if self._is_over.wait(GRACE_SECONDS):
       return
     # Python sets handlers in the main thread only, and runs them there, where native code may hang.
@@ -339,6 +333,12 @@ class Interruption:
     libc_signal.argtypes, libc_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     for each in self._old:
       libc_signal(each, None)
+    # Last, as it waits where nobody reads the output.
+    if jax.process_index() == 0:
+      _log.warning(
+        f'{self.signal_name or "a signal"}: stopping after this step; another signal ends the run'
+        ' at once, without a checkpoint'
+      )
 
   @contextlib.contextmanager
   def watched(self) -> Iterator[None]:

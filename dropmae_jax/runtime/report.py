@@ -31,6 +31,7 @@ _log = logging.getLogger('dropmae_jax')
 # Called with the step and the numbers of every line of metrics.jsonl, on the first process. Append
 # your own, for example for wandb.
 METRICS_WRITERS: list[Callable[[int, Mapping[str, float]], None]] = []
+PLATEAU_END = 1400
 ON_PLATEAU = (
   'the loss may stay near 0.6 for some hundred steps: that of the published runs did until step 700'
   ' to 900, and was below 0.5 by step 1,400'
@@ -277,7 +278,7 @@ class Report:
       self._bar.set_postfix_str(text)
     line = f'step {step}/{self._num_steps}  {text}  left {left:.0f} s'
     _log.info(line, extra={'is_in_bar': True})
-    if self._plateau and self._plateau[0] < mean < self._plateau[1]:
+    if self._plateau and step < PLATEAU_END and self._plateau[0] < mean < self._plateau[1]:
       self._plateau = None
       _log.info(ON_PLATEAU)
 
