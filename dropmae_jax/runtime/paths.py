@@ -5,14 +5,18 @@ methods. Where files are opened by libraries that read this machine only, `local
 latter.
 """
 
+import contextlib
+import errno
 import importlib.util
+import logging
 import pathlib
 import re
 import urllib.parse
+from collections.abc import Iterator
 
 from etils import epath
 
-from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.errors import NO_DAMAGE, RunFailed, UserError
 
 # What reads and writes a kind of bucket; both are extras of this project.
 CLIENTS = {'gs': 'gcsfs', 's3': 's3fs'}
@@ -24,6 +28,11 @@ Path = pathlib.Path | epath.Path
 def is_remote(path: Path) -> bool:
   """Whether a path is of a bucket."""
   return not isinstance(path, pathlib.Path)
+
+
+def absolute(path: Path) -> Path:
+  """Returns a path that does not depend on the folder that a process is in."""
+  return path if is_remote(path) else path.absolute()
 
 
 def user_path(text: str) -> Path:
@@ -53,7 +62,32 @@ def user_path(text: str) -> Path:
     raise UserError(
       f"{text} needs {CLIENTS[scheme]}; install it with pip install 'dropmae_jax[{EXTRAS[scheme]}]'"
     )
+  import fsspec
+
+  # Otherwise it would not see what TensorStore and other processes have written since.
+  fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
+  fsspec.config.conf.setdefault('s3', {})['use_listings_cache'] = False
+  for name in ('gcsfs', 'google.auth'):  # What goes wrong there comes as exceptions too.
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   return epath.Path(text)
+
+
+@contextlib.contextmanager
+def client_errors_as_os_errors(path: Path) -> Iterator[None]:
+  """Raises what the client of a bucket raises inside as an OSError, whose `strerror` says why.
+
+  Args:
+    path: that is read or written inside; where it is of this machine, nothing is changed.
+  """
+  try:
+    yield
+  except Exception as error:
+    if not is_remote(path) or isinstance(error, (UserError, RunFailed, *NO_DAMAGE)):
+      raise
+    if isinstance(error, FileNotFoundError):
+      raise FileNotFoundError(errno.ENOENT, 'there is no such bucket or object') from error
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    raise OSError(errno.EIO, reason) from error
 
 
 def local_path(text: str) -> pathlib.Path:
