@@ -122,7 +122,7 @@ def train(
         stack.callback(report.close)
         write_config(given, mirror.folder)
         dataset = stack.enter_context(crashes.left_out(dataset, mirror, watchdog))
-      for line in (*description_of(config, dataset, mesh, state), *notes):
+      for line in (*description_of(config, dataset, mesh, state), *mirror.notes(), *notes):
         _log.info(line)
       if first_step >= config.num_steps:
         tell_end(config, workdir)

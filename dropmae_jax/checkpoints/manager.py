@@ -7,7 +7,6 @@ when all files of a newer one are on the disk; orbax would delete it before.
 
 import contextlib
 import logging
-import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from dropmae_jax.runtime.errors import (
   lacks_memory,
   remedy_of,
 )
+from dropmae_jax.runtime.paths import Path, absolute, client_errors_as_os_errors, is_remote
 
 # In the names of folders that orbax removes when it starts.
 TEMPORARY = '.orbax-checkpoint-tmp'
@@ -47,16 +47,17 @@ class Checkpoints:
   """
 
   def __init__(
-    self, workdir: pathlib.Path, options: CheckpointOptions, description: dict[str, Any]
+    self, workdir: Path, options: CheckpointOptions, description: dict[str, Any]
   ) -> None:
     self.description = description
     self._options = options
-    self._folder = (workdir / saved_weights.FOLDER).absolute()
-    self._manager = ocp.CheckpointManager(
-      self._folder,
-      # Left by a process that was killed while it saved or deleted.
-      options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
-    )
+    self._folder = absolute(workdir / saved_weights.FOLDER)
+    with client_errors_as_os_errors(self._folder):
+      self._manager = ocp.CheckpointManager(
+        self._folder,
+        # Left by a process that was killed while it saved or deleted.
+        options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+      )
     self._pending: int | None = None
     self._has_saved = False
     self._given_up: set[int] = set()
@@ -65,7 +66,7 @@ class Checkpoints:
   @property
   def latest_step(self) -> int | None:
     """The newest step that is completely stored."""
-    return self._manager.latest_step()
+    return max(set(self._manager.all_steps()) - self._given_up, default=None)
 
   def is_due(self, step: int) -> bool:
     """Returns whether a checkpoint is to be saved at this step."""
@@ -82,7 +83,7 @@ class Checkpoints:
     self._settle()
     self._remove_given_up()
     if self._given_up:
-      self._manager.reload()
+      self._reload()
     if step == self.latest_step:
       return
     self._given_up.discard(step)
@@ -108,7 +109,7 @@ class Checkpoints:
     failure = None
     try:
       self._manager.wait_until_finished()
-      if self._pending is not None and jax.process_index() == 0:
+      if self._pending is not None and jax.process_index() == 0 and not is_remote(self._folder):
         atomic_file.sync(self._folder / str(self._pending))
     except Exception as error:  # As in `save`.
       failure = error
@@ -126,10 +127,10 @@ class Checkpoints:
       return
     keep_last, keep_every = self._options.keep_last, self._options.keep_every
     try:
-      for step in saved_weights.steps_in(self._folder)[:-keep_last]:
-        if not keep_every or step % keep_every:
-          old = self._folder / str(step)
-          shutil.rmtree(old.rename(f'{old}{TEMPORARY}'))
+      with client_errors_as_os_errors(self._folder):
+        for step in saved_weights.steps_in(self._folder)[:-keep_last]:
+          if not keep_every or step % keep_every:
+            _delete(self._folder / str(step))
     except OSError as error:
       _log.warning(
         f'an old checkpoint in {self._folder} cannot be deleted ({error.strerror}); training goes'
@@ -148,7 +149,7 @@ class Checkpoints:
       raise error
     self._given_up.add(step)
     self._remove_given_up()
-    self._manager.reload()
+    self._reload()
     reason, newest = first_line(error), self.latest_step or 0
     self._remedy = remedy_of(error, 'make room there')
     _log.warning(
@@ -159,10 +160,20 @@ class Checkpoints:
 
   def _remove_given_up(self) -> None:
     """Removes the files of all failed saves; threads of orbax may still write after a failure."""
-    if jax.process_index() == 0:
-      for step in self._given_up:
+    if jax.process_index():
+      return
+    for step in self._given_up:
+      if is_remote(self._folder):
+        with contextlib.suppress(Exception):  # Whatever the client has; it is tried again.
+          (self._folder / str(step)).rmtree(missing_ok=True)
+      else:
         for remains in (self._folder / str(step), *self._folder.glob(f'{step}.*-tmp*')):
           shutil.rmtree(remains, ignore_errors=True)
+
+  def _reload(self) -> None:
+    """Looks which steps are stored, where that can be done now."""
+    with contextlib.suppress(OSError), client_errors_as_os_errors(self._folder):
+      self._manager.reload()
 
   def finish(self, step: int, state: TrainState, losses: Sequence[float] = ()) -> None:
     """Saves the last state, and waits until it is on the disk.
@@ -211,9 +222,18 @@ class Checkpoints:
   def _set_aside(self, step: int, error: Exception) -> str:
     """Renames a damaged checkpoint, so that it is not read again and its step can be saved."""
     name, reason = f'{step}.damaged', first_line(error)
+    if is_remote(self._folder):
+      # Objects are copied one by one, then deleted: where that ends half way, both folders stay.
+      taken = {each.name for each in self._folder.iterdir()}
+      name = next(
+        each for each in (name, *(f'{name}.{i}' for i in range(2, 99))) if each not in taken
+      )
+      multihost.wait_for_all('a damaged checkpoint has its new name')
     if jax.process_index() == 0:
-      shutil.rmtree(self._folder / name, ignore_errors=True)
-      (self._folder / str(step)).rename(self._folder / name)
+      if not is_remote(self._folder):
+        shutil.rmtree(self._folder / name, ignore_errors=True)
+      with client_errors_as_os_errors(self._folder):
+        (self._folder / str(step)).rename(self._folder / name)
     multihost.wait_for_all('a damaged checkpoint is set aside')
     self._manager.reload()
     return f'the checkpoint of step {step} is damaged ({reason}); it is set aside as {name}'
@@ -311,6 +331,15 @@ class Checkpoints:
       self._manager.wait_until_finished()
     self._manager.close()
     self._remove_given_up()
+
+
+def _delete(step_folder: Path) -> None:
+  """Deletes a checkpoint; where that ends half way, it is not taken for a whole one."""
+  if is_remote(step_folder):
+    (step_folder / saved_weights.COMMIT_FILE).unlink()
+    step_folder.rmtree()
+  else:
+    shutil.rmtree(step_folder.rename(f'{step_folder}{TEMPORARY}'))
 
 
 def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:

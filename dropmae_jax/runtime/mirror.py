@@ -106,7 +106,7 @@ class Mirror:
     """
     fetched = set()
     with client_errors_as_os_errors(self.workdir):
-      for stored in self.workdir.iterdir():
+      for stored in self.workdir.iterdir() if self.workdir.exists() else ():
         if stored.name == multihost.FAILURE_FILE or stored.is_dir():
           continue
         content, path = stored.read_bytes(), self.folder / stored.name
@@ -157,6 +157,18 @@ class Mirror:
       with client_errors_as_os_errors(self.workdir):
         (self.workdir / path.relative_to(self.folder)).write_bytes(content)
       self._pushed[path] = version
+
+
+  def notes(self) -> list[str]:
+    """Returns lines for the log of a run."""
+    if not is_remote(self.workdir):
+      return []
+    return [
+      f'log.txt, metrics.jsonl and the like are written to {self.folder}, and copied to'
+      f' {self.workdir} every {PUSH_SECONDS:g} s',
+      f'{self.workdir} cannot be locked for other machines, as it is in a bucket; start no second'
+      ' run with this --workdir there while this one runs.',
+    ]
 
 
 def _folder_of(workdir: Path) -> pathlib.Path:

@@ -60,11 +60,6 @@ def held(
     if refused:
       is_input, message = refused
       raise (UserError if is_input else WorkdirInUse)(message)
-    if folder not in (None, workdir) and jax.process_index() == 0:
-      _log.warning(
-        f'{workdir} cannot be locked for other machines, as it is in a bucket; start no second run'
-        f' with this {option} there while this one runs.'
-      )
     yield
 
 
