@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import jax
 from absl import logging
-from etils import epath
 
 from dropmae_jax import config_file
 from dropmae_jax.config import Config
@@ -33,7 +32,7 @@ def _parser() -> cli.Parser:
     description='Pre-trains a model; the same command resumes it from the last checkpoint.',
   )
   add = parser.add_argument
-  add('--workdir', required=True, type=epath.Path, help='where checkpoints and reports go')
+  add('--workdir', required=True, type='workdir', help='where checkpoints and reports go')
   add('--allow_changes', action='store_true', help='resume with other data or another objective')
   add(
     '--profile_steps', metavar='FIRST:LAST', help='trace these steps for TensorBoard, as in 10:13'

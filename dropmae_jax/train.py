@@ -34,7 +34,13 @@ from dropmae_jax.runtime.errors import (
   os_errors_as_user_errors,
 )
 from dropmae_jax.runtime.mirror import Mirror, check_bucket
-from dropmae_jax.runtime.paths import Path, absolute, client_errors_as_os_errors, is_remote
+from dropmae_jax.runtime.paths import (
+  BUCKET_REMEDY,
+  Path,
+  absolute,
+  client_errors_as_os_errors,
+  is_remote,
+)
 from dropmae_jax.runtime.profile import Profile
 from dropmae_jax.runtime.report import TENSORBOARD, NonFiniteLoss, Report
 from dropmae_jax.runtime.watchdog import Watchdog
@@ -159,10 +165,9 @@ def train(
 def _workdir_errors_as_user_errors(
   workdir: Path,
 ) -> contextlib.AbstractContextManager[None]:
-  remedy = 'check the name of the bucket, its permissions and the network'
   return os_errors_as_user_errors(
     f'--workdir={workdir} cannot be written',
-    f'{remedy if is_remote(workdir) else "make room there"}, or give another one.',
+    f'{BUCKET_REMEDY if is_remote(workdir) else "make room there"}, or give another one.',
   )
 
 

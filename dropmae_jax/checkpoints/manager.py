@@ -28,7 +28,13 @@ from dropmae_jax.runtime.errors import (
   lacks_memory,
   remedy_of,
 )
-from dropmae_jax.runtime.paths import Path, absolute, client_errors_as_os_errors, is_remote
+from dropmae_jax.runtime.paths import (
+  BUCKET_REMEDY,
+  Path,
+  absolute,
+  client_errors_as_os_errors,
+  is_remote,
+)
 
 # In the names of folders that orbax removes when it starts.
 TEMPORARY = '.orbax-checkpoint-tmp'
@@ -61,7 +67,8 @@ class Checkpoints:
     self._pending: int | None = None
     self._has_saved = False
     self._given_up: set[int] = set()
-    self._remedy = 'make room there'  # Of the last save that failed.
+    self._room = BUCKET_REMEDY if is_remote(self._folder) else 'make room there'
+    self._remedy = self._room  # Of the last save that failed.
 
   @property
   def latest_step(self) -> int | None:
@@ -151,7 +158,7 @@ class Checkpoints:
     self._remove_given_up()
     self._reload()
     reason, newest = first_line(error), self.latest_step or 0
-    self._remedy = remedy_of(error, 'make room there')
+    self._remedy = remedy_of(error, self._room)
     _log.warning(
       f'the checkpoint of step {step} could not be written ({reason}); the newest one is of step'
       f' {newest}, and training goes on. {self._remedy[0].upper()}{self._remedy[1:]} before'

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 import jax
 
 from dropmae_jax.runtime import multihost, workdir_lock
-from dropmae_jax.runtime.errors import UserError
 from dropmae_jax.runtime.paths import Path, client_errors_as_os_errors, is_remote
 
 PUSH_SECONDS = 30.0
@@ -32,15 +31,9 @@ def check_bucket(workdir: Path) -> None:
 
   Raises:
     OSError: it cannot be.
-    UserError: checkpoints cannot be written to a bucket of this kind.
   """
   if not is_remote(workdir):
     return
-  if not str(workdir).startswith('gs://'):
-    raise UserError(
-      f'--workdir={workdir}: checkpoints can be written to gs:// and to folders only; give a folder'
-      ' of this machine or of a shared file system, and copy the finished run to the bucket.'
-    )
   with client_errors_as_os_errors(workdir):
     probe = workdir / f'.check-{jax.process_index()}'
     probe.write_text('')
@@ -157,7 +150,6 @@ class Mirror:
       with client_errors_as_os_errors(self.workdir):
         (self.workdir / path.relative_to(self.folder)).write_bytes(content)
       self._pushed[path] = version
-
 
   def notes(self) -> list[str]:
     """Returns lines for the log of a run."""

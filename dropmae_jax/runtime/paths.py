@@ -21,6 +21,7 @@ from dropmae_jax.runtime.errors import NO_DAMAGE, RunFailed, UserError
 # What reads and writes a kind of bucket; both are extras of this project.
 CLIENTS = {'gs': 'gcsfs', 's3': 's3fs'}
 EXTRAS = {'gs': 'gcs', 's3': 's3'}
+BUCKET_REMEDY = 'check the name of the bucket, its permissions and the network'
 
 Path = pathlib.Path | epath.Path
 
@@ -70,6 +71,20 @@ def user_path(text: str) -> Path:
   for name in ('gcsfs', 'google.auth'):  # What goes wrong there comes as exceptions too.
     logging.getLogger(name).setLevel(logging.CRITICAL)
   return epath.Path(text)
+
+
+def workdir_path(text: str) -> Path:
+  """Returns where a run is to be written, as `user_path`; orbax writes to no other buckets than gs.
+
+  Raises:
+    UserError: as there, or it is a bucket of S3.
+  """
+  if text.startswith('s3:/'):
+    raise UserError(
+      f'{text}: checkpoints can be written to gs:// and to folders only; give a folder of this'
+      ' machine or of a shared file system, and copy it to the bucket (aws s3 sync)'
+    )
+  return user_path(text)
 
 
 @contextlib.contextmanager
