@@ -15,7 +15,7 @@ import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 OBJECTS = re.compile(
-  r'(?:/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?(/rewriteTo/.*)?)?'
+  r'(?:/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?(/(?:rewriteTo|moveTo)/.*)?)?'
 )
 TIME = '2026-01-01T00:00:00.000Z'
 
@@ -123,6 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
       if rewrite:
         target = urllib.parse.unquote(rewrite.partition('/o/')[2])
         stored = self._store(target, self._stored(name)[1])
+        if rewrite.startswith('/moveTo/'):
+          del self.server.objects[name]
+          return self._json(stored)
         return self._json({'kind': 'storage#rewriteResponse', 'done': True, 'resource': stored})
       if not path.partition(f'/b/{bucket}')[2]:
         return self._json({'kind': 'storage#bucket', 'name': bucket, 'id': bucket})

@@ -126,8 +126,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_nothing_is_lost(bucket, trained, 
   assert done.returncode == 0, done.stderr
   assert 'the checkpoint of step 6 is damaged (' in done.stdout
   assert 'resuming after step 4' in done.stdout
-  aside = 'run/checkpoints/6.damaged/'
-  assert [each.removeprefix(aside) for each in bucket.names(aside)] == before
+  assert 'it is set aside as gs://bucket/run/damaged/6-1' in done.stdout
+  after = [each.removeprefix('run/damaged/6-1/') for each in bucket.names('run/damaged/')]
+  assert after == sorted([*before, 'reason.txt'])
 
 
 @pytest.mark.parametrize(

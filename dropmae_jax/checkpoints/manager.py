@@ -6,6 +6,7 @@ when all files of a newer one are on the disk; orbax would delete it before.
 """
 
 import contextlib
+import itertools
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from dropmae_jax.checkpoints import saved_weights
+from dropmae_jax.checkpoints.saved_weights import COMMIT_FILE
 from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.optimizer import TrainState
 from dropmae_jax.runtime import atomic_file, multihost
@@ -38,6 +40,8 @@ from dropmae_jax.runtime.paths import (
 
 # In the names of folders that orbax removes when it starts.
 TEMPORARY = '.orbax-checkpoint-tmp'
+# The folder of damaged checkpoints, where the workdir is in a bucket.
+DAMAGED = 'damaged'
 
 _log = logging.getLogger('dropmae_jax')
 
@@ -229,18 +233,13 @@ class Checkpoints:
   def _set_aside(self, step: int, error: Exception) -> str:
     """Renames a damaged checkpoint, so that it is not read again and its step can be saved."""
     name, reason = f'{step}.damaged', first_line(error)
-    if is_remote(self._folder):
-      # Objects are copied one by one, then deleted: where that ends half way, both folders stay.
-      taken = {each.name for each in self._folder.iterdir()}
-      name = next(
-        each for each in (name, *(f'{name}.{i}' for i in range(2, 99))) if each not in taken
-      )
-      multihost.wait_for_all('a damaged checkpoint has its new name')
     if jax.process_index() == 0:
-      if not is_remote(self._folder):
-        shutil.rmtree(self._folder / name, ignore_errors=True)
       with client_errors_as_os_errors(self._folder):
-        (self._folder / str(step)).rename(self._folder / name)
+        if is_remote(self._folder):
+          name = _move_aside(self._folder / str(step), reason)
+        else:
+          shutil.rmtree(self._folder / name, ignore_errors=True)
+          (self._folder / str(step)).rename(self._folder / name)
     multihost.wait_for_all('a damaged checkpoint is set aside')
     self._manager.reload()
     return f'the checkpoint of step {step} is damaged ({reason}); it is set aside as {name}'
@@ -340,10 +339,25 @@ class Checkpoints:
     self._remove_given_up()
 
 
+def _move_aside(step_folder: Path, reason: str) -> str:
+  """Moves a checkpoint of a bucket out of its folder, and returns where to.
+
+  Objects are moved one by one. Where that ends half way, the next start goes on in another folder;
+  and orbax would delete a folder that lacks COMMIT_FILE, if it were beside the checkpoints.
+  """
+  folder = step_folder.parent.with_name(DAMAGED)
+  names = (f'{step_folder.name}-{number}' for number in itertools.count(1))
+  target = next(folder / name for name in names if not (folder / name).exists())
+  (target / 'reason.txt').write_text(reason)
+  for each in sorted(step_folder.iterdir(), key=lambda each: each.name == COMMIT_FILE):
+    each.rename(target / each.name)
+  return str(target)
+
+
 def _delete(step_folder: Path) -> None:
   """Deletes a checkpoint; where that ends half way, it is not taken for a whole one."""
   if is_remote(step_folder):
-    (step_folder / saved_weights.COMMIT_FILE).unlink()
+    (step_folder / COMMIT_FILE).unlink()
     step_folder.rmtree()
   else:
     shutil.rmtree(step_folder.rename(f'{step_folder}{TEMPORARY}'))

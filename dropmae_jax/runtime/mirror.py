@@ -93,26 +93,26 @@ class Mirror:
     multihost.wait_for_all('crashes are shared')
 
   def _fetch(self) -> None:
-    """Makes the folder that of the bucket, which another machine may have written to.
+    """Reads the files of the bucket, which another machine may have written to.
 
-    A file that goes on here stays: its end was not copied any more when the run was killed.
+    A file that goes on here stays: its end was not copied any more when the run was killed. If the
+    bucket has nothing of the run, nothing stays, as somebody has removed it.
     """
-    fetched = set()
     with client_errors_as_os_errors(self.workdir):
-      for stored in self.workdir.iterdir() if self.workdir.exists() else ():
+      if not self.workdir.exists():
+        for path in _files(self.folder):
+          path.unlink()
+        return
+      for stored in self.workdir.iterdir():
         if stored.name == multihost.FAILURE_FILE or stored.is_dir():
           continue
         content, path = stored.read_bytes(), self.folder / stored.name
-        fetched.add(path)
         if not (path.exists() and path.read_bytes().startswith(content)):
           partial = path.with_suffix('.partial')
           partial.write_bytes(content)
           partial.replace(path)
         if _is_of_process(stored.name):
           stored.unlink()
-    for path in _files(self.folder):
-      if path not in fetched:
-        path.unlink()
 
   def _push_again_and_again(self) -> None:
     while not self._is_over.wait(PUSH_SECONDS):
