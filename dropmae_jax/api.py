@@ -101,8 +101,8 @@ def load_encoder(path: str | os.PathLike, *, step: int | None = None) -> Encoder
   Raises:
     UserError: there is no such checkpoint or file, or it cannot be read.
   """
-  path = paths.local_path(os.fspath(path))
-  if path.is_dir():
+  path = paths.user_path(os.fspath(path))
+  if paths.is_folder(path):
     weights = saved_weights.load_weights(path, step=step)
     return Encoder(weights.params, weights.architecture)
   if step is not None:

@@ -33,6 +33,8 @@ class Bucket(ThreadingHTTPServer):
 
   Attributes:
     objects: by name, generation and content.
+    uploads: those that have neither ended nor been cancelled.
+    downloads: names of what was read, in order.
     refuses: called with the method and the name of each request; what it returns is not None to
       answer it with that status.
   """
@@ -42,7 +44,7 @@ class Bucket(ThreadingHTTPServer):
 
   def __init__(self, name='bucket'):
     super().__init__(('localhost', 0), _Handler)
-    self.name, self.objects, self.uploads = name, {}, {}
+    self.name, self.objects, self.uploads, self.downloads = name, {}, {}, []
     self.refuses = lambda method, name: None
     self.generations, self.lock = itertools.count(1), threading.RLock()
 
@@ -151,6 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
       return 204, b'', {}
     if self.query.get('alt') != 'media':
       return self._json(self._metadata(name))
+    self.server.downloads.append(name)
     headers = {'x-goog-generation': str(generation), 'Content-Type': 'application/octet-stream'}
     part = re.fullmatch(r'bytes=(\d*)-(\d*)', self.headers.get('Range', ''))
     if not part:
@@ -197,8 +200,12 @@ class _Handler(BaseHTTPRequestHandler):
 
   def _upload_part(self, key):
     name, content = self.server.uploads[key]
+    if self.command == 'DELETE':
+      del self.server.uploads[key]
+      return 499, b'', {}
     content += self.body
-    if self.headers.get('Content-Range', '').endswith('/*'):
+    total = self.headers.get('Content-Range', '').rpartition('/')[2]
+    if total == '*' or (total and int(total) > len(content)):
       self.server.uploads[key] = name, content
       return 308, b'', {'Range': f'bytes=0-{len(content) - 1}'}
     del self.server.uploads[key]

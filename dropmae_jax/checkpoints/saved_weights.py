@@ -41,6 +41,7 @@ from dropmae_jax.runtime.paths import (
   absolute,
   client_errors_as_os_errors,
   is_remote,
+  upload_folder,
 )
 
 FOLDER = 'checkpoints'
@@ -333,7 +334,7 @@ def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bo
 
 
 def save_weights(
-  folder: pathlib.Path,
+  folder: Path,
   params: dict,
   step: int,
   description: dict[str, Any],
@@ -342,7 +343,8 @@ def save_weights(
 ) -> None:
   """Writes a checkpoint for `load_weights`; with moments, training can resume from it.
 
-  It is written under a temporary name first, so a failure leaves nothing behind.
+  It is written under a temporary name first, so a failure leaves nothing behind. In a bucket
+  COMMIT_FILE comes last, as orbax does it.
 
   Args:
     folder: the new workdir.
@@ -362,14 +364,21 @@ def save_weights(
   items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
   items['description'] = ocp.args.JsonSave(add_digest({**description, 'checksums': sums}))
   try:
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    beside = None if is_remote(folder) else folder.absolute().parent
+    if beside:
+      beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-      prefix=atomic_file.PREFIX, dir=folder.absolute().parent, ignore_cleanup_errors=True
+      prefix=atomic_file.PREFIX, dir=beside, ignore_cleanup_errors=True
     ) as temporary:
       staged = pathlib.Path(temporary).absolute() / FOLDER
       with ocp.CheckpointManager(staged) as manager:
         manager.save(step, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
+      if is_remote(folder):
+        marker = staged / str(step) / COMMIT_FILE
+        marker.write_text('')
+        upload_folder(staged, folder / FOLDER, last=marker)
+        return
       atomic_file.sync(staged)
       folder.mkdir(exist_ok=True)
       staged.replace(folder / FOLDER)
