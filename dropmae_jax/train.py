@@ -40,6 +40,7 @@ from dropmae_jax.runtime.paths import (
   absolute,
   client_errors_as_os_errors,
   is_remote,
+  user_path,
 )
 from dropmae_jax.runtime.profile import Profile
 from dropmae_jax.runtime.report import TENSORBOARD, NonFiniteLoss, Report
@@ -298,7 +299,7 @@ def read_initial_params(config: Config, workdir: Path) -> init_from.InitialParam
 
 
 def _read_init_from(config: Config) -> init_from.InitialParams:
-  path = pathlib.Path(config.init_from)
+  path = user_path(config.init_from)
   what = f'config.init_from={path}'
   try:
     with os_errors_as_user_errors(f'{what} cannot be read', 'give another one.'):
