@@ -251,7 +251,7 @@ LOCAL = {
   '~nobody-here/x': NO_HOME,
 }
 BUCKETS = {
-  's3:/bucket': 'names no bucket; give s3://BUCKET/FOLDER',
+  'gs:/bucket': 'names no bucket; give gs://BUCKET/FOLDER',
   'http://host/x': 'is an address of a kind that is not read; give',
   '~nobody-here/x': NO_HOME,
 }

@@ -38,7 +38,9 @@ train | stray                               | argument 'stray' is not understood
 train | -config                             | are required: --config; --help lists
 train | -workdir                            | are required: --workdir; --help lists
 train | --workdir=                          | argument --workdir: it is empty; --help lists
-train | --workdir=gs://b/run                | gs://b/run is an address, not a path of this machine; mount
+train | --workdir=gs:/b/run                 | gs:/b/run names no bucket; give gs://BUCKET/FOLDER
+train | --config.init_from=gs:/b/w.pth      | config.init_from: gs:/b/w.pth names no bucket; give gs://BUCKET/FOLDER
+train | --config.data_dir=gs://b/data       | config.data_dir: gs://b/data is an address, not a path of this machine
 train | --workdir=~nobody-here/x            | ~nobody-here/x has no home folder; give the whole path
 train | --workdir={tmp}/file                | {tmp}/file
 train | --workdir={run} --config.model.image_size=64 | holds another model (image_size is 32 there and 64 here); give

@@ -150,7 +150,7 @@ def check_room(folder: pathlib.Path, num_bytes: int, what: str, *, remedy: str) 
   free = shutil.disk_usage(folder).free
   if free < num_bytes:
     raise UserError(
-      f'{what} needs {num_bytes / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free in {folder}; free'
+      f'{what} needs {num_bytes / 1e6:.0f} MB and {free / 1e6:.0f} MB are free in {folder}; free'
       f' some space, or {remedy}.'
     )
 

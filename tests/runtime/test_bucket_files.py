@@ -89,7 +89,7 @@ def test_there_must_be_room_for_a_copy(bucket, temporary, monkeypatch):
   put('w.safetensors', bytes(2_000_000))
   monkeypatch.setattr(shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=1_000_000))
   with pytest.raises(
-    UserError, match=r'needs 2 MB, and 1 MB are free in .*; free some space, or set'
+    UserError, match=r'needs 2 MB and 1 MB are free in .*; free some space, or set'
   ):
     weight_files.read(paths.user_path('gs://bucket/w.safetensors'))
   with pytest.raises(
