@@ -95,7 +95,7 @@ def load_encoder(path: str | os.PathLike, *, step: int | None = None) -> Encoder
 
   Args:
     path: the workdir of a run; or a file of weights that dropmae-convert can import: DropMAE's,
-      MAE's, timm's, a tracker's, or one that was exported here.
+      MAE's, timm's, a tracker's, or one that was exported here. Also in a bucket (gs://, s3://).
     step: of the checkpoint in a workdir; the newest by default.
 
   Raises:

@@ -93,14 +93,15 @@ def check_folder(folder: Path) -> None:
     os_errors_as_user_errors(f'--output={folder} cannot be written', 'give another folder.'),
     client_errors_as_os_errors(folder),
   ):
+    if folder.exists():
+      # A folder that was made in the console of a bucket is an object in it, and has its name.
+      placeholder = folder.name if is_remote(folder) else ''
+      if not folder.is_dir() or any(each.name != placeholder for each in folder.iterdir()):
+        raise UserError(f'--output={folder} is not empty; give a new folder.')
     if is_remote(folder):
       paths.check_upload(folder / 'new')
-      if folder.exists():
-        raise UserError(f'--output={folder} is not empty; give a new folder.')
       return
     if folder.exists():
-      if not folder.is_dir() or any(folder.iterdir()):
-        raise UserError(f'--output={folder} is not empty; give a new folder.')
       _check_writable(folder)
     _check_writable(next(each for each in folder.absolute().parents if each.exists()))
 

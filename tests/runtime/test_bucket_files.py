@@ -152,6 +152,16 @@ def test_a_check_leaves_nothing(bucket):
   assert (bucket.objects, bucket.uploads) == ({}, {})
 
 
+def test_a_folder_of_the_console_is_empty(bucket):
+  folder = paths.user_path('gs://bucket/run')
+  bucket.objects['run/'] = 1, b''
+  atomic_file.check_folder(folder)
+  put('run/file', b'')
+  for path in (folder, folder / 'file'):
+    with pytest.raises(UserError, match=f'--output={path} is not empty; give a new folder'):
+      atomic_file.check_folder(path)
+
+
 def succeed(run_here, main, *arguments):
   done = run_here(main, *arguments)
   assert done.returncode == 0, done.stderr
