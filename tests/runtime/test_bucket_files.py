@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import assert_one_sentence, needs_torch, run_python
+from conftest import assert_one_sentence, needs_torch, run_python, train_arguments
 from gcs_server import serving
 
 from dropmae_jax import api
@@ -170,7 +170,7 @@ def succeed(run_here, main, *arguments):
 
 @needs_torch
 @pytest.mark.slow
-def test_conversions_from_and_to_a_bucket(bucket, run_here, trained, clips, tmp_path):
+def test_conversions_from_and_to_a_bucket(bucket, run_here, trained, clips, data_dir, tmp_path):
   """The same bytes as those of a conversion on this machine; then everything that reads them."""
   for folder in (tmp_path, 'gs://bucket'):
     output = f'--output={folder}/o.pth'
@@ -196,6 +196,11 @@ def test_conversions_from_and_to_a_bucket(bucket, run_here, trained, clips, tmp_
   done = run_here(convert.main, '--list=gs://bucket/imported')
   assert_one_sentence(done, 'gs://bucket/imported holds no checkpoint; give')
 
+  more = ('--config.num_steps=1', f'--config.init_from={weights}')
+  run = run_python(*train_arguments(data_dir, tmp_path / 'run', *more))
+  assert run.returncode == 0, run.stderr
+  assert f'init_from {weights}: ' in run.stdout
+  assert 'initialised: ' not in run.stdout
   frame = np.zeros((32, 32, 3), np.uint8)
   expected = api.load_encoder(trained).encode(frame)
   np.testing.assert_array_equal(api.load_encoder(weights).encode(frame), expected)
