@@ -93,7 +93,7 @@ def test_there_must_be_room_for_a_copy(bucket, temporary, monkeypatch):
   ):
     weight_files.read(paths.user_path('gs://bucket/w.safetensors'))
   with pytest.raises(
-    UserError, match=r'--output=gs://bucket/o.pth needs 2 MB, .* or set TMPDIR to'
+    UserError, match=r'--output=gs://bucket/o.pth needs 2 MB .* or set TMPDIR to'
   ):
     write('gs://bucket/o.pth', bytes(2_000_000))
 
