@@ -131,6 +131,18 @@ def test_a_damaged_checkpoint_is_set_aside_and_nothing_is_lost(bucket, trained, 
   assert after == sorted([*before, 'reason.txt'])
 
 
+@pytest.mark.parametrize('part', ['params/_METADATA', 'params/d/', 'params/ocdbt'])
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(bucket, data_dir, part):
+  arguments = train_arguments(data_dir, RUN, EVERY_SECOND)
+  assert run_python(*arguments, '--config.num_steps=2').returncode == 0
+  before = bucket.names('run/checkpoints')
+  bucket.refuses = lambda _, name: 403 if name.startswith(f'run/checkpoints/2/{part}') else None
+  done = run_python(*arguments, '--config.num_steps=4', '--allow_changes')
+  assert done.returncode == 1, done.stderr
+  assert 'the checkpoint cannot be read now (' in done.stderr
+  assert bucket.names('run/checkpoints') == before
+
+
 @pytest.mark.parametrize(
   ('workdir', 'status', 'message'),
   [

@@ -35,6 +35,7 @@ from dropmae_jax.runtime.paths import (
   Path,
   absolute,
   client_errors_as_os_errors,
+  is_out_of_reach,
   is_remote,
 )
 
@@ -170,20 +171,19 @@ class Checkpoints:
     )
 
   def _remove_given_up(self) -> None:
-    """Removes the files of all failed saves; threads of orbax may still write after a failure."""
-    if jax.process_index():
-      return
-    for step in self._given_up:
-      if is_remote(self._folder):
-        with contextlib.suppress(Exception):  # Whatever the client has; it is tried again.
-          (self._folder / str(step)).rmtree(missing_ok=True)
-      else:
+    """Removes the files of all failed saves; threads of orbax may still write after a failure.
+
+    Not those in a bucket, which may be out of reach: each request would wait for a minute. They
+    lack COMMIT_FILE, and orbax removes them when it starts.
+    """
+    if jax.process_index() == 0 and not is_remote(self._folder):
+      for step in self._given_up:
         for remains in (self._folder / str(step), *self._folder.glob(f'{step}.*-tmp*')):
           shutil.rmtree(remains, ignore_errors=True)
 
   def _reload(self) -> None:
-    """Looks which steps are stored, where that can be done now."""
-    with contextlib.suppress(OSError), client_errors_as_os_errors(self._folder):
+    """Looks which steps are stored; not in a bucket, as `_remove_given_up`."""
+    if not is_remote(self._folder):
       self._manager.reload()
 
   def finish(self, step: int, state: TrainState, losses: Sequence[float] = ()) -> None:
@@ -377,13 +377,14 @@ def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
     failure = error
   failed_somewhere = multihost.any_of(failure is not None)
   # What a machine is short of is no damage.
-  is_short = lacks_memory(failure) or bool(failure and remedy_of(failure, ''))
+  remedy = failure and remedy_of(failure, BUCKET_REMEDY if is_out_of_reach(failure) else '')
+  is_short = lacks_memory(failure) or bool(remedy)
   is_short_somewhere = multihost.any_of(is_short)
   if isinstance(failure, UserError) or lacks_memory(failure):
     raise failure
   if is_short:
     raise RunFailed(
-      f'the checkpoint cannot be read now ({first_line(failure)}); {remedy_of(failure, "")}, and'
+      f'the checkpoint cannot be read now ({first_line(failure)}); {remedy}, and'
       ' give the same command again.'
     ) from failure
   if is_short_somewhere:

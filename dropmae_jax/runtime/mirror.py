@@ -36,7 +36,8 @@ def check_bucket(workdir: Path) -> None:
     return
   with client_errors_as_os_errors(workdir):
     probe = workdir / f'.check-{jax.process_index()}'
-    probe.write_text('')
+    probe.write_text('dropmae_jax')
+    probe.read_text()
     probe.unlink()
 
 
@@ -80,7 +81,7 @@ class Mirror:
       yield
     finally:
       self._is_over.set()
-      self.push()
+      self._push()
 
   def _share_crashes(self) -> None:
     """Moves what this process left of a crash to the bucket, as the first one looks at it."""
@@ -116,12 +117,15 @@ class Mirror:
 
   def _push_again_and_again(self) -> None:
     while not self._is_over.wait(PUSH_SECONDS):
-      self.push()
+      self._push()
 
   def push(self) -> None:
-    """Copies files that have changed to the bucket; a failure is said once, until one succeeds."""
-    if not self._copies:
-      return
+    """Copies files that have changed to the bucket; not while that fails, which takes a minute."""
+    if self._copies and not self._has_failed:
+      self._push()
+
+  def _push(self) -> None:
+    """Copies files that have changed; a failure is said once, until one succeeds."""
     with self._pushing:
       try:
         for path in _files(self.folder):

@@ -30,6 +30,11 @@ from dropmae_jax.runtime.errors import (
 CLIENTS = {'gs': 'gcsfs', 's3': 's3fs'}
 EXTRAS = {'gs': 'gcs', 's3': 's3'}
 BUCKET_REMEDY = 'check the name of the bucket, its permissions and the network'
+# How gcsfs, aiohttp and TensorStore say so.
+OUT_OF_REACH = re.compile(
+  'Forbidden|Cannot connect to host|HTTP response code: (401|403|408|429|5..)'
+  '|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED'
+)
 
 Path = pathlib.Path | epath.Path
 
@@ -111,6 +116,13 @@ def client_errors_as_os_errors(path: Path) -> Iterator[None]:
       raise FileNotFoundError(errno.ENOENT, 'there is no such bucket or object') from error
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise OSError(errno.EIO, reason) from error
+
+
+def is_out_of_reach(error: BaseException) -> bool:
+  """Whether an error says that a bucket cannot be reached or read now; that is no damage."""
+  if isinstance(error, ConnectionError | TimeoutError) or OUT_OF_REACH.search(str(error)):
+    return True
+  return error.__cause__ is not None and is_out_of_reach(error.__cause__)
 
 
 def local_path(text: str) -> pathlib.Path:
