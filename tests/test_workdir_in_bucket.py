@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_nothing_is_lost(bucket, trained, 
   assert after == sorted([*before, 'reason.txt'])
 
 
-@pytest.mark.parametrize('part', ['params/_METADATA', 'params/d/', 'params/ocdbt'])
+@pytest.mark.parametrize('part', ['params/_METADATA', 'params/ocdbt'])
 def test_a_checkpoint_that_may_not_be_read_is_not_damaged(bucket, data_dir, part):
   arguments = train_arguments(data_dir, RUN, EVERY_SECOND)
   assert run_python(*arguments, '--config.num_steps=2').returncode == 0
