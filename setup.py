@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 # JAX and its extras must have the same version.
 JAX = '>=0.10.2,<0.13'
+# Of the extra gcs, and of the tests.
+GCS = 'gcsfs>=2026.9,<2027'
 
 setup(
   name='dropmae_jax',
@@ -31,6 +33,7 @@ setup(
     'array-record>=0.8.6,<0.9',
     'av>=14.1,<20',
     'einops>=0.8,<0.9',
+    'etils[epath]>=1.15,<2',
     'flax>=0.12.8,<0.13',
     'grain>=0.2.18,<0.3',
     f'jax{JAX}',
@@ -52,12 +55,15 @@ setup(
     'cuda': [f'jax[cuda]{JAX}'],
     'tpu': [f'jax[tpu]{JAX}'],
     'torch': ['torch>=2.6,<3'],
+    'gcs': [GCS],
+    's3': ['s3fs>=2026.9,<2027'],
     # For the tests, if PyTorch is installed.
     'timm': ['timm>=1.0,<2'],
     'beam': ['apache-beam>=2.77,<3'],
     'dev': [
       'beartype>=0.22.1,<0.24',
       'dm-pix>=0.4.5,<0.5',
+      GCS,
       'got10k>=0.1.3,<0.2',
       'hypothesis>=6.100,<7',
       'pytest>=8,<10',

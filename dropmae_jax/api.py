@@ -95,14 +95,14 @@ def load_encoder(path: str | os.PathLike, *, step: int | None = None) -> Encoder
 
   Args:
     path: the workdir of a run; or a file of weights that dropmae-convert can import: DropMAE's,
-      MAE's, timm's, a tracker's, or one that was exported here.
+      MAE's, timm's, a tracker's, or one that was exported here. Also in a bucket (gs://, s3://).
     step: of the checkpoint in a workdir; the newest by default.
 
   Raises:
     UserError: there is no such checkpoint or file, or it cannot be read.
   """
-  path = paths.local_path(os.fspath(path))
-  if path.is_dir():
+  path = paths.user_path(os.fspath(path))
+  if paths.is_folder(path):
     weights = saved_weights.load_weights(path, step=step)
     return Encoder(weights.params, weights.architecture)
   if step is not None:

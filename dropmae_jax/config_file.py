@@ -10,6 +10,7 @@ import pathlib
 import re
 import sys
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -229,9 +230,10 @@ def from_dict(values: dict[str, Any]) -> Config:
     UserError: a field is unknown, missing, of a wrong type, or out of its range.
   """
   config = _options(Config, values, '')
+  config = dataclasses.replace(config, init_from=_path(config, 'init_from', paths.user_path))
   # What a dataset class of the user's own makes of its data_dir is its business.
-  paths = ('init_from',) if ':' in config.dataset else ('init_from', 'data_dir')
-  config = dataclasses.replace(config, **{name: _local(config, name) for name in paths})
+  if ':' not in config.dataset:
+    config = dataclasses.replace(config, data_dir=_path(config, 'data_dir', paths.local_path))
   check_name('config.objective.masking', config.objective.masking, masking.MASKING_SCHEMES)
   rule = config.objective.dropout_rule
   check_name('config.objective.dropout_rule', rule, asad.ATTENTION_DROPOUTS)
@@ -245,11 +247,11 @@ def from_dict(values: dict[str, Any]) -> Config:
   return config
 
 
-def _local(config: Config, name: str) -> str:
+def _path(config: Config, name: str, read: Callable[[str], paths.Path]) -> str:
   """Returns a path of the config, with `~` expanded; an empty one names nothing."""
   text = getattr(config, name)
   try:
-    return text and str(paths.local_path(text))
+    return text and str(read(text))
   except UserError as error:
     raise UserError(f'config.{name}: {error}.') from error
 

@@ -7,7 +7,6 @@ last checkpoint.
 import argparse
 import contextlib
 import os
-import pathlib
 import sys
 from typing import NoReturn
 
@@ -33,7 +32,7 @@ def _parser() -> cli.Parser:
     description='Pre-trains a model; the same command resumes it from the last checkpoint.',
   )
   add = parser.add_argument
-  add('--workdir', type=pathlib.Path, help='where checkpoints and reports go')
+  add('--workdir', type='workdir', help='where checkpoints and reports go')
   add('--allow_changes', action='store_true', help='resume with other data or another objective')
   add(
     '--profile_steps', metavar='FIRST:LAST', help='trace these steps for TensorBoard, as in 10:13'

@@ -34,6 +34,15 @@ from dropmae_jax.runtime.errors import (
   memory_errors_as_failures,
   os_errors_as_user_errors,
 )
+from dropmae_jax.runtime.mirror import Mirror, check_bucket
+from dropmae_jax.runtime.paths import (
+  BUCKET_REMEDY,
+  Path,
+  absolute,
+  client_errors_as_os_errors,
+  is_remote,
+  user_path,
+)
 from dropmae_jax.runtime.profile import Profile
 from dropmae_jax.runtime.report import TENSORBOARD, NonFiniteLoss, Report
 from dropmae_jax.runtime.watchdog import Watchdog
@@ -59,7 +68,7 @@ _log = logging.getLogger('dropmae_jax')
 
 def train(
   config: Config,
-  workdir: pathlib.Path,
+  workdir: Path,
   *,
   allow_changes: bool = False,
   profile_steps: tuple[int, int] | None = None,
@@ -100,9 +109,12 @@ def train(
       watchdog.watch('reading config.init_from', is_slow=True)
       initial = read_initial_params(config, workdir)
       with _workdir_errors_as_user_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(workdir_lock.held(workdir))
+        mirror = Mirror(workdir)
+        mirror.folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(workdir_lock.held(workdir, folder=mirror.folder))
         failures.share(workdir)
+        failures.before_end = mirror.push
+        stack.enter_context(mirror.opened())
         enable_compilation_cache(workdir)
         checkpoints = open_checkpoints(config, workdir, dataset)
         stack.callback(checkpoints.close)
@@ -118,12 +130,12 @@ def train(
         )
         del initial  # Frees its arrays.
         first_step = checkpoints.latest_step or 0
-        report = open_report(config, workdir, first_step, checkpoints)
+        report = open_report(config, mirror.folder, first_step, checkpoints)
         stack.callback(report.close)
         if first_step < config.num_steps:
-          write_config(given, workdir)
-        dataset = stack.enter_context(crashes.left_out(dataset, workdir, watchdog))
-      for line in (*description_of(config, dataset, mesh, state), *notes):
+          write_config(given, mirror.folder)
+        dataset = stack.enter_context(crashes.left_out(dataset, mirror, watchdog))
+      for line in (*description_of(config, dataset, mesh, state), *mirror.notes(), *notes):
         _log.info(line)
       if first_step >= config.num_steps:
         tell_end(first_step, workdir)
@@ -136,12 +148,22 @@ def train(
       )
       stack.push(functools.partial(_close_loader, batches, interruption))
       step_key = sharding.put_everywhere(seeds.steps, mesh)
-      profile = Profile(workdir / TENSORBOARD, profile_steps)
+      profile = Profile(mirror.folder / TENSORBOARD, profile_steps)
       stack.callback(profile.close)
-      run = Run(fit.step, step_key, batches, checkpoints, report, profile, watchdog, interruption)
+      run = Run(
+        fit.step,
+        step_key,
+        batches,
+        checkpoints,
+        report,
+        mirror,
+        profile,
+        watchdog,
+        interruption,
+      )
       with (
         memory.exhaustion_as_failure(fit, mesh.size),
-        _listing_non_finite_batch(config, workdir, dataset, seeds, watchdog),
+        _listing_non_finite_batch(config, mirror, dataset, seeds, watchdog),
         jax.transfer_guard('disallow'),
       ):
         finished = loop(config, run, state, first_step)
@@ -151,16 +173,17 @@ def train(
 
 
 def _workdir_errors_as_user_errors(
-  workdir: pathlib.Path,
+  workdir: Path,
 ) -> contextlib.AbstractContextManager[None]:
   return os_errors_as_user_errors(
-    f'--workdir={workdir} cannot be written', 'make room there, or give another one.'
+    f'--workdir={workdir} cannot be written',
+    f'{BUCKET_REMEDY if is_remote(workdir) else "make room there"}, or give another one.',
   )
 
 
 @contextlib.contextmanager
 def _listing_non_finite_batch(
-  config: Config, workdir: pathlib.Path, dataset: Mixture, seeds: Seeds, watchdog: Watchdog
+  config: Config, mirror: Mirror, dataset: Mixture, seeds: Seeds, watchdog: Watchdog
 ) -> Iterator[None]:
   """Lists the batch of a loss that is not finite; after any end, watches the closing of the run."""
   try:
@@ -169,7 +192,7 @@ def _listing_non_finite_batch(
     _log.warning(str(error))
     watchdog.watch('listing the pairs of the batch', is_slow=True)
     listed = non_finite_batch.write(
-      workdir, config, dataset, error.step, data_seed=seeds.data, step_key=seeds.steps
+      mirror, config, dataset, error.step, data_seed=seeds.data, step_key=seeds.steps
     )
     raise NonFiniteLoss(f'{error} {listed}', error.step) from error
   finally:
@@ -184,6 +207,7 @@ class Run(NamedTuple):
   batches: Loader
   checkpoints: Checkpoints
   report: Report
+  mirror: Mirror
   profile: Profile
   watchdog: Watchdog
   interruption: multihost.Interruption
@@ -221,6 +245,7 @@ def loop(config: Config, run: Run, state: TrainState, first_step: int) -> bool:
     elif run.checkpoints.is_due(step):
       run.report.check_finite()
       run.watchdog.watch(f'the checkpoint of step {step}', is_slow=True)
+      run.mirror.push()  # The lines up to a step are there before its checkpoint.
       run.checkpoints.save(step, state, run.report.losses)
   return True
 
@@ -252,35 +277,38 @@ def _score(config: Config, run: Run, step: int, state: TrainState) -> None:
 def _save_last(run: Run, step: int, state: TrainState) -> None:
   run.report.check_finite()
   run.watchdog.watch(f'the checkpoint of step {step}', is_slow=True)
+  run.mirror.push()
   run.checkpoints.finish(step, state, run.report.losses)
 
 
-def open_dataset(config: Config, workdir: pathlib.Path, *, allow_changes: bool) -> Mixture:
+def open_dataset(config: Config, workdir: Path, *, allow_changes: bool) -> Mixture:
   """Opens the dataset, once all processes are there and agree on the run."""
   facts = {
     'code version': multihost.code_version(),
     'config': repr(dataclasses.replace(config, data_dir='')),
-    '--workdir': str(workdir.absolute()),
+    '--workdir': str(absolute(workdir)),
     '--allow_changes': str(allow_changes),
   }
   with multihost.failing_together():
     scores.parse_names(config.scores)
     dataset = open_mixture(config.data_dir, config.dataset, config.split)
+    with _workdir_errors_as_user_errors(workdir):
+      check_bucket(workdir)
   multihost.agree({**facts, 'dataset': dataset.fingerprint})
   return dataset
 
 
-def read_initial_params(config: Config, workdir: pathlib.Path) -> init_from.InitialParams | None:
+def read_initial_params(config: Config, workdir: Path) -> init_from.InitialParams | None:
   """Reads `config.init_from`, if the workdir has no checkpoint to resume from."""
   with multihost.failing_together():
-    with _workdir_errors_as_user_errors(workdir):
+    with _workdir_errors_as_user_errors(workdir), client_errors_as_os_errors(workdir):
       stored = (workdir / FOLDER).glob('*')
       resumes = any(each.name.isdecimal() for each in stored)
     return None if resumes or not config.init_from else _read_init_from(config)
 
 
 def _read_init_from(config: Config) -> init_from.InitialParams:
-  path = pathlib.Path(config.init_from)
+  path = user_path(config.init_from)
   what = f'config.init_from={path}'
   try:
     with os_errors_as_user_errors(f'{what} cannot be read', 'give another one.'):
@@ -324,7 +352,7 @@ def resolve_schedule(config: Config, num_videos: int) -> Config:
     raise UserError(f'config: with {per_epoch} steps per epoch, {error}') from error
 
 
-def enable_compilation_cache(workdir: pathlib.Path) -> None:
+def enable_compilation_cache(workdir: Path) -> None:
   """Keeps compiled programs in the folder `compiled` of a run, which may be resumed.
 
   Compiling takes minutes on GPUs and TPUs. And the compiler of GPUs chooses among kernels by timing
@@ -336,7 +364,7 @@ def enable_compilation_cache(workdir: pathlib.Path) -> None:
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
 
 
-def open_checkpoints(config: Config, workdir: pathlib.Path, dataset: Mixture) -> Checkpoints:
+def open_checkpoints(config: Config, workdir: Path, dataset: Mixture) -> Checkpoints:
   """Opens the checkpoints of a run; all processes agree on which is the newest."""
   description = describe(
     config.model,
@@ -354,7 +382,7 @@ def open_checkpoints(config: Config, workdir: pathlib.Path, dataset: Mixture) ->
 
 def first_state(
   config: Config,
-  workdir: pathlib.Path,
+  workdir: Path,
   model: Model,
   checkpoints: Checkpoints,
   *,
@@ -430,16 +458,16 @@ def compiled_step(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> memor
   return fit
 
 
-def write_config(config: Config, workdir: pathlib.Path) -> None:
+def write_config(config: Config, folder: pathlib.Path) -> None:
   """Writes config.json, which may be given as --config, as the user gave this one."""
   if jax.process_index() == 0:
-    path = workdir / 'config.json'
+    path = folder / 'config.json'
     partial = path.with_suffix('.partial')
     partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
     partial.replace(path)
 
 
-def tell_end(step: int, workdir: pathlib.Path) -> None:
+def tell_end(step: int, workdir: Path) -> None:
   """Logs where the results of a finished run are, and what may be done with them."""
   run = shlex.quote(str(workdir))
   for line in (
@@ -455,11 +483,11 @@ def tell_end(step: int, workdir: pathlib.Path) -> None:
 
 
 def open_report(
-  config: Config, workdir: pathlib.Path, first_step: int, checkpoints: Checkpoints
+  config: Config, folder: pathlib.Path, first_step: int, checkpoints: Checkpoints
 ) -> Report:
   """Opens log.txt, metrics.jsonl and the like."""
   return Report(
-    workdir,
+    folder,
     first_step=first_step,
     num_steps=config.num_steps,
     batch_size=config.batch_size,

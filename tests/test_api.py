@@ -40,8 +40,8 @@ def test_a_pair_is_encoded_jointly(encoder, trained, pair):
 
 
 def test_an_address_is_refused():
-  with pytest.raises(UserError, match=r'gs://bucket/run is an address, not a path'):
-    load_encoder('gs://bucket/run')
+  with pytest.raises(UserError, match=r'gs:/bucket/run names no bucket; give'):
+    load_encoder('gs:/bucket/run')
 
 
 def test_a_frame_alone_has_no_identity(encoder, pair):

@@ -243,41 +243,44 @@ def test_a_device_that_is_not_there_is_one_sentence(data_dir, tmp_path, monkeypa
   assert not (tmp_path / 'run').exists()
 
 
-ADDRESSES = 'gs://bucket/run', 'file:///run', 's3:/bucket'
+# Addresses and answers, of what is read from this machine only and of what may be in a bucket.
+NO_HOME = 'has no home folder; give the whole path'
+LOCAL = {
+  'gs://bucket/run': 'is an address, not a path of this machine; mount that storage as a folder',
+  's3:/bucket': 'is an address, not a path of this machine; mount that storage as a folder',
+  '~nobody-here/x': NO_HOME,
+}
+BUCKETS = {
+  'gs:/bucket': 'names no bucket; give gs://BUCKET/FOLDER',
+  'http://host/x': 'is an address of a kind that is not read; give',
+  '~nobody-here/x': NO_HOME,
+}
 
 
 @pytest.mark.parametrize(
-  ('module', 'arguments'),
+  ('module', 'arguments', 'answers'),
   [
-    ('dropmae_jax.main', '--config=quickstart --workdir={}'),
-    ('dropmae_jax.main', '--config=quickstart --workdir=w --config.data_dir={}'),
-    ('dropmae_jax.main', '--config=quickstart --workdir=w --config.init_from={}'),
-    ('tfds_kinetics.__main__', '--config=folder --videos={} --data_dir=d'),
-    ('tfds_kinetics.__main__', '--config=folder --videos=v --data_dir={}'),
-    ('dropmae_jax.data.synthetic_clips', '--output={}'),
-    ('dropmae_jax.evaluation.pair_sheet', '--data_dir={} --output=o.png'),
-    ('dropmae_jax.evaluation.reconstruction', '--checkpoint={} --video=v --output=o.png'),
-    ('dropmae_jax.pytorch.main', '--checkpoint={} --output=o.pth'),
-    ('dropmae_jax.pytorch.main', '--from_torch=f.pth --output={}'),
+    ('dropmae_jax.main', '--config=quickstart --workdir={}', BUCKETS),
+    ('dropmae_jax.main', '--config=quickstart --workdir=w --config.data_dir={}', LOCAL),
+    ('dropmae_jax.main', '--config=quickstart --workdir=w --config.init_from={}', BUCKETS),
+    ('tfds_kinetics.__main__', '--config=folder --videos={} --data_dir=d', LOCAL),
+    ('tfds_kinetics.__main__', '--config=folder --videos=v --data_dir={}', LOCAL),
+    ('dropmae_jax.data.synthetic_clips', '--output={}', LOCAL),
+    ('dropmae_jax.evaluation.pair_sheet', '--data_dir={} --output=o.png', LOCAL),
+    ('dropmae_jax.evaluation.reconstruction', '--checkpoint={} --video=v --output=o.png', BUCKETS),
+    ('dropmae_jax.pytorch.main', '--checkpoint={} --output=o.pth', BUCKETS),
+    ('dropmae_jax.pytorch.main', '--from_torch=f.pth --output={}', BUCKETS),
   ],
 )
-@pytest.mark.parametrize(
-  ('address', 'message'),
-  [
-    *((each, 'is an address, not a path of this machine; mount that') for each in ADDRESSES),
-    ('~nobody-here/x', 'has no home folder; give the whole path'),
-  ],
-)
-def test_an_address_is_no_path(
-  run_here, tmp_path, monkeypatch, module, arguments, address, message
-):
+def test_an_address_is_no_path(run_here, tmp_path, monkeypatch, module, arguments, answers):
   """It would become a folder of that name here."""
   monkeypatch.chdir(tmp_path)
-  done = run_here(importlib.import_module(module).main, *arguments.format(address).split())
-  assert done.returncode == 2
-  assert f'{address} {message}' in done.stderr
-  assert 'Traceback' not in done.stderr
-  assert not list(tmp_path.iterdir())
+  for address, answer in answers.items():
+    done = run_here(importlib.import_module(module).main, *arguments.format(address).split())
+    assert done.returncode == 2
+    assert f'{address} {answer}' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_workdir_of_another_model(begun, data_dir, run_train):

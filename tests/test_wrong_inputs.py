@@ -38,7 +38,9 @@ train | stray                               | argument 'stray' is not understood
 train | -config                             | are required: --config; --help lists
 train | -workdir                            | are required: --workdir; --help lists
 train | --workdir=                          | argument --workdir: it is empty; --help lists
-train | --workdir=gs://b/run                | gs://b/run is an address, not a path of this machine; mount
+train | --workdir=gs:/b/run                 | gs:/b/run names no bucket; give gs://BUCKET/FOLDER
+train | --config.init_from=gs:/b/w.pth      | config.init_from: gs:/b/w.pth names no bucket; give gs://BUCKET/FOLDER
+train | --config.data_dir=gs://b/data       | config.data_dir: gs://b/data is an address, not a path of this machine
 train | --workdir=~nobody-here/x            | ~nobody-here/x has no home folder; give the whole path
 train | --workdir={tmp}/file                | {tmp}/file
 train | --workdir={run} --config.model.image_size=64 | holds another model (image_size is 32 there and 64 here); give
@@ -111,6 +113,7 @@ build | --beam_runner=x --workers=2         | --workers is not for --beam_runner
 build | --finalise                          | 1 of 1 shards are not in {tmp}/new
 build | --verify                            | there is no dataset in {tmp}/new/kinetics_frames/folder/2.0.0; give
 build | --annotations=gs://b/x              | gs://b/x is an address, not a path of this machine; mount that storage
+build | --videos=file://{tmp}/no%20ne       | --videos={tmp}/no ne is not a folder; give the root of the video tree
 convert | -checkpoint                       | one of the arguments --checkpoint --from_torch --list --compare is required
 convert | -output                           | --checkpoint needs --output, the path to write to
 convert | --output={tmp}/none/o.safetensors | the folder of --output={tmp}/none/o.safetensors does not exist; make it first
@@ -120,6 +123,9 @@ convert | -checkpoint -no-verify --from_torch={tmp}/junk.safetensors --output={t
 convert | --format=safetensors --output={tmp}/folder | --output={tmp}/folder
 convert | --checkpoint={tmp}/folder         | {tmp}/folder holds no checkpoint; give the --workdir of a training run
 convert | --checkpoint={tmp}/none           | {tmp}/none holds no checkpoint; give
+convert | --checkpoint=file://{tmp}/none    | {tmp}/none holds no checkpoint; give
+convert | --checkpoint=gs:/b/run            | gs:/b/run names no bucket; give gs://BUCKET/FOLDER; --help lists
+convert | --output=ftp://host/o.pth         | ftp://host/o.pth is an address of a kind that is not read; give a path
 convert | --step=3                          | {run} has no step 3; it has 4, 8
 convert | --step=x                          | argument --step: invalid int value: 'x'; --help lists
 convert | --layout=timn                     | argument --layout: invalid choice: 'timn'
@@ -143,6 +149,9 @@ evaluate | -davis tapvid --scale=native     | --scale does not go with tapvid; l
 evaluate | --checkpoint={tmp}/folder        | {tmp}/folder holds no checkpoint; give the --workdir
 evaluate | --checkpoint={tmp}/junk.pth      | {tmp}/junk.pth
 evaluate | --checkpoint={tmp}/junk.pth --step=3 | --step=3 goes with a workdir, and {tmp}/junk.pth is none; leave it out
+evaluate | --checkpoint=s3:/b                | argument --checkpoint: s3:/b names no bucket; give s3://BUCKET/FOLDER
+evaluate | --root=gs://b/davis              | gs://b/davis is an address, not a path of this machine; mount that storage
+evaluate | --output=gs://b/scores           | gs://b/scores is an address, not a path of this machine; mount that storage
 evaluate | --step=3                         | {run} has no step 3; it has 4, 8
 evaluate | --output={tmp}/junk              | --output={tmp}/junk is not empty; give a new folder
 evaluate | --output={tmp}/file              | --output={tmp}/file cannot be written (File exists); give another folder
@@ -160,6 +169,7 @@ figures | -video                            | are required: --video; --help list
 figures | --checkpoint={tmp}/folder         | {tmp}/folder holds no checkpoint; give the --workdir
 figures | --video={tmp}/none.mp4            | --video={tmp}/none.mp4 is not a file; give a video
 figures | --video={tmp}/junk/a.mp4          | --video={tmp}/junk/a.mp4 cannot be decoded (
+figures | --video=s3://b/a.mp4              | s3://b/a.mp4 is an address, not a path of this machine; mount that storage
 figures | --output={tmp}/folder             | {tmp}/folder is a folder
 figures | --output={tmp}/none/o.png         | the folder of --output={tmp}/none/o.png does not exist; make it first
 figures | --frames 5 2                      | --frames=[5, 2] must be an earlier and a later frame, from 0 on
@@ -167,6 +177,7 @@ figures | --frames=3                        | argument --frames: expected 2 argu
 figures | --sede=2                          | there is no option --sede; did you mean --seed=2?
 inspect | -data_dir                         | are required: --data_dir; --help lists
 inspect | --data_dir={tmp}/folder           | there is no dataset kinetics_frames/folder in data_dir='{tmp}/folder'; build it with
+inspect | --data_dir=gs://b/data            | gs://b/data is an address, not a path of this machine; mount that storage
 inspect | --output={tmp}/folder             | {tmp}/folder is a folder
 inspect | --pairs=0                         | --pairs=0 is not in 1..
 inspect | --frame_gap=1                     | --frame_gap=1 is not in 2..
@@ -177,6 +188,7 @@ inspect | --dataset=a=0,b=1                 | dataset='a=0,b=1' is not understoo
 clips | -output                             | are required: --output; --help lists
 clips | --output={tmp}/junk                 | --output={tmp}/junk holds something other than these clips; remove it or name another
 clips | --output={tmp}/file/clips           | --output={tmp}/file/clips cannot be written (Not a directory); give another folder
+clips | --output=gs://b/clips               | gs://b/clips is an address, not a path of this machine; mount that storage
 clips | --frames=0                          | --frames=0 is too small; give at least
 clips | --height=17                         | --height=17 must be even, as h264 needs, and >= 16
 clips | --frames=many                       | argument --frames: invalid int value: 'many'; --help lists
@@ -202,6 +214,7 @@ tracker | --search_factor=nan               | --search_factor=nan is out of rang
 tracker | --keep_rate=0                     | --keep_rate=0 is out of range; use above 0, at most 1
 tracker | --model=B                         | --model=B goes with a file, and {run} is a workdir; leave it out
 tracker | --bxo=1,2,3,4                     | there is no option --bxo; did you mean --box=1,2,3,4?
+tracker | --video=gs://b/a.mp4              | gs://b/a.mp4 is an address, not a path of this machine; mount that storage
 tracker | run -box                          | there is no option --video
 tracker | run -video -box --dataset=folder --root={tmp}/none | --root={tmp}/none is no folder; give the folder of the data set
 tracker | run -video -box --dataset=otc --root={tmp} | argument --dataset: invalid choice: 'otc'

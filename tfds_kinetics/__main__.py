@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import sys
+import urllib.parse
 from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
@@ -50,6 +51,8 @@ def _name(text: str) -> str:
 
 
 def _path(text: str) -> pathlib.Path:
+  if file := re.fullmatch('file://(?:localhost)?(/.*)', text, re.DOTALL):
+    return pathlib.Path(urllib.parse.unquote(file[1]))
   if re.match(r'[A-Za-z][\w.+-]*:/', text):
     raise argparse.ArgumentTypeError(
       f'{printable(text)} is an address, not a path of this machine; mount that storage as a folder'

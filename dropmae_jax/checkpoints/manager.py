@@ -6,8 +6,8 @@ when all files of a newer one are on the disk; orbax would delete it before.
 """
 
 import contextlib
+import itertools
 import logging
-import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from dropmae_jax.checkpoints import saved_weights
+from dropmae_jax.checkpoints.saved_weights import COMMIT_FILE
 from dropmae_jax.config import CheckpointOptions
 from dropmae_jax.optimizer import TrainState
 from dropmae_jax.runtime import atomic_file, multihost
@@ -29,9 +30,19 @@ from dropmae_jax.runtime.errors import (
   lacks_memory,
   remedy_of,
 )
+from dropmae_jax.runtime.paths import (
+  BUCKET_REMEDY,
+  Path,
+  absolute,
+  client_errors_as_os_errors,
+  is_out_of_reach,
+  is_remote,
+)
 
 # In the names of folders that orbax removes when it starts.
 TEMPORARY = '.orbax-checkpoint-tmp'
+# The folder of damaged checkpoints, where the workdir is in a bucket.
+DAMAGED = 'damaged'
 
 _log = logging.getLogger('dropmae_jax')
 
@@ -47,25 +58,27 @@ class Checkpoints:
   """
 
   def __init__(
-    self, workdir: pathlib.Path, options: CheckpointOptions, description: dict[str, Any]
+    self, workdir: Path, options: CheckpointOptions, description: dict[str, Any]
   ) -> None:
     self.description = description
     self._options = options
-    self._folder = (workdir / saved_weights.FOLDER).absolute()
-    self._manager = ocp.CheckpointManager(
-      self._folder,
-      # Left by a process that was killed while it saved or deleted.
-      options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
-    )
+    self._folder = absolute(workdir / saved_weights.FOLDER)
+    with client_errors_as_os_errors(self._folder):
+      self._manager = ocp.CheckpointManager(
+        self._folder,
+        # Left by a process that was killed while it saved or deleted.
+        options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+      )
     self._pending: int | None = None
     self._has_saved = False
     self._given_up: set[int] = set()
-    self._remedy = 'make room there'  # Of the last save that failed.
+    self._room = BUCKET_REMEDY if is_remote(self._folder) else 'make room there'
+    self._remedy = self._room  # Of the last save that failed.
 
   @property
   def latest_step(self) -> int | None:
     """The newest step that is completely stored."""
-    return self._manager.latest_step()
+    return max(set(self._manager.all_steps()) - self._given_up, default=None)
 
   def is_due(self, step: int) -> bool:
     """Returns whether a checkpoint is to be saved at this step."""
@@ -82,7 +95,7 @@ class Checkpoints:
     self._settle()
     self._remove_given_up()
     if self._given_up:
-      self._manager.reload()
+      self._reload()
     if step == self.latest_step:
       return
     self._given_up.discard(step)
@@ -108,7 +121,7 @@ class Checkpoints:
     failure = None
     try:
       self._manager.wait_until_finished()
-      if self._pending is not None and jax.process_index() == 0:
+      if self._pending is not None and jax.process_index() == 0 and not is_remote(self._folder):
         atomic_file.sync(self._folder / str(self._pending))
     except Exception as error:  # As in `save`.
       failure = error
@@ -126,10 +139,10 @@ class Checkpoints:
       return
     keep_last, keep_every = self._options.keep_last, self._options.keep_every
     try:
-      for step in saved_weights.steps_in(self._folder)[:-keep_last]:
-        if not keep_every or step % keep_every:
-          old = self._folder / str(step)
-          shutil.rmtree(old.rename(f'{old}{TEMPORARY}'))
+      with client_errors_as_os_errors(self._folder):
+        for step in saved_weights.steps_in(self._folder)[:-keep_last]:
+          if not keep_every or step % keep_every:
+            _delete(self._folder / str(step))
     except OSError as error:
       _log.warning(
         f'an old checkpoint in {self._folder} cannot be deleted ({error.strerror}); training goes'
@@ -148,9 +161,9 @@ class Checkpoints:
       raise error
     self._given_up.add(step)
     self._remove_given_up()
-    self._manager.reload()
+    self._reload()
     reason, newest = first_line(error), self.latest_step or 0
-    self._remedy = remedy_of(error, 'make room there')
+    self._remedy = remedy_of(error, self._room)
     _log.warning(
       f'the checkpoint of step {step} could not be written ({reason}); the newest one is of step'
       f' {newest}, and training goes on. {self._remedy[0].upper()}{self._remedy[1:]} before'
@@ -158,11 +171,20 @@ class Checkpoints:
     )
 
   def _remove_given_up(self) -> None:
-    """Removes the files of all failed saves; threads of orbax may still write after a failure."""
-    if jax.process_index() == 0:
+    """Removes the files of all failed saves; threads of orbax may still write after a failure.
+
+    Not those in a bucket, which may be out of reach: each request would wait for a minute. They
+    lack COMMIT_FILE, and orbax removes them when it starts.
+    """
+    if jax.process_index() == 0 and not is_remote(self._folder):
       for step in self._given_up:
         for remains in (self._folder / str(step), *self._folder.glob(f'{step}.*-tmp*')):
           shutil.rmtree(remains, ignore_errors=True)
+
+  def _reload(self) -> None:
+    """Looks which steps are stored; not in a bucket, as `_remove_given_up`."""
+    if not is_remote(self._folder):
+      self._manager.reload()
 
   def finish(self, step: int, state: TrainState, losses: Sequence[float] = ()) -> None:
     """Saves the last state, and waits until it is on the disk.
@@ -212,8 +234,12 @@ class Checkpoints:
     """Renames a damaged checkpoint, so that it is not read again and its step can be saved."""
     name, reason = f'{step}.damaged', first_line(error)
     if jax.process_index() == 0:
-      shutil.rmtree(self._folder / name, ignore_errors=True)
-      (self._folder / str(step)).rename(self._folder / name)
+      with client_errors_as_os_errors(self._folder):
+        if is_remote(self._folder):
+          name = _move_aside(self._folder / str(step), reason)
+        else:
+          shutil.rmtree(self._folder / name, ignore_errors=True)
+          (self._folder / str(step)).rename(self._folder / name)
     multihost.wait_for_all('a damaged checkpoint is set aside')
     self._manager.reload()
     return f'the checkpoint of step {step} is damaged ({reason}); it is set aside as {name}'
@@ -313,6 +339,30 @@ class Checkpoints:
     self._remove_given_up()
 
 
+def _move_aside(step_folder: Path, reason: str) -> str:
+  """Moves a checkpoint of a bucket out of its folder, and returns where to.
+
+  Objects are moved one by one. Where that ends half way, the next start goes on in another folder;
+  and orbax would delete a folder that lacks COMMIT_FILE, if it were beside the checkpoints.
+  """
+  folder = step_folder.parent.with_name(DAMAGED)
+  names = (f'{step_folder.name}-{number}' for number in itertools.count(1))
+  target = next(folder / name for name in names if not (folder / name).exists())
+  (target / 'reason.txt').write_text(reason)
+  for each in sorted(step_folder.iterdir(), key=lambda each: each.name == COMMIT_FILE):
+    each.rename(target / each.name)
+  return str(target)
+
+
+def _delete(step_folder: Path) -> None:
+  """Deletes a checkpoint; where that ends half way, it is not taken for a whole one."""
+  if is_remote(step_folder):
+    (step_folder / COMMIT_FILE).unlink()
+    step_folder.rmtree()
+  else:
+    shutil.rmtree(step_folder.rename(f'{step_folder}{TEMPORARY}'))
+
+
 def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
   """Runs a stage on all processes; returns its result, or why it failed on this or another one.
 
@@ -327,13 +377,14 @@ def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
     failure = error
   failed_somewhere = multihost.any_of(failure is not None)
   # What a machine is short of is no damage.
-  is_short = lacks_memory(failure) or bool(failure and remedy_of(failure, ''))
+  remedy = failure and remedy_of(failure, BUCKET_REMEDY if is_out_of_reach(failure) else '')
+  is_short = lacks_memory(failure) or bool(remedy)
   is_short_somewhere = multihost.any_of(is_short)
   if isinstance(failure, UserError) or lacks_memory(failure):
     raise failure
   if is_short:
     raise RunFailed(
-      f'the checkpoint cannot be read now ({first_line(failure)}); {remedy_of(failure, "")}, and'
+      f'the checkpoint cannot be read now ({first_line(failure)}); {remedy}, and'
       ' give the same command again.'
     ) from failure
   if is_short_somewhere:

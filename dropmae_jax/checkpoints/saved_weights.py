@@ -3,18 +3,20 @@
 A checkpoint has the items `params`, `opt_state` (not if the weights were imported without it) and
 `description`, a json dict: `architecture`, `objective`, `frame_gap`, `steps_per_epoch`, the whole
 `config`, and the `checksums` of the arrays. Orbax writes to a temporary name and then renames, so
-every listed checkpoint was complete when it was written. Training writes them in `manager`.
+every listed checkpoint was complete when it was written; in a bucket it writes COMMIT_FILE last.
+Training writes them in `manager`.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,10 +36,19 @@ from dropmae_jax.runtime.errors import (
   os_errors_as_user_errors,
   remedy_of,
 )
+from dropmae_jax.runtime.paths import (
+  Path,
+  absolute,
+  client_errors_as_os_errors,
+  is_remote,
+  upload_folder,
+)
 
 FOLDER = 'checkpoints'
 # In the description of a checkpoint, but not of its weights.
 OF_STATE = 'checksums', 'losses', 'micro_batches'
+# Orbax writes it last to a bucket, where nothing is renamed.
+COMMIT_FILE = 'commit_success.txt'
 # Arrays of zeros are stored in a thousandth of their bytes, trained weights in nine tenths.
 MOST_COMPRESSED, SMALL_MODEL = 100, 1 << 30
 
@@ -150,9 +161,7 @@ def check(name: str, tree: Any, description: dict[str, Any]) -> None:
       raise ValueError(f'{name}{path} has values that are not finite')
 
 
-def load_weights(
-  folder: pathlib.Path, *, step: int | None = None, with_moments: bool = False
-) -> Weights:
+def load_weights(folder: Path, *, step: int | None = None, with_moments: bool = False) -> Weights:
   """Reads the parameters of a run, which may be training meanwhile.
 
   Args:
@@ -168,7 +177,7 @@ def load_weights(
     before = chosen
     root, chosen, others = _choose(folder, step, with_moments)
     try:
-      with _open(root) as manager:
+      with _readable(root, chosen, with_moments) as readable, _open(readable) as manager:
         return _restore_weights(manager, chosen, with_moments)
     except Exception as error:  # A damaged checkpoint makes orbax raise errors of many types.
       failure = error
@@ -190,12 +199,13 @@ def load_weights(
   raise UserError(f'step {chosen} of {folder} cannot be read ({reason}); {remedy}.') from failure
 
 
-def _choose(
-  folder: pathlib.Path, step: int | None, with_moments: bool
-) -> tuple[pathlib.Path, int, list[int]]:
+def _choose(folder: Path, step: int | None, with_moments: bool) -> tuple[Path, int, list[int]]:
   """Returns the folder of a run's checkpoints, the step to read, and the others that there are."""
-  with os_errors_as_user_errors(f'{folder} cannot be read', 'give another folder.'):
-    root, steps = _stored_steps(folder.absolute())
+  with (
+    os_errors_as_user_errors(f'{folder} cannot be read', 'give another folder.'),
+    client_errors_as_os_errors(folder),
+  ):
+    root, steps = _stored_steps(absolute(folder))
   if not steps:
     raise UserError(
       f'{folder} holds no checkpoint; give the --workdir of a training run that has saved one.'
@@ -223,30 +233,57 @@ def _open(root: pathlib.Path) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(root, options=options)
 
 
-def _can_read_any(root: pathlib.Path, steps: list[int], with_moments: bool) -> bool:
+def _can_read_any(root: Path, steps: list[int], with_moments: bool) -> bool:
   for step in steps:
-    with contextlib.suppress(Exception), _open(root) as manager:
+    with (
+      contextlib.suppress(Exception),
+      _readable(root, step, with_moments) as readable,
+      _open(readable) as manager,
+    ):
       _restore_weights(manager, step, with_moments)
       return True
   return False
 
 
-def _stored_steps(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
+def _stored_steps(folder: Path) -> tuple[Path, list[int]]:
   """Returns the folder of a run's checkpoints and its steps; one step if `folder` is that step."""
   root = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-  names = os.listdir(root) if root.is_dir() else []
+  names = [each.name for each in root.iterdir()] if root.is_dir() else []
   if root.name.isdecimal() and 'params' in names:
     root, names = root.parent, [root.name]
-  return root, [step for step in _steps(names) if (root / str(step) / 'params').is_dir()]
+  return root, [step for step in _steps(root, names) if (root / str(step) / 'params').is_dir()]
 
 
-def steps_in(root: pathlib.Path) -> list[int]:
-  """Returns the steps that a folder of checkpoints has folders of, in order."""
-  return _steps(os.listdir(root))
+def steps_in(root: Path) -> list[int]:
+  """Returns the steps that a folder of checkpoints has whole folders of, in order."""
+  return _steps(root, [each.name for each in root.iterdir()])
 
 
-def _steps(names: list[str]) -> list[int]:
-  return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+def _steps(root: Path, names: list[str]) -> list[int]:
+  return sorted(
+    int(name)
+    for name in names
+    if name.isdecimal()
+    and name == str(int(name))
+    and (not is_remote(root) or (root / name / COMMIT_FILE).exists())
+  )
+
+
+@contextlib.contextmanager
+def _readable(root: Path, step: int, with_moments: bool) -> Iterator[pathlib.Path]:
+  """Yields a folder of this machine that has a step; it is copied if `root` is in a bucket."""
+  if not is_remote(root):
+    yield root
+    return
+  with tempfile.TemporaryDirectory(prefix='dropmae_jax') as temporary:
+    target = pathlib.Path(temporary)
+    with client_errors_as_os_errors(root):
+      client, stored = fsspec.core.url_to_fs(f'{root}/{step}')
+      for item in client.ls(stored, detail=False):
+        name = item.rpartition('/')[2]
+        if with_moments or name != 'opt_state':
+          client.get(item, str(target / str(step) / name), recursive=True)
+    yield target
 
 
 def _check_known(options: type, stored: dict[str, Any]) -> None:
@@ -299,7 +336,7 @@ def _restore_weights(manager: ocp.CheckpointManager, step: int, with_moments: bo
 
 
 def save_weights(
-  folder: pathlib.Path,
+  folder: Path,
   params: dict,
   step: int,
   description: dict[str, Any],
@@ -308,7 +345,8 @@ def save_weights(
 ) -> None:
   """Writes a checkpoint for `load_weights`; with moments, training can resume from it.
 
-  It is written under a temporary name first, so a failure leaves nothing behind.
+  It is written under a temporary name first, so a failure leaves nothing behind. In a bucket
+  COMMIT_FILE comes last, as orbax does it.
 
   Args:
     folder: the new workdir.
@@ -328,14 +366,21 @@ def save_weights(
   items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
   items['description'] = ocp.args.JsonSave(add_digest({**description, 'checksums': sums}))
   try:
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    beside = None if is_remote(folder) else folder.absolute().parent
+    if beside:
+      beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-      prefix=atomic_file.PREFIX, dir=folder.absolute().parent, ignore_cleanup_errors=True
+      prefix=atomic_file.PREFIX, dir=beside, ignore_cleanup_errors=True
     ) as temporary:
       staged = pathlib.Path(temporary).absolute() / FOLDER
       with ocp.CheckpointManager(staged) as manager:
         manager.save(step, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
+      if is_remote(folder):
+        marker = staged / str(step) / COMMIT_FILE
+        marker.write_text('')
+        upload_folder(staged, folder / FOLDER, last=marker)
+        return
       atomic_file.sync(staged)
       folder.mkdir(exist_ok=True)
       staged.replace(folder / FOLDER)

@@ -26,11 +26,13 @@ from dropmae_jax.data.mixture import Mixture
 from dropmae_jax.data.video_source import DamagedRecord, VideoSource
 from dropmae_jax.runtime import multihost
 from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.mirror import OF_PROCESS, Mirror
 from dropmae_jax.runtime.watchdog import Watchdog
 
 # What each thread reads: its identifier, and numbers of a dataset and of a video in it.
 READING = np.dtype([('thread', '<u8'), ('dataset', '<i8'), ('video', '<i8')])
 MAX_THREADS = 1024
+LEFT_OUT = 'left_out.json'
 # As faulthandler writes them.
 FATAL = re.compile(r'Fatal Python error: (.+)')
 CRASHED_THREAD = re.compile(r'^Current thread 0x([0-9a-f]+)', re.MULTILINE)
@@ -87,20 +89,20 @@ class _Readings:
 
 
 @contextlib.contextmanager
-def left_out(dataset: Mixture, workdir: pathlib.Path, watchdog: Watchdog) -> Iterator[Mixture]:
+def left_out(dataset: Mixture, mirror: Mirror, watchdog: Watchdog) -> Iterator[Mixture]:
   """Yields the dataset without the videos that crashed earlier starts; notes crashes of this one.
 
   Such a video counts as a damaged record. All processes of a run call this together.
 
   Args:
     dataset: of the run.
-    workdir: of the run, shared by all of its processes.
+    mirror: of the run's workdir.
     watchdog: shows the stacks of a crash.
   """
-  excluded = _blame(dataset, workdir) if jax.process_index() == 0 else []
+  excluded = _blame(dataset, mirror) if jax.process_index() == 0 else []
   excluded = json.loads(multihost.text_of_first(json.dumps(excluded)))
-  without = _messages(excluded, dataset, workdir)
-  stacks_path, readings_path = _files(workdir, str(jax.process_index()))
+  without = _messages(excluded, dataset, mirror)
+  stacks_path, readings_path = _files(mirror.folder, str(jax.process_index()))
   # For appending, as the watchdog writes too.
   with stacks_path.open('a') as stacks:
     readings = _Readings(readings_path)
@@ -119,19 +121,20 @@ def left_out(dataset: Mixture, workdir: pathlib.Path, watchdog: Watchdog) -> Ite
         path.unlink(missing_ok=True)
 
 
-def _files(workdir: pathlib.Path, process: str) -> tuple[pathlib.Path, pathlib.Path]:
+def _files(folder: pathlib.Path, process: str) -> tuple[pathlib.Path, ...]:
   """Returns the files of a process: for the stacks of a crash, and for what its threads read."""
-  return workdir / f'crash-{process}.txt', workdir / f'reading-{process}.bin'
+  return tuple(folder / each.format(process) for each in OF_PROCESS)
 
 
-def _blame(dataset: Mixture, workdir: pathlib.Path) -> list[list[Any]]:
+def _blame(dataset: Mixture, mirror: Mirror) -> list[list[Any]]:
   """Reports the crashes of the last start, and adds their videos to left_out.json.
 
   Returns:
     [dataset, video, reason] of every video that is left out.
   """
-  left_out = _read(dataset, workdir)
-  for stacks_path in sorted(workdir.glob(_files(workdir, '*')[0].name)):
+  folder = mirror.folder
+  left_out = _read(dataset, mirror)
+  for stacks_path in sorted(folder.glob(OF_PROCESS[0].format('*'))):
     stacks = stacks_path.read_text(errors='replace')
     process = stacks_path.stem.partition('-')[2]
     if stacks:
@@ -140,11 +143,12 @@ def _blame(dataset: Mixture, workdir: pathlib.Path) -> list[list[Any]]:
         _log.warning(line)
     # What the watchdog ended begins with its message.
     fatal = FATAL.match(stacks)
-    reading = fatal and _crashed_reading(stacks, _files(workdir, process)[1])
+    reading = fatal and _crashed_reading(stacks, _files(folder, process)[1])
     if reading:
       left_out.append([*reading, fatal[1]])
-      _write(dataset, workdir, left_out)
-    for path in _files(workdir, process):
+      _write(dataset, folder, left_out)
+      mirror.push()
+    for path in _files(folder, process):
       path.unlink(missing_ok=True)
   return left_out
 
@@ -159,32 +163,28 @@ def _crashed_reading(stacks: str, path: pathlib.Path) -> tuple[int, int] | None:
   return (int(reads['dataset'][0]), int(reads['video'][0])) if len(reads) else None
 
 
-def _left_out_path(workdir: pathlib.Path) -> pathlib.Path:
-  return workdir / 'left_out.json'
-
-
-def _read(dataset: Mixture, workdir: pathlib.Path) -> list[list[Any]]:
+def _read(dataset: Mixture, mirror: Mirror) -> list[list[Any]]:
   """Returns [dataset, video, reason] of every video that is left out."""
-  path = _left_out_path(workdir)
+  path = mirror.folder / LEFT_OUT
   if not path.exists():
     return []
   try:
     content = json.loads(path.read_text())
     return content['videos'] if content['data_fingerprint'] == dataset.fingerprint else []
   except (ValueError, TypeError, KeyError) as error:
-    raise UserError(f'{path} cannot be read ({error}); remove it to read all videos.') from error
+    raise UserError(
+      f'{mirror.workdir / LEFT_OUT} cannot be read ({error}); remove it to read all videos.'
+    ) from error
 
 
-def _write(dataset: Mixture, workdir: pathlib.Path, videos: list[list[Any]]) -> None:
-  path = _left_out_path(workdir)
+def _write(dataset: Mixture, folder: pathlib.Path, videos: list[list[Any]]) -> None:
+  path = folder / LEFT_OUT
   partial = path.with_suffix('.partial')
   partial.write_text(json.dumps({'data_fingerprint': dataset.fingerprint, 'videos': videos}))
   partial.replace(path)
 
 
-def _messages(
-  left_out: list[list[Any]], dataset: Mixture, workdir: pathlib.Path
-) -> list[dict[int, str]]:
+def _messages(left_out: list[list[Any]], dataset: Mixture, mirror: Mirror) -> list[dict[int, str]]:
   """Returns for each dataset why videos are left out, by their numbers."""
   messages: list[dict[int, str]] = [{} for _ in dataset.datasets]
   for number, video, reason in left_out:
@@ -192,6 +192,6 @@ def _messages(
     path = videos.paths()[video] if hasattr(videos, 'paths') else f'dataset {number}'
     messages[number][video] = (
       f'video {video} ({path}) is left out, as reading it has ended an earlier start ({reason});'
-      f' remove {_left_out_path(workdir)} to read it again.'
+      f' remove {mirror.workdir / LEFT_OUT} to read it again.'
     )
   return messages

@@ -5,7 +5,6 @@ Nothing is recorded while training: pairs and noise are computed again from (see
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jaxtyping import Array, Key
 from dropmae_jax.config import Config
 from dropmae_jax.data import frame_pairs, pair_stream
 from dropmae_jax.data.mixture import Mixture
+from dropmae_jax.runtime.mirror import Mirror
 
 
 def describe_batch(
@@ -80,7 +80,7 @@ def _describe_pair(
 
 
 def write(
-  workdir: pathlib.Path,
+  mirror: Mirror,
   config: Config,
   dataset: Mixture,
   step: int,
@@ -89,7 +89,7 @@ def write(
   step_key: Key[Array, ''],
 ) -> str:
   """Writes `non_finite_batch_N.json` on the first process, and returns a sentence that says so."""
-  path = workdir / f'non_finite_batch_{step}.json'
+  path = mirror.folder / f'non_finite_batch_{step}.json'
   if jax.process_index():
     return 'The first process lists the pairs of its batch.'
   try:
@@ -99,4 +99,5 @@ def write(
     partial.replace(path)
   except Exception as error:  # The user must see why training stopped in any case.
     return f'The pairs of its batch could not be listed: {error}'
-  return f'The pairs of its batch are in {path}.'
+  mirror.push()
+  return f'The pairs of its batch are in {mirror.workdir / path.name}.'

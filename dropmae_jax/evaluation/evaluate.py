@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 
 from dropmae_jax.evaluation import features, label_propagation, readouts, results_folder
 from dropmae_jax.evaluation.datasets import overlays
@@ -243,7 +244,7 @@ def parse() -> argparse.Namespace:
   add = parser.add_argument
   add('benchmark', choices=BENCHMARKS)
   add(
-    '--checkpoint', type=pathlib.Path, required=True, metavar='PATH',
+    '--checkpoint', type=epath.Path, required=True, metavar='PATH',
     help='a training workdir, or a .pth or .safetensors',
   )  # fmt: skip
   add('--step', type=int, metavar='N', help='of a workdir; default: the newest')

@@ -7,7 +7,6 @@ bfloat16 would change the order.
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from dropmae_jax.model.attention import dense_attention
 from dropmae_jax.model.chunks import Loop
 from dropmae_jax.pytorch import import_model, layouts, weight_files
 from dropmae_jax.runtime.errors import UserError, check_name
+from dropmae_jax.runtime.paths import Path, absolute, is_folder
 
 CLASS_TOKENS = 'file', 'none', 'zero'
 # On a CPU a head at a time keeps the logits small; elsewhere 1/2 GiB of them fit.
@@ -56,7 +56,7 @@ class Encoder:
 
 
 def load(
-  path: pathlib.Path,
+  path: Path,
   *,
   step: int | None = None,
   size: str | None = None,
@@ -75,12 +75,12 @@ def load(
     UserError: it cannot be read, or has values that are not finite.
   """
   check_name('--class_token', class_token, CLASS_TOKENS)
-  if path.is_dir():
+  if is_folder(path):
     if size is not None:
       raise UserError(f'--model={size} goes with a file, and {path} is a workdir; leave it out.')
     weights = saved_weights.load_weights(path, step=step)
     architecture, params, unused, fresh = weights.architecture, weights.params, {}, []
-    source = {'path': str(path.absolute()), 'step': weights.step}
+    source = {'path': str(absolute(path)), 'step': weights.step}
   else:
     if step is not None:
       raise UserError(f'--step={step} goes with a workdir, and {path} is none; leave it out.')
@@ -88,7 +88,7 @@ def load(
     import_model.check_finite(model.state, str(path))
     architecture, unused, fresh = model.architecture, dict(model.unused), model.fresh
     params = layouts.from_torch(model.state, architecture)
-    source = {'path': str(path.absolute()), 'import': model.report}
+    source = {'path': str(absolute(path)), 'import': model.report}
   token = _class_token(unused.get(layouts.CLASS_TOKEN), class_token, architecture.width, path)
   if token is not None and class_token == 'file':
     del unused[layouts.CLASS_TOKEN]
@@ -105,7 +105,7 @@ def load(
 
 
 def _class_token(
-  stored: np.ndarray | None, choice: str, width: int, path: pathlib.Path
+  stored: np.ndarray | None, choice: str, width: int, path: Path
 ) -> np.ndarray | None:
   """Returns the class token of a choice of CLASS_TOKENS."""
   if choice == 'zero':

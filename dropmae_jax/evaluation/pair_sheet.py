@@ -12,6 +12,7 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
@@ -243,7 +244,7 @@ def parse() -> tuple[argparse.Namespace, DataOptions]:
   parser.add_argument(
     '--data_dir', required=True, type=pathlib.Path, help='as in the config of a training'
   )
-  parser.add_argument('--output', required=True, type=pathlib.Path, help='the PNG to write')
+  parser.add_argument('--output', required=True, type=epath.Path, help='the PNG to write')
   parser.add_argument(
     '--dataset',
     default='kinetics_frames/folder',

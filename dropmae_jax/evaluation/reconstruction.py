@@ -11,6 +11,7 @@ import av
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw
@@ -135,9 +136,9 @@ def reconstruction_figure(
 def main() -> None:
   """The command line."""
   parser = cli.Parser(prog='dropmae-figures', description=__doc__.splitlines()[0])
-  parser.add_argument('--checkpoint', required=True, type=pathlib.Path, help='a training workdir')
+  parser.add_argument('--checkpoint', required=True, type=epath.Path, help='a training workdir')
   parser.add_argument('--video', required=True, type=pathlib.Path, help='any video file')
-  parser.add_argument('--output', required=True, type=pathlib.Path, help='the PNG to write')
+  parser.add_argument('--output', required=True, type=epath.Path, help='the PNG to write')
   parser.add_argument(
     '--frames', type=int, nargs=2, default=(0, 10), help='earlier and later frame (%(default)s)'
   )

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import math
-import pathlib
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -24,6 +23,7 @@ from dropmae_jax.pytorch import (
 from dropmae_jax.pytorch.adamw_state import TorchAdamW
 from dropmae_jax.runtime import atomic_file
 from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.paths import Path
 
 # No published program has models of other patch sizes, so those keep the tables they have.
 PUBLISHED_PATCH_SIZES = (14, 16)
@@ -53,7 +53,7 @@ class ExportOptions:
 
 
 def export(
-  folder: pathlib.Path, path: pathlib.Path, options: ExportOptions, *, step: int | None = None
+  folder: Path, path: Path, options: ExportOptions, *, step: int | None = None
 ) -> Iterator[str]:
   """Writes a checkpoint as a file of weights, with its .sha256 and .json; yields progress lines.
 
@@ -135,8 +135,8 @@ def _notes(
 
 
 def import_(
-  path: pathlib.Path,
-  folder: pathlib.Path,
+  path: Path,
+  folder: Path,
   *,
   size: str | None = None,
   with_optimizer: bool = False,
@@ -186,7 +186,7 @@ def import_(
   yield f'{folder}: a checkpoint of step {step}' + (' with optimizer state' if adamw else '')
 
 
-def _checked_format(path: pathlib.Path, options: ExportOptions) -> str:
+def _checked_format(path: Path, options: ExportOptions) -> str:
   file_format = options.file_format or weight_files.format_of(path)
   if file_format != weight_files.ENDINGS.get(path.suffix, file_format):
     raise UserError(

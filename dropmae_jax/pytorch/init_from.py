@@ -1,7 +1,6 @@
 """Initialises a run from the weights of another run or of a weight file."""
 
 import hashlib
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from flax import traverse_util
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Architecture
 from dropmae_jax.pytorch import import_model, layouts, weight_files
+from dropmae_jax.runtime import paths
 from dropmae_jax.runtime.errors import UserError
 
 
@@ -33,7 +33,7 @@ class InitialParams(NamedTuple):
     return digest.hexdigest()
 
 
-def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
+def read(path: paths.Path, architecture: Architecture) -> InitialParams:
   """Reads the parameters that fit a model: the whole encoder, and the decoder if it fits.
 
   Position tables of another grid are resampled, as trackers do, because the encoder was trained
@@ -46,7 +46,7 @@ def read(path: pathlib.Path, architecture: Architecture) -> InitialParams:
   Raises:
     UserError: it cannot be read, or its encoder has other shapes or heads; names up to three.
   """
-  if path.is_dir():
+  if paths.is_folder(path):
     weights = saved_weights.load_weights(path)
     state = layouts.to_torch(weights.params, weights.architecture)
     source, has_known_heads, fresh = weights.architecture, True, set()

@@ -1,16 +1,16 @@
 """Lists the tensors of weight files and checkpoints, and compares two of them."""
 
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.pytorch import layouts, weight_files
-from dropmae_jax.runtime.errors import UserError, os_errors_as_user_errors
+from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.paths import Path, is_folder
 
 
-def tensors_of(path: pathlib.Path, *, step: int | None = None) -> weight_files.WeightFile:
+def tensors_of(path: Path, *, step: int | None = None) -> weight_files.WeightFile:
   """Returns the content of a weight file, or of a checkpoint in the same form.
 
   Args:
@@ -20,9 +20,7 @@ def tensors_of(path: pathlib.Path, *, step: int | None = None) -> weight_files.W
   Raises:
     UserError: it cannot be read.
   """
-  with os_errors_as_user_errors(f'{path} cannot be read', 'give another file or folder.'):
-    is_folder = path.is_dir()
-  if not is_folder:
+  if not is_folder(path):
     if step is not None:
       raise UserError(f'--step={step} is for checkpoints, and {path} is a file; leave it out.')
     return weight_files.read(path)
@@ -31,7 +29,7 @@ def tensors_of(path: pathlib.Path, *, step: int | None = None) -> weight_files.W
   return weight_files.WeightFile('', tensors, {'step': weights.step, **weights.description})
 
 
-def table(path: pathlib.Path, *, step: int | None = None) -> Iterator[str]:
+def table(path: Path, *, step: int | None = None) -> Iterator[str]:
   """Yields one line per tensor of a file or checkpoint: name, shape, dtype, Euclidean norm."""
   file = tensors_of(path, step=step)
   width = max(map(len, file.tensors))
@@ -50,7 +48,7 @@ def table(path: pathlib.Path, *, step: int | None = None) -> Iterator[str]:
     yield f'Python objects, which are not read or run: {", ".join(map(repr, file.objects))}'
 
 
-def comparison(first: pathlib.Path, second: pathlib.Path) -> tuple[list[str], bool]:
+def comparison(first: Path, second: Path) -> tuple[list[str], bool]:
   """Compares two files or checkpoints tensor by tensor; NaNs in the same places are equal.
 
   Returns:

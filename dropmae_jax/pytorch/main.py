@@ -7,8 +7,9 @@ dropmae-convert --compare FILE_OR_DIR FILE_OR_DIR
 """
 
 import argparse
-import pathlib
 import re
+
+from etils import epath
 
 from dropmae_jax.model import vit
 from dropmae_jax.pytorch import convert, inspect, layouts, weight_files
@@ -47,14 +48,14 @@ def parse() -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_mutually_exclusive_group(required=True).add_argument
-  add('--checkpoint', type=pathlib.Path, metavar='DIR', help='a training workdir to export')
-  add('--from_torch', type=pathlib.Path, metavar='FILE', help='a .pth or .safetensors to read')
-  add('--list', type=pathlib.Path, metavar='PATH', help='list the tensors of a file or checkpoint')
+  add('--checkpoint', type=epath.Path, metavar='DIR', help='a training workdir to export')
+  add('--from_torch', type=epath.Path, metavar='FILE', help='a .pth or .safetensors to read')
+  add('--list', type=epath.Path, metavar='PATH', help='list the tensors of a file or checkpoint')
   add(
-    '--compare', type=pathlib.Path, nargs=2, metavar='PATH', help='compare two files or checkpoints'
+    '--compare', type=epath.Path, nargs=2, metavar='PATH', help='compare two files or checkpoints'
   )
   add = parser.add_argument
-  add('--output', type=pathlib.Path, metavar='PATH', help='the file or folder to write')
+  add('--output', type=epath.Path, metavar='PATH', help='the file or folder to write')
   add('--step', type=int, metavar='N', help='which checkpoint; default: the newest')
   add('--layout', choices=layouts.LAYOUTS, help='which program will load the file; default: full')
   add('--format', choices=weight_files.FORMATS, help='default: by the ending of --output')

@@ -1,6 +1,5 @@
 """How trackers open our files: by the name of a file, and with two position tables."""
 
-import pathlib
 import re
 from collections.abc import Iterator, Mapping
 
@@ -9,13 +8,14 @@ import numpy as np
 from dropmae_jax.model import position_embedding
 from dropmae_jax.pytorch import layouts
 from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.paths import Path, absolute
 
 # A tracker that finds its own name in a file's (OSTrack, HIPTrack; HIPTrack and others DropTrack
 # too; STTrack SOT) takes it for a checkpoint of its own, and reads 'net' instead of 'model'.
 OWN_NAMES = re.compile(r'[A-Za-z0-9]+Track|SOT')
 
 
-def name_warnings(path: pathlib.Path, *, is_folded: bool) -> Iterator[str]:
+def name_warnings(path: Path, *, is_folded: bool) -> Iterator[str]:
   """Yields what is wrong with the name of an exported file.
 
   Args:
@@ -34,7 +34,7 @@ def name_warnings(path: pathlib.Path, *, is_folded: bool) -> Iterator[str]:
       f'Warning: OSTrack and ARTrack read such a file only if it has their own name in its name;'
       f' rename {path.name} for them.'
     )
-  if 'npz' in str(path.absolute()):
+  if 'npz' in str(absolute(path)):
     yield (
       f'Warning: trackers take a path with "npz" in it for a file of another format; move {path}.'
     )

@@ -23,6 +23,7 @@ from dropmae_jax.pytorch import pth_file
 from dropmae_jax.pytorch.pth_file import StandIn
 from dropmae_jax.runtime.atomic_file import sha256_path
 from dropmae_jax.runtime.errors import UserError, first_line, os_errors_as_user_errors
+from dropmae_jax.runtime.paths import Path, is_remote, local_copy
 
 FORMATS = ('pth', 'safetensors')
 ENDINGS = {'.safetensors': 'safetensors', '.pth': 'pth', '.pt': 'pth', '.tar': 'pth'}
@@ -82,24 +83,34 @@ def import_torch() -> ModuleType:
   return importlib.import_module('torch')
 
 
-def format_of(path: pathlib.Path) -> str:
+def format_of(path: Path) -> str:
   """Returns the format that a file name's ending stands for; 'pth' for unknown endings."""
   return ENDINGS.get(path.suffix, 'pth')
 
 
-def read(path: pathlib.Path) -> WeightFile:
-  """Reads a file of weights; no pickled code runs.
+def read(path: Path) -> WeightFile:
+  """Reads a file of weights; no pickled code runs. One of a bucket is copied to this machine first.
 
   Raises:
     UserError: the file does not exist, is damaged, says sizes that it does not have, or holds no
       named dense tensors.
   """
-  with os_errors_as_user_errors(f'{path} cannot be read', 'give a .pth or .safetensors.'):
-    if not path.is_file():
+  with (
+    os_errors_as_user_errors(f'{path} cannot be read', 'give a .pth or .safetensors.'),
+    local_copy(path, sha256_path(path)) as file,
+  ):
+    if not file.is_file():
       raise UserError(f'{path} is not a file; give a .pth or .safetensors.')
-    read_format = _read_safetensors if _format_in(path) == 'safetensors' else _read_pth
-    integrity = _check_integrity(path)
-    return read_format(path)._replace(integrity=integrity)
+
+    def as_given(text: str) -> str:
+      return text.replace(str(file.parent), str(path.parent)) if is_remote(path) else text
+
+    try:
+      read_format = _read_safetensors if _format_in(file) == 'safetensors' else _read_pth
+      integrity = _check_integrity(file)
+      return read_format(file)._replace(integrity=as_given(integrity))
+    except UserError as error:
+      raise UserError(as_given(str(error))) from error
 
 
 def _format_in(path: pathlib.Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from dropmae_jax.runtime.errors import RunFailed, UserError, did_you_mean
-from dropmae_jax.runtime.paths import local_path, user_path
+from dropmae_jax.runtime.paths import local_path, user_path, workdir_path
 from tfds_kinetics.messages import one_line, print_stack
 
 
@@ -49,13 +49,14 @@ class Parser(argparse.ArgumentParser):
   """An argument parser that raises `UserError` on bad input and accepts no abbreviations.
 
   An option of the type `pathlib.Path` is a `paths.local_path`, one of `epath.Path` a
-  `paths.user_path`.
+  `paths.user_path`, and one of 'workdir' a `paths.workdir_path`.
   """
 
   def __init__(self, **options: object) -> None:
     super().__init__(allow_abbrev=False, **options)
     self.register('type', pathlib.Path, _argument(local_path))
     self.register('type', epath.Path, _argument(user_path))
+    self.register('type', 'workdir', _argument(workdir_path))
 
   def error(self, message: str) -> NoReturn:
     """Raises the error of a bad command line."""

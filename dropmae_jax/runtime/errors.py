@@ -110,7 +110,9 @@ def remedy_of(error: BaseException, otherwise: str) -> str:
 
 def first_line(error: Exception) -> str:
   """Returns the first line of an error's message, or its type if it has no message."""
-  return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
+  # TensorStore appends what was opened, in hundreds of words.
+  text = str(error).partition(' [tensorstore_spec=')[0]
+  return next(iter(text.strip().splitlines()), '') or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError
+from dropmae_jax.runtime.paths import Path, client_errors_as_os_errors
 
 # The file of the workdir in which a process says why it ends, and how often the others look for it.
 FAILURE_FILE, POLL_SECONDS = 'failure.json', 1.0
@@ -233,6 +234,7 @@ def ending_together() -> Iterator['Failures']:
           ' checkpoint.'
         )
     failures.store(message, status)
+    failures.before_end()
     _end(message, status)
   finally:
     failures.close()
@@ -242,20 +244,26 @@ _log = logging.getLogger('dropmae_jax')
 
 
 class Failures:
-  """How a process tells the others why it ends: by a file, which outlives it."""
+  """How a process tells the others why it ends: by a file, which outlives it.
+
+  Attributes:
+    before_end: called before this process ends for that.
+  """
 
   def __init__(self) -> None:
-    self._path: pathlib.Path | None = None
+    self._path: Path | None = None
     self._is_over = threading.Event()
+    self.before_end: Callable[[], None] = lambda: None
 
-  def share(self, workdir: pathlib.Path) -> None:
+  def share(self, workdir: Path) -> None:
     """Tells the others by a file in a folder from now on; all processes call this together."""
     if jax.process_count() == 1:
       return
     path = workdir / FAILURE_FILE
     if jax.process_index() == 0:
       # On network file systems, a change of a file is seen sooner than a new file.
-      path.write_text('')
+      with client_errors_as_os_errors(path):
+        path.write_text('')
     wait_for_all('failures are shared')
     self._path = path
     threading.Thread(target=self._poll, name='multihost', daemon=True).start()
@@ -270,18 +278,23 @@ class Failures:
 
   def store(self, message: str, status: int) -> None:
     """Says why this process ends, unless another one has said so before."""
-    with contextlib.suppress(OSError):
-      if self._path and not self._path.read_text():
-        failure = {'process': jax.process_index(), 'status': status, 'message': message}
-        self._path.write_text(json.dumps(failure))
+    if self._path:
+      with contextlib.suppress(OSError), client_errors_as_os_errors(self._path):
+        if not self._path.read_text():
+          failure = {'process': jax.process_index(), 'status': status, 'message': message}
+          self._path.write_text(json.dumps(failure))
 
   def end_if_another_failed(self) -> None:
     """Ends this process if another one has said why it ends."""
+    if not self._path:
+      return
     try:
-      failure = json.loads(self._path.read_text()) if self._path else None
+      with client_errors_as_os_errors(self._path):
+        failure = json.loads(self._path.read_text())
     except (OSError, ValueError):  # None has failed yet, or it is still writing.
       return
-    if failure and failure['process'] != jax.process_index():
+    if failure['process'] != jax.process_index():
+      self.before_end()
       _end(f'process {failure["process"]} has ended: {failure["message"]}', failure['status'])
 
 

@@ -18,6 +18,7 @@ import jax
 
 from dropmae_jax.runtime import multihost
 from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError, remedy_of
+from dropmae_jax.runtime.paths import Path
 
 FILE = 'lock'
 
@@ -31,7 +32,9 @@ class WorkdirInUse(RunFailed):
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path, option: str = '--workdir') -> Iterator[None]:
+def held(
+  workdir: Path, option: str = '--workdir', *, folder: pathlib.Path | None = None
+) -> Iterator[None]:
   """Holds the lock inside; all processes of a run call this together.
 
   A file system that has no locks is logged, and the run goes on without one.
@@ -39,6 +42,8 @@ def held(workdir: pathlib.Path, option: str = '--workdir') -> Iterator[None]:
   Args:
     workdir: of the run; exists.
     option: which the user gave it by.
+    folder: of this machine for a workdir in a bucket, which has no locks: only runs of this machine
+      are kept apart.
 
   Raises:
     WorkdirInUse: on every process; the message says where the other run is, and since when.
@@ -48,7 +53,7 @@ def held(workdir: pathlib.Path, option: str = '--workdir') -> Iterator[None]:
     refused = None
     if jax.process_index() == 0:
       try:
-        stack.enter_context(_locked(workdir, option))
+        stack.enter_context(_locked(folder or workdir, f'{option}={workdir}', option))
       except (UserError, WorkdirInUse) as error:
         refused = [isinstance(error, UserError), str(error)]
     refused = json.loads(multihost.text_of_first(json.dumps(refused)))
@@ -59,27 +64,25 @@ def held(workdir: pathlib.Path, option: str = '--workdir') -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(workdir: pathlib.Path, option: str) -> Iterator[None]:
+def _locked(folder: pathlib.Path, what: str, option: str) -> Iterator[None]:
   try:
     # Not truncated before it is locked, as it says who holds it.
-    file = (workdir / FILE).open('ab+', buffering=0)
+    file = (folder / FILE).open('ab+', buffering=0)
   except OSError as error:
     remedy = remedy_of(error, 'give another one, make room, or change its permissions')
-    raise UserError(
-      f'{option}={workdir} cannot be written ({error.strerror}); {remedy}.'
-    ) from error
+    raise UserError(f'{what} cannot be written ({error.strerror}); {remedy}.') from error
   with file:
     try:
       # Of the open file, so a library that opens the file too cannot release it.
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise WorkdirInUse(
-        f'{option}={workdir} is in use by {_holder(file)}; stop that run or wait until it has'
+        f'{what} is in use by {_holder(file)}; stop that run or wait until it has'
         f' ended, or give another {option}.'
       ) from error
     except OSError as error:
       _log.warning(
-        f'{workdir} cannot be locked ({error.strerror}); start no second run with this {option}'
+        f'{folder} cannot be locked ({error.strerror}); start no second run with this {option}'
         ' while this one runs.'
       )
     else:

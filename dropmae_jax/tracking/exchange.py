@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from dropmae_jax.pytorch.layouts import Tensor
 from dropmae_jax.pytorch.weight_files import WeightFile
 from dropmae_jax.runtime import atomic_file
 from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.paths import Path, is_folder
 from dropmae_jax.tracking import model
 from dropmae_jax.tracking.head import BRANCHES, NUM_NORMALISED, Maps
 from dropmae_jax.tracking.model import TrackerArchitecture
@@ -145,24 +145,24 @@ def from_torch(
   return traverse_util.unflatten_dict(params), traverse_util.unflatten_dict(statistics)
 
 
-def is_tracker(path: pathlib.Path) -> bool:
-  """Whether a file has a tracker's head, rather than pre-trained weights alone.
-
-  Raises:
-    UserError: it cannot be read.
-  """
-  return any('box_head.' in name for name in weight_files.read(path).tensors)
+def is_tracker(file: WeightFile) -> bool:
+  """Whether a file has a tracker's head, rather than pre-trained weights alone."""
+  return any('box_head.' in name for name in file.tensors)
 
 
-def read(path: pathlib.Path) -> TrackerWeights:
+def read(path: Path, *, file: WeightFile | None = None) -> TrackerWeights:
   """Reads a tracker: a file of DropTrack, of OSTrack or of ours. No pickled code runs.
 
   A file without frame identities, such as OSTrack's, gets identities of zeros.
 
+  Args:
+    path: of the file.
+    file: its content, if it was read before.
+
   Raises:
     UserError: it cannot be read, or holds no tracker.
   """
-  file = weight_files.read(path)
+  file = file or weight_files.read(path)
   state = dict(file.tensors)
   if all(name.startswith('module.') for name in state):  # Of PyTorch's DistributedDataParallel.
     state = {name.removeprefix('module.'): each for name, each in state.items()}
@@ -258,8 +258,9 @@ def _told(told: dict[str, Any]) -> dict[str, Any]:
 
 def start(
   key: Key[Array, ''],
-  path: pathlib.Path,
+  path: Path,
   *,
+  file: WeightFile | None = None,
   size: str | None = None,
   search_size: int = 256,
   **other: int | float | str,
@@ -269,6 +270,7 @@ def start(
   Args:
     key: of what is initialised.
     path: a workdir, or any file that `import_model` reads, also that of another method.
+    file: the content of the file, if it was read before.
     size: a row of `vit.SIZES`; needed only if the file does not tell it.
     search_size: side of the search image in pixels; that of the template is half of it.
     **other: further fields of `TrackerArchitecture`, such as `identity_order`.
@@ -276,14 +278,14 @@ def start(
   Raises:
     UserError: it cannot be read, holds no encoder, or does not fit `other`.
   """
-  if path.is_dir():
+  if file is None and is_folder(path):
     if size is not None:
       raise UserError(f'--model={size} goes with a file, and {path} is a workdir; leave it out.')
     weights = saved_weights.load_weights(path)
     encoder, source = layouts.to_torch(weights.params, weights.architecture), weights.architecture
     report, class_token = [f'encoder: step {weights.step} of {path}'], None
   else:
-    file = weight_files.read(path)
+    file = file or weight_files.read(path)
     of_file = import_model.read_model(file, size=size, needs_decoder=False)
     encoder, source = of_file.state, of_file.architecture
     class_token = of_file.unused.get(layouts.CLASS_TOKEN)
@@ -348,7 +350,7 @@ def fold_identities(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def write(
-  path: pathlib.Path,
+  path: Path,
   tracker: TrackerWeights,
   *,
   fold: bool = False,

@@ -19,10 +19,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 import jax
+from etils import epath
 
 from dropmae_jax.evaluation import results_folder
+from dropmae_jax.pytorch import weight_files
 from dropmae_jax.runtime import cli
 from dropmae_jax.runtime.errors import RunFailed, UserError, first_line, lacks_memory
+from dropmae_jax.runtime.paths import absolute, is_folder
 from dropmae_jax.tracking import crops, exchange
 from dropmae_jax.tracking.crops import CropOptions
 from dropmae_jax.tracking.exchange import TrackerWeights
@@ -62,7 +65,7 @@ def _add_weights(parser: cli.Parser) -> None:
   """Adds the options that say which tracker it is."""
   add = parser.add_argument
   add(
-    '--checkpoint', type=pathlib.Path, required=True, metavar='PATH',
+    '--checkpoint', type=epath.Path, required=True, metavar='PATH',
     help='a tracker (.pth.tar, .pth or .safetensors); or pre-trained weights, a file or a training'
     ' workdir, to which a head with random weights is added',
   )  # fmt: skip
@@ -92,10 +95,12 @@ def _add_crops(parser: cli.Parser) -> None:
 def _load(given: argparse.Namespace) -> TrackerWeights:
   """Reads a tracker, or starts one from pre-trained weights; says which."""
   path = given.checkpoint
-  if path.is_dir() or not exchange.is_tracker(path):
+  file = None if is_folder(path) else weight_files.read(path)
+  if file is None or not exchange.is_tracker(file):
     weights = exchange.start(
       jax.random.key(given.seed or 0),
       path,
+      file=file,
       size=given.model,
       search_size=given.search_size or 256,
     )
@@ -103,7 +108,7 @@ def _load(given: argparse.Namespace) -> TrackerWeights:
     for name in ('model', 'search_size', 'seed'):
       if getattr(given, name) is not None:
         raise UserError(f'--{name} does not go with {path}, which is a tracker; leave it out.')
-    weights = exchange.read(path)
+    weights = exchange.read(path, file=file)
   for line in weights.report:
     cli.print_line(line)
   return weights
@@ -162,7 +167,7 @@ def _run(arguments: Sequence[str]) -> None:
     'root': str(given.root.absolute()),
     'split': given.split,
     'sequences': _digest(sequences),
-    'checkpoint': str(given.checkpoint.absolute()),
+    'checkpoint': str(absolute(given.checkpoint)),
     'weights': results_folder.digest((weights.params, weights.statistics)),
     'tracker': dataclasses.asdict(weights.architecture),
     'crops': options._asdict(),
@@ -190,7 +195,7 @@ def _video(arguments: Sequence[str]) -> None:
     '--box', type=_box, required=True, metavar='X,Y,W,H',
     help='the object in the first frame: its upper left corner, width and height in pixels',
   )  # fmt: skip
-  add('--output', type=pathlib.Path, required=True, metavar='FILE.mp4')
+  add('--output', type=epath.Path, required=True, metavar='FILE.mp4')
   _add_crops(parser)
   given = parser.parse_args(arguments)
   locate, options = _network(given, _load(given))
@@ -234,7 +239,7 @@ def _convert(arguments: Sequence[str]) -> None:
   _add_weights(parser)
   add = parser.add_argument
   add(
-    '--output', type=pathlib.Path, required=True, metavar='FILE',
+    '--output', type=epath.Path, required=True, metavar='FILE',
     help='.pth.tar as the published ones, .pth or .safetensors',
   )  # fmt: skip
   add(

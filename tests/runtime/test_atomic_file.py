@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import types
 
 import pytest
@@ -110,12 +111,12 @@ def test_whenever_it_is_cut_off_no_sum_lies_beside_another_file(tmp_path, monkey
 
 def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path, monkeypatch):
   free = types.SimpleNamespace(free=5_000_000)
-  monkeypatch.setattr(atomic_file.shutil, 'disk_usage', lambda folder: free)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda folder: free)
   with atomic_file.staged(tmp_path / 'out.pth', num_bytes=5_000_000) as partial:
     # On the same file system, where it can be moved from in one go.
     assert partial.parent.parent == tmp_path
     partial.touch()
   too_much = atomic_file.staged(tmp_path / 'out.pth', num_bytes=6_000_000)
-  with pytest.raises(UserError, match='needs 6 MB and 5 MB are free there'), too_much:
+  with pytest.raises(UserError, match='needs 6 MB and 5 MB are free in'), too_much:
     pass
   assert os.listdir(tmp_path) == ['out.pth']

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from dropmae_jax.data import synthetic_clips
 from dropmae_jax.runtime import atomic_file
 from dropmae_jax.runtime.errors import RunFailed, UserError
+from dropmae_jax.runtime.paths import Path, is_remote
 from dropmae_jax.tracking.crops import CropOptions
 from dropmae_jax.tracking.follow import track
 from dropmae_jax.tracking.follow.track import Locate, Source, Track
@@ -29,7 +30,7 @@ def follow(
   box: tuple[float, ...],
   locate: Locate,
   options: CropOptions,
-  output: pathlib.Path,
+  output: Path,
 ) -> Track:
   """Follows the object that is in a box of the first frame; writes an MP4 (h264).
 
@@ -63,11 +64,11 @@ def _frames(path: pathlib.Path) -> Iterator[UInt8[np.ndarray, 'h w c']]:
     raise RunFailed(f'{error}.') from error
 
 
-def _check_output(output: pathlib.Path, video: pathlib.Path) -> None:
+def _check_output(output: Path, video: pathlib.Path) -> None:
   if output.suffix.lower() != '.mp4':
     raise UserError(f'--output={output} does not end in .mp4; give a name that does.')
   atomic_file.check_file(output, has_card=False)
-  if output.exists() and video.exists() and output.samefile(video):
+  if not is_remote(output) and output.exists() and video.exists() and output.samefile(video):
     raise UserError(f'--output={output} is the video itself; give another name.')
 
 
