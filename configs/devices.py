@@ -30,17 +30,18 @@ class Preset(NamedTuple):
   fields: dict[str, dict[str, Any]]
 
 
-# The comments say what the compiled step takes of a device's memory. On GPUs it must be less than
-# the three quarters that JAX takes, on both by a GB or more: two further batches are prefetched.
+# What the compiled step takes of a device's memory, with two batches that are prefetched, stands
+# beside each (docs/scaling.md). Of a GPU it must be less than the three quarters that JAX takes.
 PRESETS = {
-  # RTX 4090; A10G and L4 have as much memory.
+  # RTX 4090; A10G and L4 have as much memory. 15.5 of 18 GB.
   '24gb': Preset('rtx4090', {'B': {'accumulation_steps': 128}}),
-  # One A100 or H100.
+  # One A100 or H100. 38.7 of 60 GB.
   '80gb': Preset('h100', {'B': {'accumulation_steps': 32}}),
+  # 36.3 of 60 GB.
   '8x80gb': Preset('8xh100', {'B': {'accumulation_steps': 4}}),
-  # Four chips of 32 GB.
+  # Four chips of 32 GB, of which it takes 18.8.
   'v4-8': Preset('v4-8', {'B': {'accumulation_steps': 8}}),
-  # 16 chips of 16 GB.
+  # 16 chips of 16 GB, of which it takes 11.6.
   'v5e-16': Preset('v5e-16', {'B': {'accumulation_steps': 4}}),
 }
 

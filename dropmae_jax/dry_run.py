@@ -1,5 +1,6 @@
 """What a run would need, before it starts: `dropmae-train --dry_run`. Nothing is written."""
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Iterator
@@ -65,6 +66,8 @@ def lines(
     UserError: the batch does not fit the number of devices, or their compiler is not installed.
   """
   devices = devices_of(target)
+  if not config.accumulation_steps:
+    config = _with_micro_batches(config, devices)
   check_batch(config, devices.number)
   _, params = mae.abstract_model(config.model)
   num_parameters = mae.num_parameters(params)
@@ -134,16 +137,34 @@ def _memory(config: Config, devices: Devices, compiles: bool) -> str:
     options = targets.GPU_OPTIONS if devices.target and devices.platform == 'gpu' else None
     needed = memory.memory_of(memory.lower_step(config, places).compile(options))['total']
     how = 'by the compiler'
-  elif devices.platform == 'cpu':
-    return 'not estimated for CPUs; name devices by --target, or give --dry_run=compile'
   else:
-    needed, how = memory_estimate.estimate(config, devices.number, devices.platform), 'estimated'
+    needed, how = _estimate(config, devices), 'estimated'
+    if needed is None:
+      return 'not estimated, as it is for GPUs with remat=none or full; give --dry_run=compile'
   needed += memory.prefetched(config, devices.number)
   text = f'{needed / 1e9:.2f} GB on each device, {how}'
   if devices.memory is None:
     return text
   verdict = 'fits' if needed < devices.memory else 'DOES NOT FIT'
   return f'{text}; {verdict}: a program gets {devices.memory / 1e9:.1f} GB'
+
+
+def _estimate(config: Config, devices: Devices) -> float | None:
+  is_known = devices.platform == 'gpu'
+  return memory_estimate.estimate(config, devices.number) if is_known else None
+
+
+def _with_micro_batches(config: Config, devices: Devices) -> Config:
+  """Chooses the fewest micro-batches that fit by the estimate; one if there is none."""
+  one = dataclasses.replace(config, accumulation_steps=1)
+  for number in (1, *memory.more_micro_batches(one, devices.number)):
+    tried = dataclasses.replace(config, accumulation_steps=number)
+    needed = _estimate(tried, devices)
+    if needed is None or devices.memory is None:
+      return one
+    if needed + memory.prefetched(tried, devices.number) < devices.memory:
+      return tried
+  return one
 
 
 def _videos(config: Config, num_videos: int | None) -> tuple[int | None, str]:

@@ -120,7 +120,7 @@ def fitting_step(
 
 def _fewest_micro_batches(config: Config, devices: list[jax.Device], limit: float) -> Fit | None:
   """Finds the fewest micro-batches that fit, of more than the config has; None if none do."""
-  best, numbers = None, _more_micro_batches(config, len(devices))
+  best, numbers = None, more_micro_batches(config, len(devices))
   # What more micro-batches need is less, so the numbers are searched by halves.
   while numbers:
     middle = len(numbers) // 2
@@ -130,7 +130,8 @@ def _fewest_micro_batches(config: Config, devices: list[jax.Device], limit: floa
   return best
 
 
-def _more_micro_batches(config: Config, number: int) -> list[int]:
+def more_micro_batches(config: Config, number: int) -> list[int]:
+  """Returns the larger numbers of micro-batches that a batch on so many devices divides into."""
   per_device = config.batch_size // number
   first = config.accumulation_steps + 1
   return [n for n in range(first, per_device + 1) if per_device % n == 0]
@@ -182,7 +183,7 @@ def exhaustion_as_failure(fit: Fit, number: int) -> Iterator[None]:
   except jax.errors.JaxRuntimeError as error:
     if not lacks_memory(error):
       raise
-    flags = [f'--config.accumulation_steps={n}' for n in _more_micro_batches(fit.config, number)]
+    flags = [f'--config.accumulation_steps={n}' for n in more_micro_batches(fit.config, number)]
     flags += ['--config.remat=full'] * (fit.config.remat != 'full')
     remedy = f'give {flags[0]}, which computes the same' if flags else 'use more devices'
     raise RunFailed(

@@ -33,6 +33,7 @@ RUN_BY = {
   'dropmae-build --config=kinetics700': 'test_an_array_job_writes_what_one_machine_does',
   'dropmae-inspect': NEWCOMER,
   'dropmae-train --config=video_folder': NEWCOMER,
+  'dropmae-train --config=kinetics400_vit_b16:24gb --dry_run=compile': 'test_the_compiler_is_asked',
   'dropmae-train': None,
   'dropmae-figures': NEWCOMER,
   'dropmae-convert --checkpoint=runs/mine --fold_identities': NEWCOMER,

@@ -4,10 +4,15 @@ import json
 
 import jax
 import pytest
-from conftest import TINY, run_python
+from conftest import ROOT, TINY, run_python
 
-from dropmae_jax import config_file, dry_run, main, memory
+from dropmae_jax import config_file, dry_run, main, memory, memory_estimate, train
+from dropmae_jax.runtime import targets
 from dropmae_jax.runtime.errors import UserError
+
+# What the compilers need of each device, in bytes: of dropmae-train --dry_run=compile with these
+# flags and jax 0.10.2, libtpu 0.0.42.1, less the two batches that it adds.
+RECORDED = dict(json.loads((ROOT / 'tests' / 'recorded_compiles.json').read_text()))
 
 
 @pytest.fixture
@@ -45,15 +50,15 @@ def test_a_run_that_was_begun(said, trained, data_dir, tmp_path):
   before = {path: path.read_bytes() for path in trained.rglob('*') if path.is_file()}
   lines = said(
     '--config=quickstart', f'--config.data_dir={data_dir}', f'--workdir={trained}', *TINY,
-    '--config.num_steps=1808',
+    '--config.num_steps=1808', '--config.batch_size=8',
   )  # fmt: skip
   assert lines['devices'] == f'8 x {jax.devices()[0].device_kind}'
-  assert lines['memory'].startswith('not estimated for CPUs')
+  assert lines['memory'].startswith('not estimated, as it is for GPUs')
   fingerprint = json.loads(next(data_dir.rglob('build_report.json')).read_text())['fingerprint']
   assert lines['dataset'].endswith(f', 6 videos, fingerprint {fingerprint}')
   rows = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
   speed = sorted(row['pairs_per_second'] for row in rows)
-  hours = 1800 * 4 / ((speed[3] + speed[4]) / 2) / 3600
+  hours = 1800 * 8 / ((speed[3] + speed[4]) / 2) / 3600
   assert lines['time'].startswith(f'{hours:.4g} hours after step 8, at ')
   assert before == {path: path.read_bytes() for path in trained.rglob('*') if path.is_file()}
 
@@ -68,6 +73,27 @@ def test_without_a_dataset_epochs_need_its_size(said, tmp_path):
 def test_the_compiler_is_asked(said):
   lines = said('--config=quickstart', *TINY, '--dry_run=compile', '--target=2xcpu')
   assert ' GB on each device, by the compiler; fits: a program gets 16.0 GB' in lines['memory']
+
+
+def test_automatic_micro_batches_are_those_that_fit_by_the_estimate(said):
+  lines = said(
+    '--config=kinetics400_vit_b16', '--config.accumulation_steps=auto', '--target=rtx4090'
+  )
+  # 64 would take 29 GB, and 18 are there; a preset has 128.
+  assert lines['batch'].startswith('4096 pairs: 128 micro-batches of 32')
+  assert 'estimated; fits: a program gets 18.0 GB' in lines['memory']
+
+
+@pytest.mark.parametrize('flags', RECORDED)
+def test_the_estimate_is_within_a_tenth_of_the_compiler(flags):
+  arguments = main._parser().parse_args(flags.split())
+  kind, number = targets.parse(arguments.target)
+  config = train.resolve_schedule(config_file.from_arguments(arguments), 241_553)
+  if kind.platform == 'gpu':
+    assert memory_estimate.estimate(config, number) == pytest.approx(RECORDED[flags], rel=0.1)
+  if 'vit_b16:' in flags:  # A preset.
+    needed = RECORDED[flags] + memory.prefetched(config, number)
+    assert needed < kind.usable_memory - 1e9
 
 
 @pytest.mark.slow

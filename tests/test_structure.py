@@ -16,7 +16,7 @@ from dropmae_jax import main
 PACKAGE = ROOT / 'dropmae_jax'
 # Packages, and modules beside them: an import points to the right only.
 ORDER = (
-  'main api config_file train memory tracking evaluation pytorch checkpoints data train_step'
+  'main api config_file dry_run train memory memory_estimate tracking evaluation pytorch checkpoints data train_step'
   ' optimizer sharding kernels model runtime config'
 ).split()
 MOST_MODULES = 12  # Of a package.
