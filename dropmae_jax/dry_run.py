@@ -16,7 +16,7 @@ from dropmae_jax.data.mixture import open_mixture
 from dropmae_jax.model import flops, mae
 from dropmae_jax.runtime import targets
 from dropmae_jax.runtime.errors import UserError
-from dropmae_jax.runtime.paths import Path
+from dropmae_jax.runtime.paths import Path, client_errors_as_os_errors, is_folder
 
 # Of the published runs, by their logs; of the second one the fewest that it can have had.
 PUBLISHED_VIDEOS = {
@@ -200,7 +200,7 @@ def _time(
 ) -> str:
   """Describes the hours that are left at a stated or measured speed."""
   done = 0
-  if workdir and (workdir / saved_weights.FOLDER).is_dir():
+  if workdir and is_folder(workdir / saved_weights.FOLDER):
     names = [each.name for each in (workdir / saved_weights.FOLDER).iterdir()]
     done = max((int(name) for name in names if name.isdecimal()), default=0)
   pairs = max(config.num_steps - done, 0) * config.batch_size
@@ -220,7 +220,8 @@ def _measured(workdir: Path) -> float | None:
   """Returns the median speed of the lines of metrics.jsonl; None if there are none."""
   path = workdir / 'metrics.jsonl'
   try:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    with client_errors_as_os_errors(path):
+      rows = [json.loads(line) for line in path.read_text().splitlines()]
     speeds = [row['pairs_per_second'] for row in rows if 'pairs_per_second' in row]
   except (OSError, ValueError):
     return None

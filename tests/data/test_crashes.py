@@ -13,6 +13,7 @@ from dropmae_jax.data import crashes
 from dropmae_jax.data.mixture import mixture_of
 from dropmae_jax.data.video_source import DamagedRecord
 from dropmae_jax.runtime.errors import UserError
+from dropmae_jax.runtime.mirror import Mirror
 from dropmae_jax.runtime.watchdog import Watchdog
 
 # Reading video 2 crashes in native code.
@@ -73,7 +74,7 @@ def watchdog():
 def left_out_of(workdir, watchdog, videos=None):
   """Returns the videos that a start leaves out, and their messages."""
   left_out = {}
-  with crashes.left_out(mixture_of(videos or Videos()), workdir, watchdog) as mixture:
+  with crashes.left_out(mixture_of(videos or Videos()), Mirror(workdir), watchdog) as mixture:
     (source,) = mixture.datasets
     for video in range(len(source)):
       try:
@@ -94,7 +95,7 @@ def test_all_processes_leave_out_what_the_first_one_found(tmp_path, watchdog, mo
   monkeypatch.setattr(crashes.jax, 'process_index', lambda: 1)
   monkeypatch.setattr(crashes.multihost, 'text_of_first', lambda text: '[[0, 3, "Bus error"]]')
   (tmp_path / 'left_out.json').write_text('older')
-  with crashes.left_out(mixture_of(Videos()), tmp_path, watchdog) as mixture:
+  with crashes.left_out(mixture_of(Videos()), Mirror(tmp_path), watchdog) as mixture:
     assert {'crash-1.txt', 'reading-1.bin'} < set(os.listdir(tmp_path))
     with pytest.raises(DamagedRecord, match='video 3 '):
       mixture.datasets[0].frame(3, 0)
@@ -150,7 +151,7 @@ def test_a_list_that_cannot_be_read_is_named(tmp_path, watchdog):
 
 
 def test_what_is_read_is_noted_for_every_thread(tmp_path, watchdog):
-  with crashes.left_out(mixture_of(Videos()), tmp_path, watchdog) as mixture:
+  with crashes.left_out(mixture_of(Videos()), Mirror(tmp_path), watchdog) as mixture:
     mixture.datasets[0].frame(1, 0)
     mixture.datasets[0].frame(2, 0)
     rows = np.fromfile(tmp_path / 'reading-0.bin', crashes.READING)
