@@ -589,7 +589,7 @@ def watch():
 def save(self, step, state, *losses):
   if step == 6:
     threading.Thread(target=watch).start()
-  real(self, step, state, **other)
+  real(self, step, state, *losses)
 manager.Checkpoints.save = save
 main.command()
 """
