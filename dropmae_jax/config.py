@@ -236,7 +236,9 @@ class Config(Options):
   )
   split: str = option('train', help='of the dataset')
   seed: int = option(0, least=0, most=2**32 - 1, help='of everything that is random')
-  init_from: str = option('', help='a workdir or a PyTorch file whose weights the run starts from')
+  init_from: str = option(
+    '', help='a workdir or file (also gs://, s3://) whose weights it starts from'
+  )
   accumulation_steps: int = option(
     1, least=0, help='micro-batches of a batch, to save memory; auto (0): the fewest that fit'
   )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AbstractMesh
 
-from dropmae_jax import memory, memory_estimate, sharding, train
+from dropmae_jax import memory, memory_estimate, optimizer, sharding
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Config
 from dropmae_jax.data.mixture import open_mixture
@@ -89,8 +89,8 @@ def lines(
   videos, found = _videos(config, num_videos)
   yield _line('dataset', f'{config.dataset}, {found}')
   if videos:
-    config = train.resolve_schedule(config, videos)
-    yield _line('schedule', train.schedule_of(config, videos))
+    config = optimizer.resolve_schedule(config, videos)
+    yield _line('schedule', optimizer.describe_schedule(config, videos))
   elif config.num_epochs:
     yield _line('schedule', f'{config.num_epochs:g} epochs; give --num_videos=N to count the steps')
     return

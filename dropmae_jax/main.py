@@ -19,6 +19,7 @@ from dropmae_jax.data.loader import MOST_THREADS
 from dropmae_jax.runtime import cli, local_processes, multihost, profile
 from dropmae_jax.runtime.errors import ExitStatus, RunFailed, UserError, first_line
 from dropmae_jax.runtime.watchdog import Watchdog
+from tfds_kinetics.messages import one_line
 
 COMMAND = [sys.executable, '-m', 'dropmae_jax.main']
 # How long a process may take to end: libraries wait for threads, and JAX for the other processes.
@@ -121,7 +122,7 @@ def _dry_run(arguments: argparse.Namespace, config: Config) -> int:
     num_videos=arguments.num_videos,
     pairs_per_second=arguments.pairs_per_second,
   ):
-    print(line, flush=True)
+    print(one_line(line), flush=True)
   return ExitStatus.DONE
 
 

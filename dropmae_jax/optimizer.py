@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from dropmae_jax.config import Config, OptimizerOptions
+from dropmae_jax.runtime.errors import UserError
 
 # Position tables get no gradient and must not decay; AdamW then never moves them.
 FIXED = ('pos_embed', 'decoder_pos_embed')
@@ -35,6 +36,42 @@ def learning_rate(
     warmup_steps=warmup_steps,
     decay_steps=max(num_steps, warmup_steps + 1),
     end_value=floor,
+  )
+
+
+def steps_per_epoch(config: Config, num_videos: int) -> int:
+  """Returns how many batches all videos make; at least 1."""
+  return max(num_videos // config.batch_size, 1)
+
+
+def resolve_schedule(config: Config, num_videos: int) -> Config:
+  """Returns the config with its epochs turned into steps, in which all that follows counts.
+
+  Raises:
+    UserError: these are more steps than can be counted.
+  """
+  per_epoch = steps_per_epoch(config, num_videos)
+  options = config.optimizer
+  warmup_steps = options.warmup_steps or round(options.warmup_epochs * per_epoch)
+  num_steps = config.num_steps or max(round(config.num_epochs * per_epoch), 1)
+  try:
+    return dataclasses.replace(
+      config,
+      num_steps=num_steps,
+      num_epochs=0.0,
+      optimizer=dataclasses.replace(options, warmup_steps=warmup_steps, warmup_epochs=0.0),
+    )
+  except ValueError as error:
+    raise UserError(f'config: with {per_epoch} steps per epoch, {error}') from error
+
+
+def describe_schedule(config: Config, num_videos: int) -> str:
+  """Describes the length of a run whose schedule is resolved."""
+  per_epoch = steps_per_epoch(config, num_videos)
+  warmup_steps = config.optimizer.warmup_steps
+  return (
+    f'{config.num_steps} steps ({config.num_steps / per_epoch:.4g} epochs), the first'
+    f' {warmup_steps} ({warmup_steps / per_epoch:.3g} epochs) of them warm-up'
   )
 
 

@@ -100,7 +100,7 @@ def train(
     watchdog.watch('opening the dataset', is_slow=True)
     with multihost.ending_together() as failures, memory_errors_as_failures():
       dataset = open_dataset(config, workdir, allow_changes=allow_changes)
-      given, config = config, resolve_schedule(config, len(dataset))
+      given, config = config, optimizer.resolve_schedule(config, len(dataset))
       seeds = derive_seeds(config.seed)
       mesh = make_mesh(config)
       # With automatic micro-batches, all else is checked with one.
@@ -326,32 +326,6 @@ def make_mesh(config: Config) -> Mesh:
     raise UserError(f'config: {error}') from error
 
 
-def steps_per_epoch(config: Config, num_videos: int) -> int:
-  """Returns how many batches all videos make; at least 1."""
-  return max(num_videos // config.batch_size, 1)
-
-
-def resolve_schedule(config: Config, num_videos: int) -> Config:
-  """Returns the config with its epochs turned into steps, in which all that follows counts.
-
-  Raises:
-    UserError: these are more steps than can be counted.
-  """
-  per_epoch = steps_per_epoch(config, num_videos)
-  options = config.optimizer
-  warmup_steps = options.warmup_steps or round(options.warmup_epochs * per_epoch)
-  num_steps = config.num_steps or max(round(config.num_epochs * per_epoch), 1)
-  try:
-    return dataclasses.replace(
-      config,
-      num_steps=num_steps,
-      num_epochs=0.0,
-      optimizer=dataclasses.replace(options, warmup_steps=warmup_steps, warmup_epochs=0.0),
-    )
-  except ValueError as error:
-    raise UserError(f'config: with {per_epoch} steps per epoch, {error}') from error
-
-
 def enable_compilation_cache(workdir: Path) -> None:
   """Keeps compiled programs in the folder `compiled` of a run, which may be resumed.
 
@@ -370,7 +344,7 @@ def open_checkpoints(config: Config, workdir: Path, dataset: Mixture) -> Checkpo
     config.model,
     config.objective,
     frame_gap=config.data.frame_gap,
-    steps_per_epoch=steps_per_epoch(config, len(dataset)),
+    steps_per_epoch=optimizer.steps_per_epoch(config, len(dataset)),
     data_fingerprint=dataset.fingerprint,
     seed_version=SEED_VERSION,
     config=dataclasses.asdict(config),
@@ -501,9 +475,9 @@ def description_of(config: Config, dataset: Mixture, mesh: Mesh, state: TrainSta
   """Returns the first lines of the log: sizes of model, data and machine, and the schedule."""
   lines = [
     f'{mae.num_parameters(state.params) / 1e6:.1f} M parameters, {len(dataset)} videos,'
-    f' {steps_per_epoch(config, len(dataset))} steps per epoch,'
+    f' {optimizer.steps_per_epoch(config, len(dataset))} steps per epoch,'
     f' {mesh.size} x {jax.devices()[0].device_kind}',
-    schedule_of(config, len(dataset)),
+    optimizer.describe_schedule(config, len(dataset)),
   ]
   if len(dataset) < config.batch_size:
     lines.append(
@@ -511,16 +485,6 @@ def description_of(config: Config, dataset: Mixture, mesh: Mesh, state: TrainSta
       ' step counts as one epoch'
     )
   return lines
-
-
-def schedule_of(config: Config, num_videos: int) -> str:
-  """Describes the length of a run whose schedule is resolved."""
-  per_epoch = steps_per_epoch(config, num_videos)
-  warmup_steps = config.optimizer.warmup_steps
-  return (
-    f'{config.num_steps} steps ({config.num_steps / per_epoch:.4g} epochs), the first'
-    f' {warmup_steps} ({warmup_steps / per_epoch:.3g} epochs) of them warm-up'
-  )
 
 
 def start_loader(

@@ -31,7 +31,7 @@ def config(name='quickstart'):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_config_builds_its_state(name):
-  made = train.resolve_schedule(config_file.from_dict(config(name)), 241_553)
+  made = optimizer.resolve_schedule(config_file.from_dict(config(name)), 241_553)
   schedule = optimizer.learning_rate(
     peak=made.peak_learning_rate,
     floor=made.optimizer.min_learning_rate,
@@ -47,7 +47,7 @@ def test_every_config_builds_its_state(name):
 
 
 def test_the_published_configs():
-  made = train.resolve_schedule(config_file.from_dict(config('kinetics400_vit_b16')), 241_553)
+  made = optimizer.resolve_schedule(config_file.from_dict(config('kinetics400_vit_b16')), 241_553)
   assert made.peak_learning_rate == pytest.approx(2.4e-3)
   assert (made.num_steps, made.optimizer.warmup_steps) == (23_200, 2_320)
   assert (made.batch_size, made.accumulation_steps, made.dtype) == (4096, 1, 'bfloat16')
@@ -62,7 +62,7 @@ def test_the_published_configs():
     beta1=0.9, beta2=0.95,
   )  # fmt: skip
   for num_videos in (526_336, 528_383):
-    longer = train.resolve_schedule(
+    longer = optimizer.resolve_schedule(
       config_file.from_dict(config('kinetics700_vit_b16')), num_videos
     )
     assert (longer.num_steps, longer.optimizer.warmup_steps) == (102_400, 5_120)
@@ -160,7 +160,7 @@ OUT_OF_RANGE = {
   'num_epochs': [-1.0, math.nan, math.inf],
   'batch_size': [0],
   'seed': [-1, 2**32],
-  'accumulation_steps': [0],
+  'accumulation_steps': [-1],
   'log_every': [0],
   'score_every': [-1],
   'step_stall_seconds': [0.0, math.nan],
@@ -247,20 +247,20 @@ def test_a_length_on_the_command_line_replaces_the_other_one():
   made = config_from_flags(
     '--config=quickstart', '--config.num_epochs=1.5', '--config.optimizer.warmup_epochs=0.5'
   )
-  resolved = train.resolve_schedule(made, 81)
+  resolved = optimizer.resolve_schedule(made, 81)
   assert (resolved.num_steps, resolved.optimizer.warmup_steps) == (15, 5)
 
 
 def test_epochs_follow_the_batch():
   for batch_size, num_steps in ((4096, 23_200), (1024, 94_000), (512, 188_400)):
     made = config_from_flags('--config=kinetics400_vit_b16', f'--config.batch_size={batch_size}')
-    assert train.resolve_schedule(made, 241_553).num_steps == num_steps
+    assert optimizer.resolve_schedule(made, 241_553).num_steps == num_steps
 
 
 def test_more_steps_than_can_be_counted_are_refused():
   made = config_from_flags('--config=kinetics400_vit_b16', '--config.num_epochs=1e9')
   with pytest.raises(UserError, match='with 58 steps per epoch, num_steps=58000000000 is out of'):
-    train.resolve_schedule(made, 241_553)
+    optimizer.resolve_schedule(made, 241_553)
 
 
 def test_a_size_brings_its_patch_size():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dropmae_jax import config_file, sharding, train, train_step
+from dropmae_jax import config_file, memory, optimizer, sharding, train, train_step
 from dropmae_jax.checkpoints import saved_weights
 from dropmae_jax.config import Objective
 from dropmae_jax.data import frame_pairs
@@ -150,7 +150,7 @@ def test_every_field_is_among_them():
 
 def traced(config):
   """The program of a step, and where its arrays lie."""
-  made = train.resolve_schedule(config_file.from_dict(config), num_videos=6)
+  made = optimizer.resolve_schedule(config_file.from_dict(config), num_videos=6)
   built = train.build(made, sharding.make_mesh(DEVICES, made.mesh))
   frames = (made.batch_size, 2, made.model.image_size, made.model.image_size, 3)
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -270,7 +270,7 @@ def observe(config, workdir, monkeypatch, frame=TfdsVideos.frame):
   report = train.Report
 
   def observed_program(options, mesh):
-    assert options == train.resolve_schedule(made, num_videos=6)
+    assert options == optimizer.resolve_schedule(made, num_videos=6)
     state = build_program(options, mesh).abstract_state
 
     def init(key):
@@ -286,7 +286,11 @@ def observe(config, workdir, monkeypatch, frame=TfdsVideos.frame):
       seen['fed'].append(digest(jax.device_get(frames)))
       return cheap_step(state, frames, key)
 
+    seen['step'] = step
     return train.Model(init, step, state)
+
+  def observed_step(options, *_):
+    return memory.Fit(options, seen.pop('step'), 0.0)
 
   def observed_watchdog(seconds, **options):
     seen['watchdog'] = seconds
@@ -301,6 +305,7 @@ def observe(config, workdir, monkeypatch, frame=TfdsVideos.frame):
     return draw(self, key)
 
   monkeypatch.setattr(train, 'build', observed_program)
+  monkeypatch.setattr(train, 'compiled_step', observed_step)
   monkeypatch.setattr(train, 'Watchdog', observed_watchdog)
   monkeypatch.setattr(train, 'Report', observed_report)
   monkeypatch.setattr(frame_pairs.PairMaker, 'draw', observed_draw)

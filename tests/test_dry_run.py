@@ -6,7 +6,7 @@ import jax
 import pytest
 from conftest import ROOT, TINY, run_python
 
-from dropmae_jax import config_file, dry_run, main, memory, memory_estimate, train
+from dropmae_jax import config_file, dry_run, main, memory, memory_estimate, optimizer
 from dropmae_jax.runtime import targets
 from dropmae_jax.runtime.errors import UserError
 
@@ -88,7 +88,7 @@ def test_automatic_micro_batches_are_those_that_fit_by_the_estimate(said):
 def test_the_estimate_is_within_a_tenth_of_the_compiler(flags):
   arguments = main._parser().parse_args(flags.split())
   kind, number = targets.parse(arguments.target)
-  config = train.resolve_schedule(config_file.from_arguments(arguments), 241_553)
+  config = optimizer.resolve_schedule(config_file.from_arguments(arguments), 241_553)
   if kind.platform == 'gpu':
     assert memory_estimate.estimate(config, number) == pytest.approx(RECORDED[flags], rel=0.1)
   if 'vit_b16:' in flags:  # A preset.

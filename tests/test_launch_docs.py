@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from dropmae_jax import config_file, main, train
+from dropmae_jax import config_file, main, optimizer
 from dropmae_jax.configs import devices
 from dropmae_jax.runtime.errors import ExitStatus
 
@@ -63,7 +63,7 @@ def test_every_command_trains_the_published_run():
       if getattr(config, field.name) != getattr(published, field.name)
     }
     assert differ <= {'data_dir', 'accumulation_steps', 'remat', 'mesh'}, arguments
-    resolved = train.resolve_schedule(config, 241_553)
+    resolved = optimizer.resolve_schedule(config, 241_553)
     assert (config.num_epochs, resolved.num_steps) == (400, 23_200), arguments
 
 

@@ -70,11 +70,11 @@ import json
 import sys
 import jax
 jax.config.update('jax_platforms', 'cpu')
-from dropmae_jax import config_file, memory, train
+from dropmae_jax import config_file, memory, optimizer
 from dropmae_jax.runtime import targets
 name, target = sys.argv[1:]
 config = config_file.from_dict(config_file.load(name).to_dict())
-config = train.resolve_schedule(config, 241_553)
+config = optimizer.resolve_schedule(config, 241_553)
 options = targets.GPU_OPTIONS if targets.parse(target)[0].gpu else None
 compiled = memory.lower_step(config, targets.devices(target)).compile(options)
 print(json.dumps(memory.memory_of(compiled)))

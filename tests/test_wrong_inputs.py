@@ -62,7 +62,7 @@ train | --profile_steps=                    | --profile_steps= is not FIRST:LAST
 train | -workdir --dry_run=compile --target=h10 | --target=h10 names no device; did you mean 'h100'?
 train | --target=h100                       | --target=h100 is for --dry_run; add that, or leave this out
 train | --dry_run --num_videos=0            | --num_videos=0 is out of range; give a number above 0
-train | --dry_run --target=3xh100           | batch_size=4 is not divisible by 3 devices
+train | --dry_run --target=3xh100           | is not divisible by 3 devices
 train | --config.accumulation_steps=atuo    | argument --config.accumulation_steps: invalid
 train | --profile_steps=13                  | --profile_steps=13 is not FIRST:LAST, two steps from 1; give
 train | --profile_steps=13:10               | --profile_steps=13:10 is not FIRST:LAST

@@ -22,19 +22,19 @@ import threading
 import jax, jax.numpy as jnp
 from dropmae_jax import main, train
 from dropmae_jax.runtime import cli
-real = train.build
+real = train.compiled_step
 def wait(loss):
   threading.Event().wait()
   return loss
 late = jax.jit(lambda x: jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), x))
-def build(*arguments):
-  model = real(*arguments)
+def compiled_step(*arguments):
+  fit = real(*arguments)
   count = iter(range(1, 9))
   def step(state, frames, key):
-    state, metrics = model.step(state, frames, key)
+    state, metrics = fit.step(state, frames, key)
     return state, metrics._replace(loss=late(metrics.loss)) if next(count) == 6 else metrics
-  return model._replace(step=step)
-train.build = build
+  return fit._replace(step=step)
+train.compiled_step = compiled_step
 cli.run(main.main)
 """
 
