@@ -50,7 +50,8 @@ def gradients(params, statistics, batch, kept):
 def differentiated(state, golden):
   """By epoch."""
   arrays = golden('tracker/tracker_loss')
-  run = jax.jit(gradients)
+  # As users' programs are compiled, which round less than conftest.FAST_COMPILE's.
+  run = jax.jit(gradients, compiler_options={'xla_backend_optimization_level': 3})
   return {int(epoch): run(*state, batch_of(arrays), kept_at(epoch)) for epoch in arrays['epoch']}
 
 
@@ -59,8 +60,7 @@ def test_losses(differentiated, golden):
   for row, (parts, maps, _) in enumerate(differentiated.values()):
     for name, ours in parts._asdict().items():
       theirs = float(arrays[f'loss_{name}'][row])
-      # PyTorch and JAX differ by 2e-7 on one kind of CPU, and by 1e-6 on another.
-      tolerance = {'abs': 2e-6} if name == 'iou' else {'rel': 2e-6}
+      tolerance = {'abs': 8e-7} if name == 'iou' else {'rel': 8e-7}
       assert float(ours) == pytest.approx(theirs, **tolerance), name
     np.testing.assert_array_equal(head.best_cell(maps.score), arrays['argmax'][row])
     np.testing.assert_allclose(head.decode(maps), arrays['pred_boxes'][row], rtol=0, atol=3.6e-6)
