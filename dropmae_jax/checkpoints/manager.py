@@ -266,11 +266,12 @@ class Checkpoints:
       for name in arrays:
         saved_weights.check(name, restored[name], stored)
 
-    stored, error = _on_all_processes(read_description)
+    of_bucket = is_remote(self._folder)
+    stored, error = _on_all_processes(read_description, of_bucket=of_bucket)
     if not error:
-      restored, error = _on_all_processes(read_arrays)
+      restored, error = _on_all_processes(read_arrays, of_bucket=of_bucket)
     if not error:
-      _, error = _on_all_processes(check_arrays)
+      _, error = _on_all_processes(check_arrays, of_bucket=of_bucket)
     if error:
       return None, error
     self._continue_epochs(step, stored)
@@ -363,7 +364,7 @@ def _delete(step_folder: Path) -> None:
     shutil.rmtree(step_folder.rename(f'{step_folder}{TEMPORARY}'))
 
 
-def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
+def _on_all_processes(stage: Callable[[], Any], *, of_bucket: bool) -> tuple[Any, Exception | None]:
   """Runs a stage on all processes; returns its result, or why it failed on this or another one.
 
   Raises:
@@ -377,7 +378,8 @@ def _on_all_processes(stage: Callable[[], Any]) -> tuple[Any, Exception | None]:
     failure = error
   failed_somewhere = multihost.any_of(failure is not None)
   # What a machine is short of is no damage.
-  remedy = failure and remedy_of(failure, BUCKET_REMEDY if is_out_of_reach(failure) else '')
+  is_away = of_bucket and failure is not None and is_out_of_reach(failure)
+  remedy = failure and remedy_of(failure, BUCKET_REMEDY if is_away else '')
   is_short = lacks_memory(failure) or bool(remedy)
   is_short_somewhere = multihost.any_of(is_short)
   if isinstance(failure, UserError) or lacks_memory(failure):

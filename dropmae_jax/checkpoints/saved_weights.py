@@ -39,6 +39,7 @@ from dropmae_jax.runtime.errors import (
 from dropmae_jax.runtime.paths import (
   Path,
   absolute,
+  check_room,
   client_errors_as_os_errors,
   is_remote,
   upload_folder,
@@ -279,10 +280,14 @@ def _readable(root: Path, step: int, with_moments: bool) -> Iterator[pathlib.Pat
     target = pathlib.Path(temporary)
     with client_errors_as_os_errors(root):
       client, stored = fsspec.core.url_to_fs(f'{root}/{step}')
-      for item in client.ls(stored, detail=False):
-        name = item.rpartition('/')[2]
-        if with_moments or name != 'opt_state':
-          client.get(item, str(target / str(step) / name), recursive=True)
+      items = {item.rpartition('/')[2]: item for item in client.ls(stored, detail=False)}
+      if not with_moments:
+        items.pop('opt_state', None)
+      num_bytes = sum(map(client.du, items.values()))
+      what = f'a copy of {root}/{step}'
+      check_room(target, num_bytes, what, remedy='set TMPDIR to another folder')
+      for name, item in items.items():
+        client.get(item, str(target / str(step) / name), recursive=True)
     yield target
 
 

@@ -26,13 +26,12 @@ from dropmae_jax.data.mixture import Mixture
 from dropmae_jax.data.video_source import DamagedRecord, VideoSource
 from dropmae_jax.runtime import multihost
 from dropmae_jax.runtime.errors import UserError
-from dropmae_jax.runtime.mirror import OF_PROCESS, Mirror
+from dropmae_jax.runtime.mirror import LEFT_OUT, OF_PROCESS, Mirror
 from dropmae_jax.runtime.watchdog import Watchdog
 
 # What each thread reads: its identifier, and numbers of a dataset and of a video in it.
 READING = np.dtype([('thread', '<u8'), ('dataset', '<i8'), ('video', '<i8')])
 MAX_THREADS = 1024
-LEFT_OUT = 'left_out.json'
 # As faulthandler writes them.
 FATAL = re.compile(r'Fatal Python error: (.+)')
 CRASHED_THREAD = re.compile(r'^Current thread 0x([0-9a-f]+)', re.MULTILINE)

@@ -17,9 +17,12 @@ from collections.abc import Iterator
 import jax
 
 from dropmae_jax.runtime import multihost, workdir_lock
+from dropmae_jax.runtime.errors import first_line
 from dropmae_jax.runtime.paths import Path, client_errors_as_os_errors, is_remote
 
 PUSH_SECONDS = 30.0
+# The beginning of what `check_bucket` writes, and the list of the videos that are left out.
+CHECK, LEFT_OUT = '.check-', 'left_out.json'
 # Of one process each: they are open or mapped while it runs. The next start looks at them.
 OF_PROCESS = 'crash-{}.txt', 'reading-{}.bin'
 
@@ -35,7 +38,7 @@ def check_bucket(workdir: Path) -> None:
   if not is_remote(workdir):
     return
   with client_errors_as_os_errors(workdir):
-    probe = workdir / f'.check-{jax.process_index()}'
+    probe = workdir / f'{CHECK}{jax.process_index()}'
     probe.write_text('dropmae_jax')
     probe.read_text()
     probe.unlink()
@@ -100,12 +103,19 @@ class Mirror:
     bucket has nothing of the run, nothing stays, as somebody has removed it.
     """
     with client_errors_as_os_errors(self.workdir):
-      if not self.workdir.exists():
-        for path in _files(self.folder):
+      # A folder that the console of a bucket makes is an object in it, of its own name.
+      ignored = multihost.FAILURE_FILE, self.workdir.name
+      listed = self.workdir.iterdir() if self.workdir.exists() else ()
+      found = [
+        each for each in listed if each.name not in ignored and not each.name.startswith(CHECK)
+      ]
+      names = {each.name for each in found if not _is_of_process(each.name)}
+      for path in _files(self.folder):
+        # Users remove the list of what is left out.
+        if not names or (path.name == LEFT_OUT and LEFT_OUT not in names):
           path.unlink()
-        return
-      for stored in self.workdir.iterdir():
-        if stored.name == multihost.FAILURE_FILE or stored.is_dir():
+      for stored in found:
+        if stored.is_dir():
           continue
         content, path = stored.read_bytes(), self.folder / stored.name
         if not (path.exists() and path.read_bytes().startswith(content)):
@@ -130,11 +140,12 @@ class Mirror:
       try:
         for path in _files(self.folder):
           self._push_file(path)
-      except OSError as error:
+      except Exception as error:  # Clients raise errors of many types.
         if not self._has_failed:
+          reason = getattr(error, 'strerror', None) or first_line(error)
           _log.warning(
             f'log.txt, metrics.jsonl and the like cannot be copied to {self.workdir}'
-            f' ({error.strerror or error}); training goes on, they are in {self.folder}, and'
+            f' ({reason}); training goes on, they are in {self.folder}, and'
             f' copying is tried again every {PUSH_SECONDS:g} s.'
           )
         self._has_failed = True

@@ -234,7 +234,8 @@ def ending_together() -> Iterator['Failures']:
           ' checkpoint.'
         )
     failures.store(message, status)
-    failures.before_end()
+    with contextlib.suppress(Exception):  # It must end.
+      failures.before_end()
     _end(message, status)
   finally:
     failures.close()
@@ -294,7 +295,8 @@ class Failures:
     except (OSError, ValueError):  # None has failed yet, or it is still writing.
       return
     if failure['process'] != jax.process_index():
-      self.before_end()
+      with contextlib.suppress(Exception):
+        self.before_end()
       _end(f'process {failure["process"]} has ended: {failure["message"]}', failure['status'])
 
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import importlib.util
 import logging
+import os
 import pathlib
 import re
 import shutil
@@ -41,7 +42,7 @@ Path = pathlib.Path | epath.Path
 
 def is_remote(path: Path) -> bool:
   """Whether a path is of a bucket."""
-  return not isinstance(path, pathlib.Path)
+  return '://' in os.fspath(path)
 
 
 def absolute(path: Path) -> Path:
