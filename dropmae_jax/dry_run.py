@@ -135,13 +135,14 @@ def _memory(config: Config, devices: Devices, compiles: bool) -> str:
   if compiles:
     places = targets.devices(devices.target) if devices.target else jax.devices()
     options = targets.GPU_OPTIONS if devices.target and devices.platform == 'gpu' else None
-    needed = memory.memory_of(memory.lower_step(config, places).compile(options))['total']
-    how = 'by the compiler'
+    needed, how = memory.compile_step(config, places, options).needed, 'by the compiler'
+    if needed == float('inf'):
+      return 'DOES NOT FIT: the compiler refuses the step for lack of memory'
   else:
     needed, how = _estimate(config, devices), 'estimated'
     if needed is None:
       return 'not estimated, as it is for GPUs with remat=none or full; give --dry_run=compile'
-  needed += memory.prefetched(config, devices.number)
+    needed += memory.prefetched(config, devices.number)
   text = f'{needed / 1e9:.2f} GB on each device, {how}'
   if devices.memory is None:
     return text

@@ -7,13 +7,14 @@ first step, rather than running out of memory in it.
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dropmae_jax import sharding
 from dropmae_jax.config import Config
+from dropmae_jax.runtime import multihost
 from dropmae_jax.runtime.errors import RunFailed, UserError, first_line, lacks_memory
 from dropmae_jax.train_step import build
 
@@ -77,11 +78,13 @@ def prefetched(config: Config, number: int) -> int:
   return PREFETCHED * config.batch_size // number * 2 * config.model.image_size**2 * 3
 
 
-def compile_step(config: Config, devices: list[jax.Device]) -> Fit:
+def compile_step(
+  config: Config, devices: list[jax.Device], options: dict[str, Any] | None = None
+) -> Fit:
   """Compiles the step of a config for these devices."""
   lowered = lower_step(config, devices)
   try:
-    step = lowered.compile()
+    step = lowered.compile(options)
   except jax.errors.JaxRuntimeError as error:
     if not lacks_memory(error):
       raise
@@ -110,12 +113,17 @@ def fitting_step(
   is_auto = not config.accumulation_steps
   first = dataclasses.replace(config, accumulation_steps=config.accumulation_steps or stored or 1)
   fit = compile_step(first, devices)
-  if limit is None or fit.needed <= limit:
+  if _fits(fit, limit):
     return fit
   smaller = _fewest_micro_batches(first, devices, limit)
   if is_auto and smaller:
     return smaller
   raise UserError(_sentence(fit, smaller, devices, limit))
+
+
+def _fits(fit: Fit, limit: float | None) -> bool:
+  """Whether a step fits on all processes, which call this together."""
+  return not multihost.any_of(limit is not None and fit.needed > limit)
 
 
 def _fewest_micro_batches(config: Config, devices: list[jax.Device], limit: float) -> Fit | None:
@@ -125,7 +133,7 @@ def _fewest_micro_batches(config: Config, devices: list[jax.Device], limit: floa
   while numbers:
     middle = len(numbers) // 2
     fit = compile_step(dataclasses.replace(config, accumulation_steps=numbers[middle]), devices)
-    fits = fit.needed <= limit
+    fits = _fits(fit, limit)
     best, numbers = (fit, numbers[:middle]) if fits else (best, numbers[middle + 1 :])
   return best
 
@@ -153,9 +161,11 @@ def _sentence(fit: Fit, smaller: Fit | None, devices: list[jax.Device], limit: f
       f' --config.batch_size={largest} or less.'
     )
   for flags in _other_flags(config, len(devices)):
-    if compile_step(dataclasses.replace(config, **flags), devices).needed <= limit:
+    if _fits(compile_step(dataclasses.replace(config, **flags), devices), limit):
       given = ' '.join(
-        f'--config.{name}={value}' if name != 'mesh' else f'--config.mesh.fsdp={value.fsdp}'
+        f'--config.{name}={value}'
+        if name != 'mesh'
+        else f'--config.mesh.data=1 --config.mesh.fsdp={value.fsdp}'
         for name, value in flags.items()
       )
       return f'{text}, with which no batch fits; give {given}.'
@@ -187,6 +197,6 @@ def exhaustion_as_failure(fit: Fit, number: int) -> Iterator[None]:
     flags += ['--config.remat=full'] * (fit.config.remat != 'full')
     remedy = f'give {flags[0]}, which computes the same' if flags else 'use more devices'
     raise RunFailed(
-      f'a device has no memory left ({first_line(error)}); the step needs {fit.needed / 1e9:.2f} GB'
-      f' of it, so something else takes the rest; stop that, or {remedy}.'
+      f'a device has no memory left ({first_line(error)}); the step alone needs'
+      f' {fit.needed / 1e9:.2f} GB of it; stop other programs on it, or {remedy}.'
     ) from error

@@ -420,6 +420,8 @@ def compiled_step(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> memor
   here = f'{mesh.size} x {devices[0].device_kind}'
   stored = checkpoints.stored_description().get(MICRO_BATCHES) if checkpoints.latest_step else None
   same = stored if stored and stored['devices'] == here else None
+  if same and config.batch_size % (mesh.size * same['number']):  # The batch was changed.
+    same = None
   fit = memory.fitting_step(config, devices, limit, stored=same and same['number'])
   if limit is not None:
     _log.info(f'it needs {fit.needed / 1e9:.2f} GB of each device; {limit / 1e9:.2f} GB are there')

@@ -85,12 +85,12 @@ def test_automatic_micro_batches_are_those_that_fit_by_the_estimate(said):
 
 
 @pytest.mark.parametrize('flags', RECORDED)
-def test_the_estimate_is_within_a_tenth_of_the_compiler(flags):
+def test_the_estimate_is_within_7_percent_of_the_compiler(flags):
   arguments = main._parser().parse_args(flags.split())
   kind, number = targets.parse(arguments.target)
   config = optimizer.resolve_schedule(config_file.from_arguments(arguments), 241_553)
   if kind.platform == 'gpu':
-    assert memory_estimate.estimate(config, number) == pytest.approx(RECORDED[flags], rel=0.1)
+    assert memory_estimate.estimate(config, number) == pytest.approx(RECORDED[flags], rel=0.07)
   if 'vit_b16:' in flags:  # A preset.
     needed = RECORDED[flags] + memory.prefetched(config, number)
     assert needed < kind.usable_memory - 1e9

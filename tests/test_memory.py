@@ -61,7 +61,7 @@ def test_the_fewest_micro_batches_that_fit_are_found(needs, given, limit, number
      ' --config.accumulation_steps=2, which computes the same, or --config.batch_size=24 or less.'),
     (1.5e9, 'with which no batch fits; give --config.accumulation_steps=24 --config.remat=full.'),
     (1.05e9, 'no batch fits; give --config.accumulation_steps=24 --config.remat=full'
-     ' --config.mesh.fsdp=2.'),
+     ' --config.mesh.data=1 --config.mesh.fsdp=2.'),
     (1e8, 'with which no batch fits; use devices with more memory, or more of them.'),
   ],
 )  # fmt: skip

@@ -606,7 +606,7 @@ def too_large_for_a_device():
     ),
     (
       too_large_for_a_device,
-      r'a device has no memory left \(RESOURCE_EXHAUSTED: .*; the step needs 0.00 GB of it',
+      r'a device has no memory left \(RESOURCE_EXHAUSTED: .*; the step alone needs 0.00 GB of it',
     ),
   ],
 )
