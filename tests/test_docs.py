@@ -77,8 +77,8 @@ def commands():
   found = []
   for name, text in DOCS.items():
     intro, *sections = re.split(r'^##+ ', text, flags=re.MULTILINE)
-    for section in sections:
-      for script in re.findall(r'```bash\n(.*?)```', section, re.DOTALL):
+    for section in ('', *sections):
+      for script in re.findall(r'```bash\n(.*?)```', section or intro, re.DOTALL):
         for line in script.replace('\\\n', ' ').splitlines():
           if line.strip() and not SYNTAX.match(line.strip()):
             command = re.sub(r' +', ' ', line.strip()).removeprefix('until ')
